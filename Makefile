@@ -1,0 +1,44 @@
+PYTHON ?= python3
+BIN := .venv/bin
+RUNS ?= runs/quickstart
+
+.PHONY: quickstart test test-long check format benchmark clean
+
+# Generated preference data, SFT, then DPO, in two minutes on a laptop.
+quickstart: .venv/installed
+	$(BIN)/python -m jaxpref.main --config=configs/quickstart.py:sft --workdir=$(RUNS)/sft
+	$(BIN)/python -m jaxpref.main --config=configs/quickstart.py:dpo --workdir=$(RUNS)/dpo \
+		--config.model.init_from=$(RUNS)/sft
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: .venv/installed-test
+	$(BIN)/python -m pytest -n 2
+
+# Style, types, layers: what CI asks for before the tests.
+check: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxpref needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,26 @@
+"""One file a method: config to (select, prepare, loss). Here losses meet models."""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from jaxpref.algorithms import dpo, sft
+from jaxpref.algorithms.base import Algorithm, Metric, Objective, response_logps
+from jaxpref.models import Decoder
+
+__all__ = ["Algorithm", "Metric", "Objective", "build", "response_logps"]
+
+_BUILDERS: dict[str, Callable[[ConfigDict, Decoder], Algorithm]] = {
+    "dpo": dpo.build,
+    "sft": sft.build,
+}
+
+
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """The algorithm that a checked config names.
+
+    Args:
+      config: the whole config.
+      model: the policy's model.
+    """
+    return _BUILDERS[config.algorithm.name](config, model)

@@ -1,0 +1,56 @@
+"""Direct Preference Optimization (arXiv 2305.18290)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxpref import losses
+from jaxpref.algorithms.base import Algorithm, Metric, Objective, Params, response_logps
+from jaxpref.models import Decoder
+from jaxpref.packing import PackedBatch
+
+
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """DPO, with the reference that `config.reference.mode` asks for.
+
+    The reference's log-probs come from `extras["reference_logps"]`, which `prepare`
+    fills in from the frozen parameters, or the data stream from a precomputed table.
+    """
+    knobs, mode = config.algorithm, config.reference.mode
+
+    def prepare(reference: Params, batch: PackedBatch) -> PackedBatch:
+        if mode != "live":
+            return batch
+        logps = response_logps(model, reference, batch)
+        return dataclasses.replace(batch, extras={**batch.extras, "reference_logps": logps})
+
+    def loss(params: Params, batch: PackedBatch) -> Objective:
+        policy = response_logps(model, params, batch)
+        reference = (
+            (None, None) if mode == "free" else jnp.asarray(batch.extras["reference_logps"]).T
+        )
+        output = losses.dpo(
+            policy[:, 0],
+            policy[:, 1],
+            *reference,
+            beta=knobs.beta,
+            label_smoothing=knobs.label_smoothing,
+            reference_free=mode == "free",
+        )
+        lengths = jnp.asarray(batch.lengths)
+        present = ((lengths[:, 0] > 0) & (lengths[:, 1] > 0)).astype(policy.dtype)
+        margins = output.chosen_rewards - output.rejected_rewards
+        values = {
+            "rewards/chosen": output.chosen_rewards,
+            "rewards/rejected": output.rejected_rewards,
+            "rewards/margins": margins,
+            # A tie is a coin's flip: before the first update every margin is 0.
+            "rewards/accuracies": (1 + jnp.sign(margins)) / 2,
+            "logps/chosen": policy[:, 0],
+            "logps/rejected": policy[:, 1],
+        }
+        metrics = {name: Metric(value, present) for name, value in values.items()}
+        return Objective(Metric(output.losses, present), metrics)
+
+    return Algorithm(lambda example: example, prepare, loss)

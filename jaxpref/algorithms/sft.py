@@ -1,0 +1,35 @@
+"""Supervised fine-tuning on the first response of each example.
+
+On preference pairs this is the Preferred-FT baseline of the DPO paper (arXiv
+2305.18290, section 6), and the model that DPO starts from.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxpref import losses
+from jaxpref.algorithms.base import Algorithm, Metric, Objective, Params, response_logps
+from jaxpref.data.examples import Example
+from jaxpref.models import Decoder
+from jaxpref.packing import PackedBatch
+
+
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """SFT: the mean negative log-likelihood of a response token."""
+
+    def select(example: Example) -> Example:
+        scores = example.scores and example.scores[:1]
+        return dataclasses.replace(example, responses=example.responses[:1], scores=scores)
+
+    def loss(params: Params, batch: PackedBatch) -> Objective:
+        logps = response_logps(model, params, batch)[:, 0]
+        # Weighted by its tokens, a response's mean loss per token adds up to the mean
+        # over all tokens of the step, however they are spread over micro-batches.
+        tokens = jnp.asarray(batch.lengths)[:, 0].astype(logps.dtype)
+        per_token = losses.nll(logps) / jnp.maximum(tokens, 1)
+        present = (tokens > 0).astype(logps.dtype)
+        return Objective(Metric(per_token, tokens), {"logps/chosen": Metric(logps, present)})
+
+    return Algorithm(select, lambda reference, batch: batch, loss)

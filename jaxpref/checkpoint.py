@@ -1,0 +1,168 @@
+"""Orbax checkpoints of the train state and of the frozen reference, and the run's identity.
+
+A workdir holds
+
+    run.json        the config and the data's fingerprint
+    checkpoints/N/  after update N: items `params` and `rest` (optimizer state, step)
+    reference/      the frozen reference's parameters
+
+Orbax writes a checkpoint beside its place and renames it when complete, so a process
+that is killed leaves the last complete one.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from jaxpref import config as config_lib
+from jaxpref.errors import UserError
+
+_RUN, _CHECKPOINTS, _REFERENCE = "run.json", "checkpoints", "reference"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, workdir: Path, keep: int):
+        """Opens the folder; removes what an interrupted save left behind."""
+        self._manager = ocp.CheckpointManager(
+            (workdir / _CHECKPOINTS).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The last complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, rest: Any) -> None:
+        """Starts to save; the arrays may be donated once this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
+            ),
+        )
+
+    def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
+        """Reads the state of `step` into the shapes and shardings of abstract arrays."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
+            ),
+        )
+        return restored["params"], restored["rest"]
+
+    def wait(self) -> None:
+        """Returns when every save that was started is complete."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then closes."""
+        self._manager.close()
+
+
+def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
+    """The parameters of a workdir's last checkpoint, into `params`' shapes and shardings.
+
+    Returns:
+      The parameters and their step.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    folder = (workdir / _CHECKPOINTS).absolute()
+    step = latest_step(workdir)
+    if step is None:
+        raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / str(step) / "params", params), step
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step of a workdir's last complete checkpoint, without opening it."""
+    folder = workdir / _CHECKPOINTS
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=None)
+
+
+def save_reference(workdir: Path, params: Any) -> None:
+    """Keeps the frozen reference with the run, so that resuming needs nothing else."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((workdir / _REFERENCE).absolute(), params, force=True)
+
+
+def restore_reference(workdir: Path, params: Any) -> Any:
+    """Reads the frozen reference into the shapes and shardings of abstract arrays."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((workdir / _REFERENCE).absolute(), params)
+
+
+def has_reference(workdir: Path) -> bool:
+    """Whether the workdir holds a complete reference."""
+    return (workdir / _REFERENCE).is_dir()
+
+
+def describe_run(config: ConfigDict, data_fingerprint: str) -> dict[str, Any]:
+    """What makes a run this run, as flat JSON."""
+    return {**dict(config_lib.flatten(config)), "data.fingerprint": data_fingerprint}
+
+
+def read_run(workdir: Path) -> dict[str, Any] | None:
+    """The description that `write_run` left, or None."""
+    path = workdir / _RUN
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); not a jaxpref workdir?") from error
+
+
+def write_run(workdir: Path, run: dict[str, Any]) -> None:
+    """Writes the description so that it is there whole or not at all."""
+    if jax.process_index() == 0:
+        temporary = workdir / f"{_RUN}.tmp"
+        temporary.write_text(json.dumps(run, indent=1))
+        os.replace(temporary, workdir / _RUN)
+
+
+def check_same_run(workdir: Path, run: dict[str, Any]) -> None:
+    """Refuses to go on from the checkpoint of a run that was another one.
+
+    Raises:
+      UserError: listing what differs.
+    """
+    there = read_run(workdir)
+    if latest_step(workdir) is None:
+        return
+    if there is None:
+        raise UserError(f"{workdir}: has checkpoints but no {_RUN}; give another --workdir.")
+    different = config_lib.differences(run, there)
+    if different:
+        raise UserError(
+            f"{workdir}: holds the checkpoint of another run. What differs:\n  "
+            + "\n  ".join(different)
+            + "\nGive another --workdir, or the same settings to resume that run."
+        )
+
+
+def prepare_workdir(workdir: Path) -> None:
+    """Makes the workdir and checks that it can be written.
+
+    Raises:
+      UserError: it cannot.
+    """
+    probe = workdir / ".write-probe"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); give a directory that can."
+        ) from error

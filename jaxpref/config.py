@@ -1,0 +1,289 @@
+"""Every knob, declared once; recipes in `configs/` change values, never names.
+
+Nothing heavy is imported here, so that a command line is checked at once.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxpref.errors import UserError
+
+# The knobs of each algorithm beside its name. An algorithm has no others, so that a
+# knob it would ignore is an unknown key.
+_ALGORITHMS: dict[str, dict[str, Any]] = {
+    # Supervised fine-tuning on the first (chosen) response.
+    "sft": {},
+    "dpo": {
+        # Inverse temperature of the implicit reward.
+        "beta": 0.1,
+        # Probability that a label is wrong (conservative DPO).
+        "label_smoothing": 0.0,
+    },
+}
+
+# What may differ when a run is resumed: nothing here changes a single update.
+_RESUMABLE = (
+    "eval.",
+    "mesh.",
+    "model.init_from",  # The run goes on from its own checkpoint and its own reference.
+    "train.eval_every",
+    "train.keep",
+    "train.log_every",
+    "train.save_every",
+)
+
+
+def default(algorithm: str) -> ConfigDict:
+    """The config that a recipe starts from: every knob with its default.
+
+    Args:
+      algorithm: a name in `jaxpref.algorithms`.
+
+    Returns:
+      A locked config: values may change, an unknown key is an error.
+    """
+    config = ConfigDict()
+    config.seed = 0
+
+    config.model = ConfigDict()
+    # Where the weights come from. Empty: random; a directory: a jaxpref workdir.
+    config.model.init_from = ""
+    # 0: as many as the tokenizer has.
+    config.model.vocabulary_size = 0
+    config.model.width = 128
+    config.model.layers = 4
+    config.model.heads = 4
+    config.model.kv_heads = 4
+    config.model.head_dim = 32
+    config.model.feed_forward = 384
+    config.model.rope_theta = 10_000.0
+    config.model.norm_epsilon = 1e-6
+    config.model.tied_head = True
+    # Of activations and products; parameters have a dtype of their own.
+    config.model.dtype = "float32"
+    config.model.param_dtype = "float32"
+    # What the backward pass computes again: none, dots (all but products with weights), full.
+    config.model.remat = "dots"
+    # Queries a block of attention.
+    config.model.attention_block = 128
+
+    config.tokenizer = ConfigDict()
+    # "bytes" (ByT5's, needs no files), a directory, or a hub name.
+    config.tokenizer.name = "bytes"
+    # Begin prompts with BOS: auto (if the tokenizer has one), always, never.
+    config.tokenizer.bos = "auto"
+    # Read "</s>" and the like inside the data as special tokens rather than as text.
+    config.tokenizer.parse_special_tokens = False
+
+    config.data = ConfigDict()
+    # A .jsonl, .jsonl.gz or .parquet file, or a name on the hub.
+    config.data.path = ""
+    # How a record is read: explicit (prompt, chosen, rejected), hh, synthetic.
+    config.data.format = "explicit"
+    # Of a hub data set: its folder and split.
+    config.data.subset = ""
+    config.data.split = "train"
+    # Held-out data: a source of its own, else this share of the prompts of data.path.
+    config.data.eval_path = ""
+    config.data.eval_split = ""
+    config.data.eval_fraction = 0.05
+    # Groups (prompts with their responses) in a step, over all devices.
+    config.data.batch_size = 64
+    # Tokens of prompt plus response; what is longer is cut.
+    config.data.max_length = 512
+    # Tokens that a prompt keeps (its end) when prompt plus response are too long.
+    config.data.max_prompt_length = 256
+    # Tokens a row. 0: max_length.
+    config.data.row_length = 0
+    # Scored tokens a row. 0: what the data's share of responses calls for.
+    config.data.scored_length = 0
+    # Rows whose prompts differ between chosen and rejected: error or skip.
+    config.data.on_divergent = "error"
+    # Prompts over max_prompt_length in examples over max_length: error or truncate.
+    config.data.on_long_prompt = "error"
+    # Pairs that format "synthetic" generates.
+    config.data.synthetic_pairs = 4096
+
+    config.algorithm = ConfigDict({"name": algorithm, **algorithm_knobs(algorithm)})
+
+    config.reference = ConfigDict()
+    # live (a frozen copy of the initial policy), precomputed (its log-probs, once), free (none).
+    config.reference.mode = "free" if algorithm == "sft" else "live"
+
+    config.optimizer = ConfigDict()
+    # adamw or rmsprop.
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-6
+    # After the warm-up: constant, linear or cosine (both to 0 at the last step).
+    config.optimizer.schedule = "constant"
+    config.optimizer.warmup_steps = 0
+    # Decay of the first moment (adamw), or momentum (rmsprop).
+    config.optimizer.b1 = 0.9
+    # Decay of the second moment.
+    config.optimizer.b2 = 0.999
+    config.optimizer.epsilon = 1e-8
+    # Decoupled, on matrices only: norms and biases do not decay.
+    config.optimizer.weight_decay = 0.0
+    # Largest global norm of a gradient. 0: no clipping.
+    config.optimizer.clip_norm = 1.0
+
+    config.mesh = ConfigDict()
+    # Devices along each axis; -1: all that the other axes leave.
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.train = ConfigDict()
+    # Updates in all. 0: train.epochs passes over the data.
+    config.train.steps = 0
+    config.train.epochs = 1.0
+    # Parts of a batch whose gradients are added up before the update.
+    config.train.micro_batches = 1
+    config.train.log_every = 10
+    # 0: only before the first and after the last step.
+    config.train.eval_every = 0
+    # 0: only after the last step.
+    config.train.save_every = 0
+    # Checkpoints kept.
+    config.train.keep = 1
+
+    config.eval = ConfigDict()
+    # Held-out groups used. 0: all.
+    config.eval.max_examples = 0
+
+    return config.lock()
+
+
+def algorithm_knobs(name: str) -> dict[str, Any]:
+    """The knobs of an algorithm with their defaults.
+
+    Raises:
+      UserError: there is no such algorithm.
+    """
+    if name not in _ALGORITHMS:
+        raise UserError(one_of("algorithm.name", name, _ALGORITHMS))
+    return _ALGORITHMS[name]
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a config that cannot run, before anything is read or computed.
+
+    Raises:
+      UserError: naming the key, its value and what it may be.
+    """
+    name = config.algorithm.name
+    unused = sorted(set(config.algorithm) - {"name", *algorithm_knobs(name)})
+    missing = sorted({*algorithm_knobs(name)} - set(config.algorithm))
+    if unused or missing:
+        raise UserError(
+            f"algorithm.name is {name!r}, whose knobs are {sorted(algorithm_knobs(name))}, but the "
+            f"config has {sorted(set(config.algorithm) - {'name'})}: start from a recipe for "
+            f"{name} rather than changing algorithm.name on the command line."
+        )
+    for key, known in {
+        "data.format": ("explicit", "hh", "synthetic"),
+        "data.on_divergent": ("error", "skip"),
+        "data.on_long_prompt": ("error", "truncate"),
+        "tokenizer.bos": ("auto", "always", "never"),
+        "reference.mode": ("live", "precomputed", "free"),
+        "optimizer.name": ("adamw", "rmsprop"),
+        "optimizer.schedule": ("constant", "linear", "cosine"),
+        "model.remat": ("none", "dots", "full"),
+    }.items():
+        if (value := get(config, key)) not in known:
+            raise UserError(one_of(key, value, known))
+    if name == "sft" and config.reference.mode != "free":
+        raise UserError(
+            f"reference.mode is {config.reference.mode!r}, but sft compares with no reference: "
+            "leave it at 'free'."
+        )
+    for key in ("data.batch_size", "data.max_length", "data.max_prompt_length"):
+        if get(config, key) < 1:
+            raise UserError(f"{key} should be at least 1; got {get(config, key)}.")
+    for key in ("train.steps", "train.log_every", "train.eval_every", "train.save_every"):
+        if get(config, key) < 0:
+            raise UserError(f"{key} should not be negative; got {get(config, key)}.")
+    if config.data.max_prompt_length >= config.data.max_length:
+        raise UserError(
+            f"data.max_prompt_length ({config.data.max_prompt_length}) should be below "
+            f"data.max_length ({config.data.max_length}), so that a response has room."
+        )
+    if 0 < config.data.row_length < config.data.max_length:
+        raise UserError(
+            f"data.row_length ({config.data.row_length}) should be at least data.max_length "
+            f"({config.data.max_length}), so that every response fits a row; 0 takes max_length."
+        )
+    if (
+        config.data.batch_size % max(config.train.micro_batches, 1)
+        or config.train.micro_batches < 1
+    ):
+        raise UserError(
+            f"train.micro_batches ({config.train.micro_batches}) should divide data.batch_size "
+            f"({config.data.batch_size})."
+        )
+    if config.data.format == "synthetic" and config.data.path:
+        raise UserError(
+            f"data.format 'synthetic' generates its data; leave data.path empty "
+            f"(got {config.data.path!r}) or name the file's format."
+        )
+    if config.data.format != "synthetic" and not config.data.path:
+        raise UserError(
+            "data.path is empty: give a .jsonl, .jsonl.gz or .parquet file or a hub name "
+            "(--config.data.path=...), or use data.format 'synthetic'."
+        )
+    if not 0 <= config.data.eval_fraction < 1:
+        raise UserError(
+            f"data.eval_fraction should be from 0 to below 1; got {config.data.eval_fraction}."
+        )
+
+
+def one_of(key: str, value: object, known: Iterable[str]) -> str:
+    """The message for a value outside a fixed set, with the nearest member."""
+    known = list(known)
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{key} is {value!r}; it should be one of {', '.join(known)}.{hint}"
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values, in the config's order."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def get(config: ConfigDict, key: str) -> Any:
+    """The value under a dotted key."""
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def unknown_key(config: ConfigDict, key: str) -> str | None:
+    """The message for a dotted key that the config lacks, naming the nearest; None if it has it."""
+    known = [name for name, _ in flatten(config)]
+    if key in known:
+        return None
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"the config has no key {key!r}.{hint}"
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What keeps a run with config `ours` from resuming one with `theirs`, a line each."""
+    lines = []
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        free = key.startswith(_RESUMABLE) or (
+            # A constant rate does not depend on how long the run is.
+            key in ("train.steps", "train.epochs") and ours.get("optimizer.schedule") == "constant"
+        )
+        missing = "(no such key)"
+        here, there = ours.get(key, missing), theirs.get(key, missing)
+        if not free and here != there:
+            lines.append(f"{key}: {here!r} now, {there!r} there")
+    return lines

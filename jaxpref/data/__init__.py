@@ -1,0 +1,18 @@
+"""Records to examples to token ids to the batch at step s."""
+
+from jaxpref.data.examples import Example, read_examples
+from jaxpref.data.load import Data, check, load
+from jaxpref.data.stream import BatchStream
+from jaxpref.data.tokenize import TokenizedDataset, load_tokenizer, tokenize
+
+__all__ = [
+    "BatchStream",
+    "Data",
+    "Example",
+    "TokenizedDataset",
+    "check",
+    "load",
+    "load_tokenizer",
+    "read_examples",
+    "tokenize",
+]

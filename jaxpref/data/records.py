@@ -1,0 +1,107 @@
+"""Raw records from local files or the hub, each with the place it came from."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxpref.errors import UserError
+
+# A record and where it stands, as "file:line".
+Record = tuple[Mapping[str, Any], str]
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterator[Record]:
+    """Reads a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a data set of the hub.
+
+    Args:
+      path: a file, or a hub name such as "Anthropic/hh-rlhf".
+      subset: a folder of the hub data set, such as "harmless-base".
+      split: a split of the hub data set.
+
+    Raises:
+      UserError: the source is missing, truncated or malformed; says where.
+    """
+    check_source(path)
+    if not path.endswith(_SUFFIXES):
+        yield from _read_hub(path, subset, split)
+    elif path.endswith(".parquet"):
+        yield from _read_parquet(path)
+    else:
+        yield from _read_jsonl(path)
+
+
+def check_source(path: str) -> None:
+    """Refuses a path that is neither a readable file of a known kind nor a hub name."""
+    if Path(path).is_file() and not path.endswith(_SUFFIXES):
+        raise UserError(f"{path}: expected a file ending in {', '.join(_SUFFIXES)}.")
+    if path.endswith(_SUFFIXES):
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file (data.path, from {Path.cwd()}).")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UserError(
+            f"{path}: neither a file ({', '.join(_SUFFIXES)}) nor a hub name like owner/name."
+        )
+
+
+def _read_jsonl(path: str) -> Iterator[Record]:
+    opener = gzip.open if path.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _parse_line(line, f"{path}:{number}"), f"{path}:{number}"
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}: the gzip stream breaks after line {number} ({error}): the file is truncated "
+            "or damaged; fetch it again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object a line; got {type(record).__name__}.")
+    return record
+
+
+def _read_parquet(path: str) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for record in batch.to_pylist():
+                    row += 1
+                    yield record, f"{path}:{row}"
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file after row {row}: {error}") from error
+
+
+def _read_hub(name: str, subset: str, split: str) -> Iterator[Record]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, data_dir=subset or None, split=split)
+    except Exception as error:  # The hub's client raises many kinds, none of them ours.
+        raise UserError(
+            f"{name} (split {split!r}): the hub gave no such data set, or cannot be reached: "
+            f"{error}\nWithout a network, give a local .jsonl, .jsonl.gz or .parquet file as "
+            "data.path."
+        ) from error
+    for row, record in enumerate(rows, start=1):
+        yield record, f"{name}[{split}]:{row}"

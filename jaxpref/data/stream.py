@@ -1,0 +1,114 @@
+"""The batch at step s, as a pure function of (seed, s)."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxpref import packing
+from jaxpref.data.tokenize import TokenizedDataset
+from jaxpref.packing import Budget, PackedBatch, Planner
+
+_PREFETCH_THREADS = 2
+_PREFETCH_BATCHES = 4
+
+
+class BatchStream:
+    """Batches of a data set, by step.
+
+    There is no iterator state: a run that resumes at step s asks for batch s. Every
+    epoch is a permutation of its own; a batch may span two epochs.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenizedDataset,
+        *,
+        batch_size: int,
+        budget: Budget,
+        seed: int = 0,
+        micro_batches: int = 1,
+        extras: dict[str, Float[np.ndarray, "examples ..."]] | None = None,
+        planner: Planner = packing.plan_tree,
+    ):
+        """Prepares the order.
+
+        Args:
+          dataset: the tokenised examples.
+          batch_size: groups a step.
+          budget: the shape of a row.
+          seed: of the order.
+          micro_batches: parts of a batch, stacked along a leading axis.
+          extras: further values of each example, for `PackedBatch.extras`.
+          planner: how groups are placed in rows.
+        """
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self.budget = budget
+        self._micro_batches = micro_batches
+        self._extras = extras or {}
+        self._planner = planner
+        self._order = grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
+
+    def indices(self, step: int) -> list[int]:
+        """The examples of step `step` (from 0), in order."""
+        first = step * self._batch_size
+        return [int(self._order[i]) for i in range(first, first + self._batch_size)]
+
+    def batch(self, step: int) -> PackedBatch:
+        """The batch of step `step`, with a leading axis of micro-batches."""
+        return self._pack(self.indices(step))
+
+    def batches(self, start: int, stop: int) -> Iterator[PackedBatch]:
+        """Batches `start` to `stop - 1`, prepared ahead in other threads."""
+        return self._prefetched(range(start, stop), self.batch)
+
+    def once(self) -> Iterator[PackedBatch]:
+        """Every example once, in order; the last batch is filled up with absent groups."""
+        starts = range(0, len(self._dataset), self._batch_size)
+
+        def batch(start: int) -> PackedBatch:
+            return self._pack(list(range(start, min(start + self._batch_size, len(self._dataset)))))
+
+        return self._prefetched(starts, batch)
+
+    def _prefetched(self, keys: range, batch: Any) -> Iterator[PackedBatch]:
+        options = grain.ReadOptions(
+            num_threads=_PREFETCH_THREADS, prefetch_buffer_size=_PREFETCH_BATCHES
+        )
+        return iter(grain.MapDataset.source(keys).map(batch).to_iter_dataset(options))
+
+    def _pack(self, indices: list[int]) -> PackedBatch:
+        size = self._batch_size // self._micro_batches
+        parts = [indices[i * size : (i + 1) * size] for i in range(self._micro_batches)]
+        groups = [[self._dataset.group(i) for i in part] for part in parts]
+        plans = [packing.plan(part, self.budget, self._planner) for part in groups]
+        rows = max(map(len, plans))
+        micro = [
+            packing.materialise(
+                packing.widen(plan, rows, self.budget.shards),
+                part,
+                self.budget,
+                responses=self._dataset.responses,
+                batch_size=size,
+            )
+            for plan, part in zip(plans, groups, strict=True)
+        ]
+        micro = [
+            dataclasses.replace(
+                batch, extras={k: _rows(x, part, size) for k, x in self._extras.items()}
+            )
+            for batch, part in zip(micro, parts, strict=True)
+        ]
+        return jax.tree.map(lambda *xs: np.stack(xs), *micro)
+
+
+def _rows(values: np.ndarray, indices: list[int], size: int) -> np.ndarray:
+    """The chosen rows, then zeros up to `size` rows."""
+    rows = np.zeros((size, *values.shape[1:]), values.dtype)
+    rows[: len(indices)] = values[indices]
+    return rows

@@ -1,0 +1,243 @@
+"""Examples to token ids: apart at the prompt/response boundary, truncated by a stated policy."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxpref.data.examples import Example
+from jaxpref.errors import UserError
+from jaxpref.packing import Group
+
+_TEXTS_AT_A_TIME = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizedDataset:
+    """Token ids of many examples in one flat array.
+
+    Attributes:
+      tokens: all pieces end to end: each example's prompt, then its responses.
+      pieces: where each piece starts, and the end.
+      examples: the first piece of each example, and the end.
+      scores: true rewards `[examples, responses]`, or None.
+      counts: what truncation did.
+    """
+
+    tokens: Int[np.ndarray, " tokens"]
+    pieces: Int[np.ndarray, " pieces"]
+    examples: Int[np.ndarray, " examples"]
+    scores: Float[np.ndarray, "_ responses"] | None
+    counts: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.examples) - 1
+
+    def group(self, index: int) -> Group:
+        """The prompt and responses of one example."""
+        bounds = self.pieces[self.examples[index] : self.examples[index + 1] + 1]
+        prompt, *responses = (
+            self.tokens[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        )
+        return Group(prompt, responses)
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        first = self.examples[:-1]
+        return (self.pieces[first + 1] - self.pieces[first]).tolist()
+
+    @property
+    def response_lengths(self) -> list[list[int]]:
+        """Tokens of each response of each example."""
+        lengths = np.diff(self.pieces)
+        return [
+            lengths[start + 1 : end].tolist()
+            for start, end in zip(self.examples[:-1], self.examples[1:], strict=True)
+        ]
+
+    @property
+    def responses(self) -> int:
+        """K, the largest number of responses of an example."""
+        return int(np.diff(self.examples).max(initial=2)) - 1
+
+    def fingerprint(self) -> str:
+        """A digest of every token id, of their division into examples, and of the scores."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.pieces, self.examples, self.scores):
+            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_tokenizer(name: str) -> Any:
+    """A `transformers` tokenizer.
+
+    Args:
+      name: "bytes" for ByT5's, which needs no files; a directory; or a hub name.
+
+    Raises:
+      UserError: it cannot be loaded, or has no EOS token.
+    """
+    import transformers
+
+    if name == "bytes":
+        return transformers.ByT5Tokenizer()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # The hub's client raises many kinds, none of them ours.
+        where = "in that directory" if Path(name).is_dir() else "of that name on the hub"
+        raise UserError(
+            f"tokenizer.name is {name!r}, and no tokenizer {where} could be loaded: {error}\n"
+            "Without a network, give a local directory, or 'bytes', which needs no files."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name!r} has no EOS token, which every response ends in.")
+    return tokenizer
+
+
+def begins_with_bos(tokenizer: Any, policy: str) -> int | None:
+    """The id that prompts begin with, or None.
+
+    Args:
+      tokenizer: a `transformers` tokenizer.
+      policy: "auto" (BOS if the tokenizer has one), "always" or "never".
+
+    Raises:
+      UserError: "always", and the tokenizer has no BOS.
+    """
+    if policy == "never":
+        return None
+    if policy == "always" and tokenizer.bos_token_id is None:
+        raise UserError("tokenizer.bos is 'always', but the tokenizer has no BOS token.")
+    return tokenizer.bos_token_id
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Lengths in tokens, and the special tokens at the ends.
+
+    Attributes:
+      max_length: of prompt plus response.
+      max_prompt_length: of a prompt that has to be cut, BOS included.
+      eos: ends every response.
+      bos: begins every prompt, if not None.
+      may_cut_prompts: whether a prompt that has to be cut is cut or refused.
+    """
+
+    max_length: int
+    max_prompt_length: int
+    eos: int
+    bos: int | None = None
+    may_cut_prompts: bool = True
+
+
+def encode(
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    limits: Limits,
+    counts: Counter[str],
+    where: str = "",
+) -> list[Sequence[int]]:
+    """Adds special tokens and truncates.
+
+    BOS and EOS are added once: not where the ids already have them. If the prompt with
+    its longest response exceeds `max_length`, the prompt keeps its last
+    `max_prompt_length` tokens (BOS counts and stays); a response that is still too long
+    keeps its start and so loses EOS, which keeps the model from learning to stop there.
+
+    Args:
+      prompt: ids without special tokens.
+      responses: ids without special tokens.
+      limits: the lengths and special tokens.
+      counts: receives how many prompts and responses were cut.
+      where: place of the example, for messages.
+
+    Returns:
+      The prompt, then the responses; none is empty.
+
+    Raises:
+      UserError: the prompt is empty and there is no BOS, or it may not be cut.
+    """
+    bos = [] if limits.bos is None or list(prompt[:1]) == [limits.bos] else [limits.bos]
+    prompt = [*bos, *prompt]
+    if not prompt:
+        raise UserError(
+            f"{where}: the prompt is empty, and the tokenizer has no BOS to predict the first "
+            "token of the response from. Put something before the response."
+        )
+    responses = [
+        response if response and response[-1] == limits.eos else [*response, limits.eos]
+        for response in responses
+    ]
+    longest = max(map(len, responses))
+    if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
+        if not limits.may_cut_prompts:
+            raise UserError(
+                f"{where}: the prompt has {len(prompt)} tokens and with its longest response "
+                f"{len(prompt) + longest}, over data.max_length ({limits.max_length}). Raise it, "
+                f"or keep the last {limits.max_prompt_length} tokens of such prompts with "
+                "--config.data.on_long_prompt=truncate."
+            )
+        counts["prompts_cut"] += 1
+        has_bos = limits.bos is not None
+        kept = prompt[len(prompt) - limits.max_prompt_length + has_bos :]
+        prompt = [*prompt[:has_bos], *kept]
+    room = limits.max_length - len(prompt)
+    counts["responses_cut"] += sum(len(response) > room for response in responses)
+    return [prompt, *(response[:room] for response in responses)]
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    limits: Limits,
+    *,
+    parse_special_tokens: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> TokenizedDataset:
+    """Tokenises examples, each prompt and each response by itself.
+
+    Args:
+      examples: at least one response each.
+      tokenizer: a `transformers` tokenizer.
+      limits: lengths and special tokens.
+      parse_special_tokens: read the names of special tokens inside the texts as such.
+      progress: called with the number of examples done so far.
+
+    Raises:
+      UserError: see `encode`.
+    """
+    counts: Counter[str] = Counter(prompts_cut=0, responses_cut=0)
+    pieces: list[np.ndarray] = []
+    piece_counts = [0]
+    for chunk in _chunks(examples):
+        texts = [text for example in chunk for text in (example.prompt, *example.responses)]
+        ids = iter(
+            tokenizer(
+                texts, add_special_tokens=False, split_special_tokens=not parse_special_tokens
+            ).input_ids
+        )
+        for example in chunk:
+            prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
+            encoded = encode(prompt, responses, limits, counts, example.where)
+            pieces += [np.asarray(piece, np.int32) for piece in encoded]
+            piece_counts.append(len(pieces))
+        progress(len(piece_counts) - 1)
+    scores = [example.scores for example in examples]
+    return TokenizedDataset(
+        tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
+        pieces=np.cumsum([0, *map(len, pieces)]),
+        examples=np.asarray(piece_counts),
+        scores=np.asarray(scores, np.float32) if scores and None not in scores else None,
+        counts=counts,
+    )
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), _TEXTS_AT_A_TIME):
+        yield examples[start : start + _TEXTS_AT_A_TIME]

@@ -1,0 +1,48 @@
+"""One pass over held-out examples: per-example values, then one division."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxpref.algorithms import Metric, Objective
+from jaxpref.evaluation.truth import reward_recovery
+from jaxpref.packing import PackedBatch
+
+
+def evaluate(
+    score: Callable[[PackedBatch], Objective],
+    batches: Iterable[PackedBatch],
+    scores: Float[np.ndarray, "examples responses"] | None,
+) -> dict[str, float]:
+    """Weighted means of the loss and of every metric over all examples.
+
+    Args:
+      score: per-example loss and metrics of a batch.
+      batches: every example once, in order; absent groups only at the end.
+      scores: true rewards of the examples, if known; adds `reward_recovery`.
+
+    Returns:
+      Values by name, each with the prefix `eval/`.
+    """
+    objectives = [jax.device_get(score(batch)) for batch in batches]
+    named = [{"loss": objective.loss, **objective.metrics} for objective in objectives]
+    metrics = {
+        name: Metric(
+            np.concatenate([values[name].values for values in named]),
+            np.concatenate([values[name].weights for values in named]),
+        )
+        for name in named[0]
+    }
+    results = {
+        name: float(np.average(metric.values, weights=metric.weights))
+        for name, metric in metrics.items()
+    }
+    if scores is not None and "rewards/chosen" in metrics:
+        rewards = np.stack(
+            [metrics[f"rewards/{which}"].values[: len(scores)] for which in ("chosen", "rejected")],
+            axis=1,
+        )
+        results |= reward_recovery(rewards, scores)
+    return {f"eval/{name}": value for name, value in results.items()}

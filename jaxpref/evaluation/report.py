@@ -1,0 +1,92 @@
+"""What a finished run shows: a table of before and after, and its curves as a PNG."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+_TITLES = {
+    "eval/loss": "loss",
+    "eval/rewards/accuracies": "preference accuracy",
+    "eval/rewards/best_accuracy": "  best possible with these labels",
+    "eval/rewards/margins": "implicit reward margin",
+    "eval/rewards/rank_correlation": "rank correlation with the true reward",
+    "eval/rewards/chosen": "implicit reward, chosen",
+    "eval/rewards/rejected": "implicit reward, rejected",
+    "eval/logps/chosen": "log-prob, chosen (nats)",
+    "eval/logps/rejected": "log-prob, rejected (nats)",
+}
+
+
+def closing_table(lines: list[dict[str, float]]) -> Table | None:
+    """Held-out values of the first and the last evaluation, side by side.
+
+    Args:
+      lines: the run's measurements, as `jaxpref.metrics.read` gives them.
+
+    Returns:
+      A table, or None if nothing was evaluated.
+    """
+    evaluated = [line for line in lines if any(name.startswith("eval/") for name in line)]
+    if not evaluated:
+        return None
+    before, after = evaluated[0], evaluated[-1]
+    table = Table(title="Held-out examples")
+    table.add_column("")
+    table.add_column(f"before (step {before['step']:.0f})", justify="right")
+    table.add_column(f"after (step {after['step']:.0f})", justify="right")
+    for name, title in _TITLES.items():
+        if name in before and name in after:
+            table.add_row(title, f"{before[name]:.3f}", f"{after[name]:.3f}")
+    return table
+
+
+def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
+    """Draws the loss, and for preference methods accuracy, margin and rewards, over steps.
+
+    Args:
+      lines: the run's measurements.
+      path: the PNG to write.
+      title: of the figure.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        panel
+        for panel in (
+            ("loss (nats)", ("loss",)),
+            ("preference accuracy", ("rewards/accuracies", "rewards/best_accuracy")),
+            ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+            ("gradient norm", ("grad_norm",)),
+        )
+        if any(name in line for line in lines for name in panel[1])
+    ]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False
+    )
+    for axis, (label, names) in zip(axes[0], panels, strict=True):
+        for color, name in enumerate(names):
+            short = name.rpartition("/")[2].replace("_", " ")
+            for prefix, style in (("", "-"), ("eval/", "o--")):
+                points = [
+                    (line["step"], line[prefix + name]) for line in lines if prefix + name in line
+                ]
+                if points:
+                    legend = f"{short}, held out" if prefix else short
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=f"C{color}",
+                        label=legend,
+                        markersize=4,
+                        alpha=1.0 if prefix else 0.6,
+                    )
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

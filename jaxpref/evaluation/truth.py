@@ -1,0 +1,36 @@
+"""Implicit rewards against true ones, where the data knows them."""
+
+import numpy as np
+from jaxtyping import Float
+
+
+def reward_recovery(
+    rewards: Float[np.ndarray, "pairs 2"], scores: Float[np.ndarray, "pairs 2"]
+) -> dict[str, float]:
+    """How well learned rewards of chosen and rejected responses recover the true ones.
+
+    A reward is only determined up to a function of the prompt, since the Bradley-Terry
+    likelihood does not change with it (Rafailov et al. 2023, arXiv 2305.18290, lemma 1).
+    So rewards are compared after subtracting each prompt's mean.
+
+    Args:
+      rewards: learned rewards of the chosen and the rejected response.
+      scores: true rewards of the same.
+
+    Returns:
+      `rewards/rank_correlation`, Spearman's, 0 if all learned rewards are alike; and
+      `rewards/best_accuracy`, the share of labels that the true reward agrees with
+      (a tie counts half), which is the best anyone can hope for.
+    """
+    from scipy import stats
+
+    margins = rewards[:, 0] - rewards[:, 1]
+    true_margins = scores[:, 0] - scores[:, 1]
+    # A pair's rewards less their mean are plus and minus half its margin.
+    learned = np.concatenate([margins, -margins])
+    true = np.concatenate([true_margins, -true_margins])
+    alike = np.ptp(learned) == 0 or np.ptp(true) == 0
+    return {
+        "rewards/rank_correlation": 0.0 if alike else float(stats.spearmanr(learned, true)[0]),
+        "rewards/best_accuracy": float(np.mean((1 + np.sign(true_margins)) / 2)),
+    }

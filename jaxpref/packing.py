@@ -1,0 +1,405 @@
+"""The preference tree: K responses that share one prompt, packed into rows.
+
+A group is a prompt followed by its K responses; a row holds several groups:
+
+    tokens     p p p p | a a a | b b b b |  q q | c c | d d d |  . .
+    positions  0 1 2 3 | 4 5 6 | 4 5 6 7 |  0 1 | 2 3 | 2 3 4 |  0 0
+    group      1 1 1 1   1 1 1   1 1 1 1    2 2   2 2   2 2 2    0 0     0 = padding
+    branch     0 0 0 0   1 1 1   2 2 2 2    0 0   1 1   2 2 2    0 0     0 = prompt, k = k-th
+
+A token sees the earlier tokens of its group that lie in the prompt or in its own
+branch, so every response sees exactly what it would see in a row of its own.
+
+What is scored is a table apart: `source` says which hidden state predicts, `target`
+which token, `response` whose it is. The first token of every response is predicted
+from the prompt's last hidden state. Only these positions ever meet the LM head.
+
+Rows are divided into equal shards, one a device along the batch axes of the mesh, and
+the scored positions of a shard's rows share one table, so that a long response in one
+row may use the room that another row leaves.
+
+A group too long for one row is split over several, each with the prompt again. Losses
+still see whole groups, because sums per response come out in batch order, wherever
+the responses were placed.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from jaxpref import logprobs
+
+
+class Group(NamedTuple):
+    """Token ids of a prompt and its responses.
+
+    Attributes:
+      prompt: the prompt, at least one token.
+      responses: K responses of at least one token each.
+    """
+
+    prompt: Int[np.ndarray, " prompt_tokens"]
+    responses: Sequence[Int[np.ndarray, " response_tokens"]]
+
+
+# The fields of a batch that have a row for each row of tokens.
+ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "target", "response")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedBatch:
+    """Groups packed into rows. Arrays may be NumPy's or JAX's.
+
+    Attributes:
+      tokens: token ids.
+      positions: position of each token in its own prompt-plus-response sequence.
+      group: 1, 2, ... within a row; 0 is padding.
+      branch: 0 for a prompt, k for the k-th response of the group.
+      source: which token's hidden state predicts, counted over the shard's rows laid
+        end to end.
+      target: the token to predict.
+      response: `g * K + k` for the k-th response (from 0) of the batch's g-th group;
+        `groups * K` is padding.
+      lengths: scored tokens of each response; 0 where there is no response.
+      extras: further arrays `[groups, ...]` in batch order, such as `reference_logps`.
+      shards: number of equal blocks of rows whose scored positions share a table.
+    """
+
+    tokens: Int[Array | np.ndarray, "rows length"]
+    positions: Int[Array | np.ndarray, "rows length"]
+    group: Int[Array | np.ndarray, "rows length"]
+    branch: Int[Array | np.ndarray, "rows length"]
+    source: Int[Array | np.ndarray, "rows scored"]
+    target: Int[Array | np.ndarray, "rows scored"]
+    response: Int[Array | np.ndarray, "rows scored"]
+    lengths: Int[Array | np.ndarray, "groups responses"]
+    extras: Mapping[str, Shaped[Array | np.ndarray, "groups ..."]]
+    shards: int = dataclasses.field(default=1, metadata={"static": True})
+
+
+def attention_mask(batch: PackedBatch) -> Bool[Array, "rows length length"]:
+    """Who sees whom: `mask[row, query, key]` of the preference tree.
+
+    True where both are in the same group, the key is not later than the query, and
+    the key is in the prompt or in the query's own branch. Padding sees padding, so
+    that no query is left without a key.
+    """
+    group, branch = jnp.asarray(batch.group), jnp.asarray(batch.branch)
+    index = jnp.arange(group.shape[1])
+    not_later = index[:, None] >= index[None, :]
+    same_group = group[:, :, None] == group[:, None, :]
+    visible_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    return same_group & visible_branch & not_later[None]
+
+
+def gather_sources(
+    hidden: Float[Array, "rows length width"], batch: PackedBatch
+) -> Float[Array, "rows scored width"]:
+    """The hidden states that predict the scored tokens; a gather within each shard."""
+    rows, length, width = hidden.shape
+    by_shard = hidden.reshape(batch.shards, rows // batch.shards * length, width)
+    source = jnp.asarray(batch.source)
+    index = source.reshape(batch.shards, -1)
+    return jnp.take_along_axis(by_shard, index[..., None], axis=1).reshape(*source.shape, width)
+
+
+def sum_by_response(
+    values: Float[Array, "rows scored"], batch: PackedBatch
+) -> Float[Array, "groups responses"]:
+    """Sums per-token values over each response, in batch order."""
+    groups, responses = batch.lengths.shape
+    sums = logprobs.response_sums(values, jnp.asarray(batch.response), groups * responses)
+    return sums.reshape(groups, responses)
+
+
+class Budget(NamedTuple):
+    """The fixed shape of a row, and how rows are dealt out.
+
+    Attributes:
+      row_length: tokens a row.
+      scored_length: scored tokens a row; the rows of a shard pool theirs.
+      shards: rows come in multiples of this.
+    """
+
+    row_length: int
+    scored_length: int
+    shards: int = 1
+
+
+class Part(NamedTuple):
+    """A group's prompt with some of its responses, which go into one row together."""
+
+    group: int
+    responses: tuple[int, ...]
+
+
+# Rows, each a list of the parts it holds. There is a multiple of `shards` of them,
+# and some may be empty.
+Plan = list[list[Part]]
+Planner = Callable[[Sequence[int], Sequence[Sequence[int]], Budget], Plan]
+
+
+def plan_tree(
+    prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]], budget: Budget
+) -> Plan:
+    """Places groups in as few rows as best-fit decreasing finds.
+
+    Args:
+      prompt_lengths: tokens of each group's prompt.
+      response_lengths: tokens of each group's responses.
+      budget: the shape of a row.
+
+    Returns:
+      The rows, as many as `round_rows` allows and divisible by `budget.shards`; the
+      same plan for the same lengths, on every host.
+
+    Raises:
+      ValueError: a prompt with one response is longer than a row.
+    """
+    parts = [
+        part
+        for group, (prompt, responses) in enumerate(
+            zip(prompt_lengths, response_lengths, strict=True)
+        )
+        for part in _split(group, prompt, responses, budget.row_length)
+    ]
+    sizes = {
+        part: prompt_lengths[part.group]
+        + sum(response_lengths[part.group][k] for k in part.responses)
+        for part in parts
+    }
+    rows: Plan = []
+    free: list[int] = []
+    for part in sorted(parts, key=lambda part: -sizes[part]):
+        size = sizes[part]
+        fits = [(room, row) for row, room in enumerate(free) if room >= size]
+        if fits:
+            _, row = min(fits)
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(budget.row_length)
+        rows[row].append(part)
+        free[row] -= size
+    return _deal(rows, response_lengths, budget)
+
+
+def plan_padded(
+    prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]], budget: Budget
+) -> Plan:
+    """One response a row with its prompt, the layout of other libraries, for comparison."""
+    rows = []
+    for group, (prompt, responses) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
+        for k, length in enumerate(responses):
+            _check_fits(group, k, prompt, length, budget.row_length)
+            rows.append([Part(group, (k,))])
+    return _deal(rows, response_lengths, budget)
+
+
+def round_rows(rows: int, shards: int = 1) -> int:
+    """The number of rows to allocate for `rows`: few sizes, so few compilations.
+
+    Rows per shard are exact up to 16, then round up to an eighth of a power of two: at
+    most an eighth is empty, and sizes within a factor of two compile at most 8 times.
+    """
+    per_shard = max(-(-rows // shards), 1)
+    step = max(2 ** ((per_shard - 1).bit_length() - 4), 1)
+    return -(-per_shard // step) * step * shards
+
+
+def scored_budget(
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[Sequence[int]],
+    row_length: int,
+) -> int:
+    """Scored tokens a row that keep the table full: the data's own share, and a tenth more."""
+    prompts = sum(prompt_lengths)
+    responses = sum(sum(lengths) for lengths in response_lengths)
+    share = responses / max(prompts + responses, 1)
+    return min(-(-int(1.1 * share * row_length + 1) // 16) * 16, row_length)
+
+
+def plan(groups: Sequence[Group], budget: Budget, planner: Planner = plan_tree) -> Plan:
+    """Plans the rows of `groups`.
+
+    Raises:
+      ValueError: an empty prompt or response, or one too long for a row.
+    """
+    _check_groups(groups)
+    return planner(
+        [len(group.prompt) for group in groups],
+        [[len(response) for response in group.responses] for group in groups],
+        budget,
+    )
+
+
+def widen(plan: Plan, rows: int, shards: int = 1) -> Plan:
+    """The plan with empty rows added to each shard until there are `rows` in all."""
+    old, new = len(plan) // shards, rows // shards
+    blocks = [plan[i * old : (i + 1) * old] for i in range(shards)]
+    return [row for block in blocks for row in [*block, *([] for _ in range(new - old))]]
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    row_length: int,
+    scored_length: int | None = None,
+    shards: int = 1,
+    planner: Planner = plan_tree,
+) -> PackedBatch:
+    """Packs groups into rows.
+
+    Args:
+      groups: prompts with their responses; K may differ from group to group.
+      row_length: tokens a row, at least the longest prompt plus response.
+      scored_length: scored tokens a row; by default `row_length`, which always suffices.
+      shards: blocks of rows, one a device along the batch axes of the mesh.
+      planner: `plan_tree`, or `plan_padded` for one response a row.
+
+    Returns:
+      The batch, with NumPy arrays, its groups in the order given.
+
+    Raises:
+      ValueError: an empty prompt or response, or one too long for a row.
+
+    >>> import numpy as np
+    >>> group = Group(np.array([1, 2]), [np.array([3]), np.array([4, 5])])
+    >>> pack([group], row_length=6).branch.tolist()
+    [[0, 0, 1, 2, 2, 0]]
+    """
+    budget = Budget(row_length, scored_length or row_length, shards)
+    return materialise(plan(groups, budget, planner), groups, budget)
+
+
+def materialise(
+    plan: Plan,
+    groups: Sequence[Group],
+    budget: Budget,
+    *,
+    responses: int | None = None,
+    batch_size: int | None = None,
+) -> PackedBatch:
+    """Writes the tokens of `groups` where `plan` places them.
+
+    Args:
+      plan: the rows.
+      groups: the groups that were planned.
+      budget: the shape that was planned for.
+      responses: K of the tables; by default the largest K among the groups.
+      batch_size: groups in the tables; by default those given. More are absent, with
+        length 0.
+    """
+    rows, shards = len(plan), budget.shards
+    responses = responses or max((len(group.responses) for group in groups), default=1)
+    batch_size = batch_size or len(groups)
+    tokens, positions, group_ids, branch = np.zeros((4, rows, budget.row_length), np.int32)
+    table = (shards, rows // shards * budget.scored_length)
+    source, target = np.zeros((2, *table), np.int32)
+    response = np.full(table, batch_size * responses, np.int32)
+    lengths = np.zeros((batch_size, responses), np.int32)
+    filled = [0] * shards
+    for row, parts in enumerate(plan):
+        shard, row_in_shard = divmod(row, rows // shards)
+        first_of_row = row_in_shard * budget.row_length
+        end = 0
+        for number, part in enumerate(parts, start=1):
+            prompt = groups[part.group].prompt
+            start, end = end, end + len(prompt)
+            tokens[row, start:end] = prompt
+            positions[row, start:end] = np.arange(len(prompt))
+            group_ids[row, start:end] = number
+            last_of_prompt = first_of_row + end - 1
+            for k in part.responses:
+                ids = groups[part.group].responses[k]
+                start, end = end, end + len(ids)
+                tokens[row, start:end] = ids
+                positions[row, start:end] = np.arange(len(prompt), len(prompt) + len(ids))
+                group_ids[row, start:end] = number
+                branch[row, start:end] = k + 1
+                scored = slice(filled[shard], filled[shard] + len(ids))
+                filled[shard] += len(ids)
+                # Each token is predicted from the one before it, the first from the prompt.
+                source[shard, scored] = np.arange(start - 1, end - 1) + first_of_row
+                source[shard, scored.start] = last_of_prompt
+                target[shard, scored] = ids
+                response[shard, scored] = part.group * responses + k
+                lengths[part.group, k] = len(ids)
+    by_row = (rows, budget.scored_length)
+    return PackedBatch(
+        tokens=tokens,
+        positions=positions,
+        group=group_ids,
+        branch=branch,
+        source=source.reshape(by_row),
+        target=target.reshape(by_row),
+        response=response.reshape(by_row),
+        lengths=lengths,
+        extras={},
+        shards=shards,
+    )
+
+
+def _split(group: int, prompt: int, responses: Sequence[int], row_length: int) -> list[Part]:
+    """The group whole if it fits a row, else in parts that do, first fit decreasing."""
+    if prompt + sum(responses) <= row_length:
+        return [Part(group, tuple(range(len(responses))))]
+    parts: list[list[int]] = []
+    for k in sorted(range(len(responses)), key=lambda k: -responses[k]):
+        _check_fits(group, k, prompt, responses[k], row_length)
+        for part in parts:
+            if prompt + sum(responses[j] for j in part) + responses[k] <= row_length:
+                part.append(k)
+                break
+        else:
+            parts.append([k])
+    return [Part(group, tuple(sorted(part))) for part in parts]
+
+
+def _deal(rows: Plan, response_lengths: Sequence[Sequence[int]], budget: Budget) -> Plan:
+    """Deals rows to shards, most scored tokens first, so that no shard's table overflows."""
+    scored = [sum(response_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: -scored[row])
+    total = round_rows(len(rows), budget.shards)
+    while True:
+        per_shard = total // budget.shards
+        shards: list[list[int]] = [[] for _ in range(budget.shards)]
+        load = [0] * budget.shards
+        for row in order:
+            open_shards = [s for s in range(budget.shards) if len(shards[s]) < per_shard]
+            shard = min(open_shards, key=lambda s: load[s])
+            shards[shard].append(row)
+            load[shard] += scored[row]
+        if max(load) <= per_shard * budget.scored_length:
+            break
+        total = round_rows(total + 1, budget.shards)
+    return [
+        row
+        for shard in shards
+        for row in [*(rows[i] for i in sorted(shard)), *([] for _ in range(per_shard - len(shard)))]
+    ]
+
+
+def _check_fits(group: int, k: int, prompt: int, response: int, row_length: int) -> None:
+    if prompt + response > row_length:
+        raise ValueError(
+            f"group {group}: a prompt of {prompt} tokens and response {k} of {response} do not fit "
+            f"a row of {row_length}. Truncate them, or make rows longer (data.row_length)."
+        )
+
+
+def _check_groups(groups: Sequence[Group]) -> None:
+    for index, group in enumerate(groups):
+        empty = [k for k, response in enumerate(group.responses) if len(response) == 0]
+        if len(group.prompt) == 0 or empty:
+            what = f"response {empty[0]}" if empty else "the prompt"
+            raise ValueError(
+                f"group {index}: {what} is empty. A prompt needs a token to predict from "
+                "(BOS will do), and a response a token to score."
+            )

@@ -1,0 +1,116 @@
+"""One mesh, `(data, fsdp, tensor)`, and which axis of an array lies along which axis of it.
+
+`data` and `fsdp` both split the rows of a batch; `fsdp` also splits parameters along
+their width, `tensor` along heads, feed-forward and vocabulary. Arrays name their axes
+logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps these names.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpref.errors import UserError
+from jaxpref.packing import ROW_FIELDS, PackedBatch
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, Any], ...] = (
+    ("rows", ("data", "fsdp")),
+    ("length", None),
+    ("activation", None),
+    ("vocabulary", "tensor"),
+    ("width", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("feed_forward", "tensor"),
+    ("head_dim", None),
+    ("norm", None),
+    ("layers", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices.
+
+    Args:
+      data: devices along `data`; -1 for all that the other two leave.
+      fsdp: devices along `fsdp`, or -1.
+      tensor: devices along `tensor`, or -1.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        known = -(sizes[0] * sizes[1] * sizes[2])
+        sizes[sizes.index(-1)] = devices // known if known > 0 else 0
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != devices:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} should multiply to the "
+            f"{devices} devices here ({jax.devices()[0].platform}); one of them may be -1."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Blocks that the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Makes the mesh and the rules known to what is traced inside."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def shardings(mesh: Mesh, abstract: Any) -> Any:
+    """Where each array of a tree goes.
+
+    Args:
+      mesh: the mesh.
+      abstract: shapes, boxed with logical axis names as Linen's `init` gives them
+        under `jax.eval_shape`; what carries no names is replicated.
+
+    Returns:
+      The tree, unboxed, of `NamedSharding`. An axis that its mesh axes do not divide
+      is not split.
+    """
+
+    def place(leaf: Any) -> NamedSharding:
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        rules = dict(RULES)
+        spec = [
+            rules[name] if size % _ways(mesh, rules[name]) == 0 else None
+            for name, size in zip(leaf.names, leaf.value.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
+    """Puts a batch of micro-batches (a leading axis) on the devices: rows split, tables whole."""
+
+    def put(x: Any, spec: PartitionSpec) -> jax.Array:
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+
+    by_row, whole = PartitionSpec(None, ("data", "fsdp")), PartitionSpec()
+    rows: dict[str, Any] = {name: put(getattr(batch, name), by_row) for name in ROW_FIELDS}
+    extras = {name: put(x, whole) for name, x in batch.extras.items()}
+    return dataclasses.replace(batch, **rows, lengths=put(batch.lengths, whole), extras=extras)
+
+
+def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    ways = 1
+    for name in axes:
+        ways *= mesh.shape[name]
+    return ways

@@ -1,0 +1,505 @@
+"""The one train loop: mesh, data, state, resume; then batch, update, log, evaluate, save."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxpref import (
+    algorithms,
+    checkpoint,
+    evaluation,
+    models,
+    packing,
+    sharding,
+)
+from jaxpref import (
+    config as config_lib,
+)
+from jaxpref import (
+    data as data_lib,
+)
+from jaxpref import (
+    metrics as metrics_lib,
+)
+from jaxpref import (
+    optimizer as optimizer_lib,
+)
+from jaxpref import (
+    reference as reference_lib,
+)
+from jaxpref.algorithms import Algorithm, Metric, Objective, response_logps
+from jaxpref.data import BatchStream, Data, TokenizedDataset
+from jaxpref.errors import UserError
+from jaxpref.metrics import console
+from jaxpref.models import Decoder
+from jaxpref.packing import Budget, PackedBatch
+
+# A gradient may vanish by chance once; not three times from the start.
+_ZERO_GRADIENTS_ALLOWED = 2
+
+
+class State(NamedTuple):
+    """What a run carries from update to update."""
+
+    step: jax.Array
+    params: Any
+    optimizer_state: Any
+
+
+def run(config: ConfigDict, workdir: str | Path) -> None:
+    """Trains as the config says; run again, it resumes from the last checkpoint.
+
+    Args:
+      config: from a recipe.
+      workdir: receives checkpoints, `metrics.jsonl`, TensorBoard files and `curves.png`.
+
+    Raises:
+      UserError: something the user gave cannot be used, or the run cannot go on.
+      KeyboardInterrupt: interrupted; the state was saved.
+    """
+    workdir = Path(workdir)
+    config_lib.check(config)
+    data_lib.check(config)
+    _check_source(config)
+    checkpoint.prepare_workdir(workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+
+    tokenizer = data_lib.load_tokenizer(config.tokenizer.name)
+    model = models.build(config.model, len(tokenizer))
+    algorithm = algorithms.build(config, model)
+    with console.status("tokenising") as status:
+        data = data_lib.load(
+            config,
+            tokenizer,
+            algorithm.select,
+            progress=lambda done: status.update(f"tokenising: {done} examples"),
+        )
+    steps = config.train.steps or max(
+        round(config.train.epochs * len(data.train) / config.data.batch_size), 1
+    )
+    identity = checkpoint.describe_run(config, data.fingerprint())
+    checkpoint.check_same_run(workdir, identity)
+
+    optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
+    abstract = abstract_state(model, optimizer, mesh)
+    with sharding.use(mesh):
+        checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
+        start = checkpoints.latest or 0
+        if checkpoints.latest is None:
+            state = initial_state(config, model, optimizer, abstract)
+            checkpoint.write_run(workdir, identity)
+        else:
+            rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
+            params, rest = checkpoints.restore(start, abstract.params, rest)
+            state = State(params=params, **rest)
+        reference, tables = _reference(
+            config, workdir, mesh, model, data, state.params if start == 0 else None, abstract
+        )
+        train_stream, held_out_stream = _streams(config, mesh, data, tables)
+        _describe(config, mesh, abstract, data, train_stream, start, steps)
+
+        update = make_update(algorithm, optimizer, schedule)
+        score = make_score(algorithm)
+
+        def evaluate(state: State) -> dict[str, float]:
+            if held_out_stream is None or data.held_out is None:
+                return {}
+            return evaluation.evaluate(
+                lambda batch: score(state.params, reference, sharding.put_batch(mesh, batch)),
+                held_out_stream.once(),
+                data.held_out.scores,
+            )
+
+        with (
+            metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
+            _interrupts() as interrupted,
+        ):
+            if start == 0:
+                counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
+                writer.write(0, {**counts, **evaluate(state)})
+            log = _Log(writer, config.train.log_every, start, steps)
+            for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
+                log.dispatching(step, batch)
+                state, measured = update(state, reference, sharding.put_batch(mesh, batch))
+                log.dispatched(step, measured)
+                last = step == steps
+                if last or _due(step, config.train.eval_every):
+                    log.settle()
+                    writer.write(step, evaluate(state))
+                if last or interrupted() or _due(step, config.train.save_every):
+                    # Only a state whose update was finite may become the last good one.
+                    log.settle()
+                    rest = {"step": state.step, "optimizer_state": state.optimizer_state}
+                    checkpoints.save(step, state.params, rest)
+                    log.pause()
+                if interrupted() and not last:
+                    checkpoints.close()
+                    raise KeyboardInterrupt(
+                        f"interrupted after step {step}, which is saved; the same command resumes."
+                    )
+        checkpoints.close()
+    _report(workdir, config)
+
+
+def abstract_state(model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state, without computing anything."""
+
+    def init(key: jax.Array) -> State:
+        params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        nn.meta.unbox(boxed),
+        sharding.shardings(mesh, boxed),
+    )
+
+
+def initial_state(
+    config: ConfigDict,
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    abstract: State,
+) -> State:
+    """The state before the first update, with the weights that `model.init_from` names."""
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    if config.model.init_from:
+        source = Path(config.model.init_from)
+        params, step = checkpoint.restore_params(source, abstract.params)
+        console.print(f"weights from {source}, step {step}")
+    else:
+
+        def init(key: jax.Array) -> Any:
+            # Traced outside the mesh's rules: one row of tokens cannot be split.
+            with nn.logical_axis_rules(()):
+                return nn.meta.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+
+        params = jax.jit(init, out_shardings=where.params)(jax.random.key(config.seed))
+    optimizer_state = jax.jit(optimizer.init, out_shardings=where.optimizer_state)(params)
+    return State(jax.device_put(jnp.zeros((), jnp.int32), where.step), params, optimizer_state)
+
+
+def make_update(
+    algorithm: Algorithm,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any],
+) -> Callable[[State, Any, PackedBatch], tuple[State, dict[str, Metric]]]:
+    """The jitted update `(state, reference, batch)` to a new state and what it measured.
+
+    The batch has a leading axis of micro-batches. Each measurement is a sum of weighted
+    values and the sum of their weights; the gradient is of the loss's sum, divided once
+    by its weight, so that it does not depend on how the batch was cut.
+    """
+
+    def weighted_loss(params: Any, reference: Any, batch: PackedBatch) -> tuple[Any, dict]:
+        objective = algorithm.loss(params, algorithm.prepare(reference, batch))
+        sums = {
+            name: Metric(_weighted_sum(metric), metric.weights.sum())
+            for name, metric in {"loss": objective.loss, **objective.metrics}.items()
+        }
+        return sums["loss"].values, sums
+
+    gradient = jax.grad(weighted_loss, has_aux=True)
+
+    def update(state: State, reference: Any, batch: PackedBatch) -> tuple[State, dict[str, Metric]]:
+        gradients, sums = _over_micro_batches(
+            lambda micro: gradient(state.params, reference, micro), batch
+        )
+        gradients = jax.tree.map(lambda g: g / sums["loss"].weights, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        for name, value in {
+            "grad_norm": optax.global_norm(gradients),
+            "update_norm": optax.global_norm(updates),
+            "learning_rate": schedule(state.step),
+        }.items():
+            sums[name] = Metric(jnp.asarray(value, jnp.float32), jnp.ones(()))
+        return State(state.step + 1, params, optimizer_state), sums
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def make_score(algorithm: Algorithm) -> Callable[[Any, Any, PackedBatch], Objective]:
+    """The jitted `(params, reference, batch)` to per-example losses and metrics."""
+
+    def score(params: Any, reference: Any, batch: PackedBatch) -> Objective:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        return algorithm.loss(params, algorithm.prepare(reference, batch))
+
+    return jax.jit(score)
+
+
+def _weighted_sum(metric: Metric) -> jax.Array:
+    # A value without weight may be anything, NaN too.
+    return jnp.where(metric.weights > 0, metric.values * metric.weights, 0).sum()
+
+
+def _over_micro_batches(function: Callable[[PackedBatch], Any], batch: PackedBatch) -> Any:
+    """The sum of `function` over the leading axis."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return function(first)
+
+    def add(total: Any, micro: PackedBatch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(micro)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, batch)[0]
+
+
+def _check_source(config: ConfigDict) -> None:
+    """Refuses weights that cannot be loaded, or that belong to a model of another shape."""
+    source = config.model.init_from
+    if not source:
+        return
+    there = checkpoint.read_run(Path(source))
+    if there is None:
+        raise UserError(
+            f"model.init_from is {source!r}, which is not a jaxpref workdir; "
+            "loading Hugging Face weights is not possible yet."
+        )
+    shape = [f"model.{f.name}" for f in dataclasses.fields(models.DecoderConfig)]
+    numerics = ("model.dtype", "model.remat", "model.attention_block")
+    for key in [*(key for key in shape if key not in numerics), "tokenizer.name"]:
+        if there.get(key) != config_lib.get(config, key):
+            raise UserError(
+                f"model.init_from={source}: {key} is {there.get(key)!r} there and "
+                f"{config_lib.get(config, key)!r} here; give --config.{key}={there.get(key)}."
+            )
+
+
+def _reference(
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    model: Decoder,
+    data: Data,
+    initial_params: Any,
+    abstract: State,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """The frozen parameters, if they are needed live, and the precomputed log-probs, if any.
+
+    `initial_params` is None when the run resumes; both then come from the workdir.
+    """
+    mode = config.reference.mode
+    if mode == "free":
+        return None, {}
+    if mode == "live":
+        if initial_params is None:
+            return checkpoint.restore_reference(workdir, abstract.params), {}
+        checkpoint.save_reference(workdir, initial_params)
+        # A copy, since the update takes over the policy's buffers.
+        return jax.tree.map(jnp.copy, initial_params), {}
+    if initial_params is None:
+        return None, reference_lib.load_table(workdir, data.fingerprint())
+    logps = jax.jit(
+        lambda params, batch: response_logps(model, params, jax.tree.map(lambda x: x[0], batch))
+    )
+    tables = {}
+    for name, dataset in (("train", data.train), ("held_out", data.held_out)):
+        if dataset is not None:
+            stream = _stream(config, mesh, data, dataset, micro_batches=1)
+            with console.status("reference") as status:
+                tables[name] = reference_lib.precompute(
+                    lambda batch: logps(initial_params, sharding.put_batch(mesh, batch)),
+                    stream.once(),
+                    len(dataset),
+                    lambda done: status.update(f"reference log-probs: {done} examples"),
+                )
+    reference_lib.save_table(workdir, tables, data.fingerprint())
+    return None, tables
+
+
+def _stream(
+    config: ConfigDict,
+    mesh: Mesh,
+    data: Data,
+    dataset: TokenizedDataset,
+    *,
+    micro_batches: int,
+    table: np.ndarray | None = None,
+) -> BatchStream:
+    row_length = config.data.row_length or config.data.max_length
+    train = data.train
+    scored_length = config.data.scored_length or packing.scored_budget(
+        train.prompt_lengths, train.response_lengths, row_length
+    )
+    batch_size = config.data.batch_size
+    if dataset is not train:
+        # No gradients are kept, but no more memory than training's is taken either.
+        batch_size //= config.train.micro_batches
+    return BatchStream(
+        dataset,
+        batch_size=batch_size,
+        budget=Budget(row_length, scored_length, sharding.batch_shards(mesh)),
+        seed=config.seed,
+        micro_batches=micro_batches,
+        extras={} if table is None else {"reference_logps": table},
+    )
+
+
+def _streams(
+    config: ConfigDict, mesh: Mesh, data: Data, tables: dict[str, np.ndarray]
+) -> tuple[BatchStream, BatchStream | None]:
+    train = _stream(
+        config,
+        mesh,
+        data,
+        data.train,
+        micro_batches=config.train.micro_batches,
+        table=tables.get("train"),
+    )
+    if data.held_out is None:
+        return train, None
+    table = tables.get("held_out")
+    return train, _stream(config, mesh, data, data.held_out, micro_batches=1, table=table)
+
+
+class _Log:
+    """Reads what a step measured after the next one is dispatched, and writes the means."""
+
+    def __init__(self, writer: metrics_lib.Writer, every: int, start: int, steps: int):
+        self._writer, self._every, self._steps = writer, every, steps
+        self._first = start + 1
+        self._pending: tuple[int, dict[str, Metric]] | None = None
+        self._mean = metrics_lib.Mean()
+        self._shapes: set[tuple[int, ...]] = set()
+        self._zero_gradients = 0
+        self._work = (0, 0)
+        self._timed = False
+        self._since = time.monotonic()
+
+    def dispatching(self, step: int, batch: PackedBatch) -> None:
+        """Notes the work of a step; a new shape means a compilation, which is not timed."""
+        shape = batch.tokens.shape
+        self._timed = shape in self._shapes
+        if not self._timed:
+            self.settle()
+            self._shapes.add(shape)
+            console.print(
+                f"step {step}: compiling for {shape[1]} rows of {shape[2]} tokens"
+                f" (shape {len(self._shapes)})"
+            )
+        self._next_work = (int((batch.group > 0).sum()), int((batch.lengths[..., 0] > 0).sum()))
+
+    def dispatched(self, step: int, measured: dict[str, Metric]) -> None:
+        """Takes over a step's measurements, and settles those of the step before."""
+        self.settle()
+        self._pending, self._work = (step, measured), self._next_work
+        if not self._timed or step == self._steps:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the pending step; checks, adds up, and writes if it is time."""
+        if self._pending is None:
+            return
+        (step, measured), self._pending = self._pending, None
+        sums = jax.device_get(measured)
+        now = time.monotonic()
+        if self._timed:
+            tokens, groups = self._work
+            seconds = now - self._since
+            self._mean.add("perf/step_seconds", seconds, 1)
+            self._mean.add("perf/tokens_per_second", tokens, seconds)
+            self._mean.add("perf/pairs_per_second", groups, seconds)
+        self._since = now
+        values = {name: float(m.values) / float(m.weights or 1) for name, m in sums.items()}
+        metrics_lib.require_finite(step, values)
+        self._require_gradient(step, values["grad_norm"])
+        for name, metric in sums.items():
+            self._mean.add(name, float(metric.values), float(metric.weights))
+        self._writer.step(step)
+        if step in (self._first, self._steps) or step % self._every == 0:
+            self._writer.write(step, self._mean.result())
+            self._mean = metrics_lib.Mean()
+
+    def pause(self) -> None:
+        """Leaves what happened since the last step out of the next one's time."""
+        self._since = time.monotonic()
+
+    def _require_gradient(self, step: int, norm: float) -> None:
+        self._zero_gradients = self._zero_gradients + 1 if norm == 0 else 0
+        trained = step - self._first + 1
+        if self._zero_gradients == trained > _ZERO_GRADIENTS_ALLOWED:
+            raise UserError(
+                f"step {step}: the gradient was exactly zero everywhere in all {trained} steps so "
+                "far, so nothing trains. Are chosen and rejected the same text, or is every "
+                "parameter frozen?"
+            )
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    seen: list[int] = []
+    before: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        console.print("\ninterrupted: saving after this step (once more to stop at once)")
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:
+        # Handlers belong to the main thread; a caller in another one has its own.
+        before.clear()
+    try:
+        yield lambda: bool(seen)
+    finally:
+        restore()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _describe(
+    config: ConfigDict,
+    mesh: Mesh,
+    abstract: State,
+    data: Data,
+    stream: BatchStream,
+    start: int,
+    steps: int,
+) -> None:
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
+    console.print(f"model: {parameters / 1e6:.1f}M parameters; mesh: {axes} ({jax.devices()[0]})")
+    console.print(f"data: {counts}")
+    console.print(
+        f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples, rows of "
+        f"{stream.budget.row_length} tokens with {stream.budget.scored_length} scored"
+        + (f"; resuming after step {start}" if start else "")
+    )
+
+
+def _report(workdir: Path, config: ConfigDict) -> None:
+    if jax.process_index():
+        return
+    lines = metrics_lib.read(workdir / "metrics.jsonl")
+    curves = workdir / "curves.png"
+    evaluation.plot_curves(lines, curves, f"{config.algorithm.name}, {workdir.name}")
+    table = evaluation.closing_table(lines)
+    if table is not None:
+        console.print(table)
+    console.print(f"curves: {curves}\nmeasurements: {workdir / 'metrics.jsonl'}")

@@ -1,0 +1,54 @@
+"""Shared by all tests: 8 fake CPU devices, strict JAX, shapes checked at run time."""
+
+import os
+
+# Before JAX starts: a mesh to shard over, and products in full float32 on every backend.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("jaxpref", "beartype.beartype")
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from jaxpref import packing
+from jaxpref.models import Decoder, DecoderConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+TINY = DecoderConfig(
+    vocabulary_size=64,
+    width=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    feed_forward=24,
+    attention_block=8,
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Decoder:
+    return Decoder(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model):
+    tokens = np.zeros((1, 2), np.int32)
+    return nn.meta.unbox(jax.jit(tiny_model.init)(jax.random.key(0), tokens))["params"]
+
+
+def random_groups(seed: int, count: int, responses: int = 2, longest: int = 6) -> list:
+    """Groups of random tokens, with lengths from 1 to `longest`."""
+    rng = np.random.default_rng(seed)
+
+    def ids() -> np.ndarray:
+        return rng.integers(1, TINY.vocabulary_size, rng.integers(1, longest + 1), dtype=np.int32)
+
+    return [packing.Group(ids(), [ids() for _ in range(responses)]) for _ in range(count)]

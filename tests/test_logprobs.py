@@ -1,0 +1,186 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxpref import logprobs
+from jaxpref.logprobs import LMHead
+
+TOKENS, WIDTH, VOCABULARY = 12, 8, 50
+
+
+def inputs(dtype=jnp.float32, *, bias=True, soft_cap=None, shape=(TOKENS,)):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (*shape, WIDTH), dtype)
+    kernel = jax.random.normal(keys[1], (VOCABULARY, WIDTH), dtype)
+    offset = jax.random.normal(keys[2], (VOCABULARY,), dtype) if bias else None
+    targets = jax.random.randint(keys[3], shape, 0, VOCABULARY)
+    # The first and the last column are where a block's edge would go wrong.
+    targets = targets.at[..., 0].set(0).at[..., 1].set(VOCABULARY - 1)
+    return hidden, LMHead(kernel, offset, soft_cap), targets
+
+
+def full(hidden, head, targets):
+    """The plain way: all logits, log-softmax, entropy."""
+    logits = hidden @ head.kernel.T
+    if head.bias is not None:
+        logits = logits + head.bias[None]
+    if head.soft_cap is not None:
+        logits = head.soft_cap * jnp.tanh(logits / head.soft_cap)
+    logps = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    chosen = jnp.take_along_axis(logps, targets[..., None], -1)[..., 0]
+    return chosen, -(jnp.exp(logps) * logps).sum(-1)
+
+
+HEADS = [{"bias": False}, {"bias": True}, {"soft_cap": 3.0}, {"bias": False, "soft_cap": 3.0}]
+BLOCKS = [7, 10, 25, 49, 50, 64, None]
+
+
+@pytest.mark.parametrize("head_kind", HEADS)
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_equals_full_logits(head_kind, block_size):
+    with jax.enable_x64(True):
+        hidden, head, targets = inputs(jnp.float64, **head_kind)
+        weights = jnp.arange(1.0, TOKENS + 1)
+
+        def blockwise(hidden, kernel, bias):
+            out = logprobs.token_logprobs_and_entropy(
+                hidden, LMHead(kernel, bias, head.soft_cap), targets, block_size=block_size
+            )
+            return (weights * (out.logprobs + 0.5 * out.entropy)).sum(), out
+
+        def plain(hidden, kernel, bias):
+            chosen, entropy = full(hidden, LMHead(kernel, bias, head.soft_cap), targets)
+            return (weights * (chosen + 0.5 * entropy)).sum(), (chosen, entropy)
+
+        which = (0, 1) if head.bias is None else (0, 1, 2)
+        arrays = (hidden, head.kernel, head.bias)
+        (_, out), gradients = jax.value_and_grad(blockwise, which, has_aux=True)(*arrays)
+        (_, expected), wanted = jax.value_and_grad(plain, which, has_aux=True)(*arrays)
+        np.testing.assert_allclose(out.logprobs, expected[0], rtol=1e-10)
+        np.testing.assert_allclose(out.entropy, expected[1], rtol=1e-10)
+        for gradient, want in zip(gradients, wanted, strict=True):
+            np.testing.assert_allclose(gradient, want, rtol=1e-9, atol=1e-12)
+
+
+def test_check_grads():
+    with jax.enable_x64(True):
+        hidden, head, targets = inputs(jnp.float64, soft_cap=5.0)
+
+        def function(*arrays):
+            h, k, b = map(jnp.asarray, arrays)
+            return logprobs.token_logprobs(h, LMHead(k, b, 5.0), targets, block_size=16)
+
+        check_grads(
+            function,
+            (hidden, head.kernel, head.bias),
+            order=1,
+            modes=["rev"],
+        )
+
+
+def largest_array(jaxpr) -> int:
+    """Entries of the largest intermediate in a jaxpr and in all it calls."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size for v in equation.outvars if hasattr(v.aval, "size")]
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "jaxpr"):
+                inner = inner.jaxpr
+            if hasattr(inner, "eqns"):
+                sizes.append(largest_array(inner))
+    return max(sizes)
+
+
+def test_full_logits_exist_in_neither_pass():
+    tokens, vocabulary, block = 64, 4096, 256
+    hidden, kernel = jnp.ones((tokens, 4)), jnp.ones((vocabulary, 4))
+    targets = jnp.zeros(tokens, jnp.int32)
+
+    def loss(hidden, kernel):
+        return logprobs.token_logprobs(hidden, LMHead(kernel), targets, block_size=block).sum()
+
+    def loss_full(hidden, kernel):
+        return full(hidden, LMHead(kernel), targets)[0].sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, kernel)
+    assert largest_array(jaxpr.jaxpr) == tokens * block
+    plain = jax.make_jaxpr(jax.grad(loss_full, (0, 1)))(hidden, kernel)
+    assert largest_array(plain.jaxpr) == tokens * vocabulary
+
+
+def test_any_leading_shape_and_vmap():
+    hidden, head, targets = inputs(shape=(2, 3, 2))
+    out = logprobs.token_logprobs(hidden, head, targets)
+    expected = full(hidden.reshape(-1, WIDTH), head, targets.ravel())[0].reshape(2, 3, 2)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-5)
+    mapped = jax.vmap(lambda h, t: logprobs.token_logprobs(h, head, t))(hidden, targets)
+    np.testing.assert_allclose(mapped, out, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_gives_float32_close_to_float32():
+    hidden, head, targets = inputs(jnp.bfloat16, bias=False)
+    out = logprobs.token_logprobs(hidden, head, targets, block_size=16)
+    assert out.dtype == jnp.float32
+    # bfloat16 products are exact in float32, so only the order of summation differs.
+    exact = full(hidden.astype(jnp.float32), LMHead(head.kernel.astype(jnp.float32)), targets)[0]
+    np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-5)
+    gradients = jax.grad(lambda h, k: logprobs.token_logprobs(h, LMHead(k), targets).sum(), (0, 1))(
+        hidden, head.kernel
+    )
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6])
+def test_huge_logits_stay_finite(scale):
+    hidden, head, targets = inputs(bias=False)
+
+    def both(hidden):
+        out = logprobs.token_logprobs_and_entropy(scale * hidden, head, targets, block_size=16)
+        return (out.logprobs + out.entropy).sum(), out
+
+    (_, out), gradient = jax.value_and_grad(both, has_aux=True)(hidden)
+    assert np.isfinite(out.logprobs).all()
+    assert (np.asarray(out.logprobs) <= 0).all()
+    np.testing.assert_allclose(out.entropy, 0, atol=1e-3)
+    assert np.isfinite(gradient).all()
+
+
+def test_nan_is_not_hidden():
+    hidden, head, targets = inputs()
+    out = logprobs.token_logprobs(hidden.at[3, 0].set(jnp.nan), head, targets)
+    np.testing.assert_array_equal(np.isnan(out), np.arange(TOKENS) == 3)
+
+
+def test_from_logits_agrees():
+    hidden, head, targets = inputs(bias=False)
+    out = logprobs.from_logits(hidden @ head.kernel.T, targets)
+    np.testing.assert_allclose(
+        out, logprobs.token_logprobs(hidden, head, targets), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_errors_say_what_does_not_fit():
+    hidden, head, targets = inputs()
+    with pytest.raises(ValueError, match=r"expected hidden states \(12, 8\)"):
+        logprobs.token_logprobs.__wrapped__(hidden[:, :4], head, targets)
+    with pytest.raises(ValueError, match="one target a position"):
+        logprobs.from_logits.__wrapped__(hidden, targets[:-1])
+
+
+def test_sums_and_means_per_response():
+    values = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, jnp.nan]])
+    response = jnp.array([[0, 0, 2], [2, 2, 3]])
+    np.testing.assert_array_equal(logprobs.response_sums(values, response, 3), [3, 0, 12])
+    np.testing.assert_array_equal(logprobs.response_means(values, response, 3), [1.5, 0, 4])
+
+
+def test_padding_gets_no_gradient_even_if_it_is_nan():
+    values = jnp.array([1.0, jnp.nan, 2.0])
+    gradient = jax.grad(lambda v: logprobs.response_means(v, jnp.array([0, 1, -1]), 1).sum())(
+        values
+    )
+    np.testing.assert_array_equal(gradient, [1, 0, 0])

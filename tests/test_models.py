@@ -1,0 +1,141 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from ml_collections import ConfigDict
+
+from jaxpref import models
+from jaxpref.errors import UserError
+from jaxpref.models import Decoder
+from jaxpref.models.attention import attention, rotary_angles, rotate
+
+TOKENS = jax.random.randint(jax.random.key(9), (2, 19), 0, TINY.vocabulary_size)
+
+
+def build(**changes):
+    model = Decoder(dataclasses.replace(TINY, **changes))
+    return model, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS[:1, :2]))
+
+
+def test_causal_by_gradient():
+    """The gradient of position t's output with respect to a later input is exactly zero."""
+    model, variables = build()
+    length = TOKENS.shape[1]
+
+    def outputs(offset):
+        embedding = variables["params"]["embedding"]
+        # One embedding row a position, so that the rows stand for the positions.
+        table = jnp.concatenate([embedding[TOKENS[0]] + offset, embedding[length:]])
+        params = {**variables["params"], "embedding": table}
+        tokens = jnp.arange(length)[None]
+        hidden = model.apply({"params": params}, tokens, method="hidden_states")
+        return hidden[0].sum(-1)
+
+    jacobian = jax.jacrev(outputs)(jnp.zeros((length, TINY.width)))
+    reached = np.abs(jacobian).sum(-1)
+    assert (reached[np.triu_indices(length, 1)] == 0).all()
+    assert (reached[np.tril_indices(length)] > 0).all()
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(remat):
+    def gradient(model, variables):
+        return jax.jit(jax.grad(lambda v: (model.apply(v, TOKENS) ** 2).sum()))(variables)
+
+    plain, recomputed = gradient(*build()), gradient(*build(remat=remat))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(a).max()))
+
+
+def test_compute_dtype_is_apart_from_parameter_dtype():
+    model, variables = build(dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    hidden = model.apply(variables, TOKENS, method="hidden_states")
+    assert hidden.dtype == jnp.bfloat16
+    logits = model.apply(variables, TOKENS)
+    assert logits.dtype == jnp.float32
+    exact = build()[0].apply(variables, TOKENS)
+    assert np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_layers_are_stacked_and_head_untied_on_request():
+    _, variables = build(tied_head=False)
+    params = variables["params"]
+    assert params["layers"]["query"].shape == (2, 16, 4, 4)
+    assert params["layers"]["key"].shape == (2, 16, 2, 4)
+    assert params["head"].shape == params["embedding"].shape == (64, 16)
+    assert "head" not in build()[1]["params"]
+
+
+def test_grouped_queries_equal_repeated_keys():
+    keys = jax.random.split(jax.random.key(1), 3)
+    query = jax.random.normal(keys[0], (2, 10, 4, 6))
+    key, value = (jax.random.normal(k, (2, 10, 2, 6)) for k in keys[1:])
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((10, 10), bool)), (2, 10, 10))
+    grouped = attention(query, key, value, mask, block_size=4)
+    repeated = attention(
+        query, jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2), mask, block_size=16
+    )
+    np.testing.assert_allclose(grouped, repeated, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_its_formula():
+    keys = jax.random.split(jax.random.key(2), 3)
+    query, key, value = (jax.random.normal(k, (1, 5, 1, 4)) for k in keys)
+    mask = jnp.tril(jnp.ones((1, 5, 5), bool))
+    scores = np.asarray(query[0, :, 0] @ key[0, :, 0].T) / np.sqrt(4)
+    weights = np.where(mask[0], np.exp(scores), 0)
+    expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(value[0, :, 0])
+    np.testing.assert_allclose(attention(query, key, value, mask)[0, :, 0], expected, rtol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    keys = jax.random.split(jax.random.key(3), 2)
+    query, key = (jax.random.normal(k, (1, 1, 1, 8)) for k in keys)
+
+    def score(i, j):
+        def turned(x, position):
+            return rotate(x, *rotary_angles(jnp.array([[position]]), 8, 10_000.0))
+
+        return (turned(query, i) * turned(key, j)).sum()
+
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
+    np.testing.assert_allclose(score(5, 5), (query * key).sum(), rtol=1e-5)
+
+
+def test_ids_outside_the_table_give_nan_not_another_token():
+    model, variables = build()
+    assert np.isnan(model.apply(variables, jnp.array([[1, TINY.vocabulary_size]]))[0, 1]).all()
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    model, variables = build(width=64, head_dim=16, feed_forward=128)
+    logps = jax.nn.log_softmax(model.apply(variables, TOKENS))
+    assert abs(-float(logps.mean()) - np.log(TINY.vocabulary_size)) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_heads": 3}, "kv_heads must divide"),
+        ({"head_dim": 5}, "must be even"),
+        ({"remat": "some"}, "one of none, full, dots"),
+    ],
+)
+def test_impossible_shapes_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_tokenizer_larger_than_the_table_is_an_error_with_both_sizes():
+    config = ConfigDict({**dataclasses.asdict(TINY), "init_from": ""})
+    assert models.build(config, 64).config.vocabulary_size == 64
+    config.vocabulary_size = 0
+    assert models.build(config, 100).config.vocabulary_size == 100
+    config.vocabulary_size = 64
+    with pytest.raises(UserError, match="is 64, but the tokenizer gives ids up to 99"):
+        models.build(config, 100)

@@ -1,0 +1,269 @@
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_groups
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpref import logprobs, packing
+from jaxpref.algorithms import response_logps
+from jaxpref.packing import Budget, Group, pack
+
+LENGTHS = st.integers(1, 9)
+GROUPS = st.lists(
+    st.tuples(LENGTHS, st.lists(LENGTHS, min_size=1, max_size=4)), min_size=1, max_size=9
+)
+
+
+def array(*ids):
+    return np.array(ids, np.int32)
+
+
+def groups_of(lengths) -> list[Group]:
+    """Groups in which no two tokens are alike."""
+    ids = itertools.count(1)
+
+    def piece(n):
+        return np.array([next(ids) for _ in range(n)], np.int32)
+
+    return [Group(piece(prompt), [piece(n) for n in responses]) for prompt, responses in lengths]
+
+
+def test_the_drawing_in_the_docstring():
+    p, a, b, q, c, d = 10, 20, 30, 40, 50, 60
+    batch = pack(
+        [
+            Group(
+                array(p, p + 1, p + 2, p + 3),
+                [array(a, a + 1, a + 2), array(b, b + 1, b + 2, b + 3)],
+            ),
+            Group(array(q, q + 1), [array(c, c + 1), array(d, d + 1, d + 2)]),
+        ],
+        row_length=20,
+        scored_length=13,
+    )
+    expected = {
+        "tokens": "10 11 12 13  20 21 22  30 31 32 33  40 41  50 51  60 61 62  0 0",
+        "positions": "0 1 2 3  4 5 6  4 5 6 7  0 1  2 3  2 3 4  0 0",
+        "group": "1 1 1 1  1 1 1  1 1 1 1  2 2  2 2  2 2 2  0 0",
+        "branch": "0 0 0 0  1 1 1  2 2 2 2  0 0  1 1  2 2 2  0 0",
+        "source": "3 4 5  3 7 8 9  12 13  12 15 16  0",
+        "target": "20 21 22  30 31 32 33  50 51  60 61 62  0",
+        "response": "0 0 0  1 1 1 1  2 2  3 3 3  4",
+    }
+    for field, drawing in expected.items():
+        assert getattr(batch, field).tolist() == [[int(x) for x in drawing.split()]], field
+    assert batch.lengths.tolist() == [[3, 4], [2, 3]]
+
+
+def test_mask_is_its_definition():
+    batch = pack(random_groups(0, 5, responses=3), row_length=32)
+    mask = np.asarray(packing.attention_mask(batch))
+    for row, query, key in np.ndindex(*mask.shape):
+        group, branch = batch.group[row], batch.branch[row]
+        expected = (
+            group[query] == group[key]
+            and key <= query
+            and (branch[key] == 0 or branch[key] == branch[query])
+        )
+        assert mask[row, query, key] == expected
+    assert mask.any(axis=-1).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    GROUPS,
+    st.integers(18, 60),
+    st.sampled_from([1, 2, 4]),
+    st.floats(0.3, 1.0),
+    st.sampled_from([packing.plan_tree, packing.plan_padded]),
+)
+def test_every_token_is_laid_once_and_every_response_token_scored_once(
+    lengths, row_length, shards, share, planner
+):
+    groups = groups_of(lengths)
+    scored_length = max(int(row_length * share), 9)
+    batch = pack(
+        groups, row_length=row_length, scored_length=scored_length, shards=shards, planner=planner
+    )
+    rows = batch.tokens.shape[0]
+    assert rows % shards == 0
+    assert batch.tokens.shape == (rows, row_length)
+    assert batch.source.shape == (rows, scored_length)
+
+    response_ids = [int(i) for g in groups for r in g.responses for i in r]
+    prompt_ids = [int(i) for g in groups for i in g.prompt]
+    laid = batch.tokens[batch.group > 0].tolist()
+    assert sorted(i for i in laid if i in set(response_ids)) == sorted(response_ids)
+    # A prompt is laid again only for a group that one row cannot hold.
+    assert set(laid) == set(prompt_ids) | set(response_ids)
+    if planner is packing.plan_tree:
+        fits = [p + sum(rs) <= row_length for p, rs in lengths]
+        once = [int(i) for g, whole in zip(groups, fits, strict=True) for i in g.prompt if whole]
+        assert sorted(i for i in laid if i in set(once)) == sorted(once)
+    assert (batch.tokens[batch.group == 0] == 0).all()
+
+    k = batch.lengths.shape[1]
+    flat = batch.tokens.reshape(shards, -1)
+    positions = batch.positions.reshape(shards, -1)
+    for name in ("source", "target", "response"):
+        assert getattr(batch, name).reshape(shards, -1).shape[1] == rows // shards * scored_length
+    scored = {}
+    for shard, (sources, targets, responses) in enumerate(
+        zip(
+            *(getattr(batch, f).reshape(shards, -1) for f in ("source", "target", "response")),
+            strict=True,
+        )
+    ):
+        for source, target, response in zip(sources, targets, responses, strict=True):
+            if response < len(groups) * k:
+                predictor = int(flat[shard, source])
+                scored.setdefault(int(response), []).append(
+                    (predictor, int(target), int(positions[shard, source]))
+                )
+    expected = {
+        g * k + j: [
+            (before, after, len(group.prompt) - 1 + i)
+            for i, (before, after) in enumerate(
+                itertools.pairwise([int(group.prompt[-1]), *map(int, response)])
+            )
+        ]
+        for g, group in enumerate(groups)
+        for j, response in enumerate(group.responses)
+    }
+    assert scored == expected
+    assert {g * k + j: n for (g, j), n in np.ndenumerate(batch.lengths) if n} == {
+        key: len(value) for key, value in expected.items()
+    }
+
+
+def test_a_response_never_sees_its_rival_or_another_group(tiny_model, tiny_params):
+    """Perturb one response: the log-probs of all others stay bit-identical."""
+    groups = random_groups(1, 4, responses=3)
+    logps = jax.jit(lambda batch: response_logps(tiny_model, tiny_params, batch))
+
+    def run(groups):
+        return np.asarray(logps(pack(groups, row_length=48)))
+
+    before = run(groups)
+    for g, k in np.ndindex(4, 3):
+        changed = list(groups)
+        responses = list(groups[g].responses)
+        responses[k] = (responses[k] + 7) % TINY.vocabulary_size
+        changed[g] = Group(groups[g].prompt, responses)
+        after = run(changed)
+        others = np.ones((4, 3), bool)
+        others[g, k] = False
+        np.testing.assert_array_equal(after[others], before[others])
+        assert after[g, k] != before[g, k]
+
+
+def test_a_prompt_reaches_only_its_own_group(tiny_model, tiny_params):
+    groups = random_groups(2, 4)
+    logps = jax.jit(lambda batch: response_logps(tiny_model, tiny_params, batch))
+    before = np.asarray(logps(pack(groups, row_length=48)))
+    groups[1] = Group((groups[1].prompt + 7) % TINY.vocabulary_size, groups[1].responses)
+    after = np.asarray(logps(pack(groups, row_length=48)))
+    np.testing.assert_array_equal(np.delete(after, 1, 0), np.delete(before, 1, 0))
+    assert (after[1] != before[1]).all()
+
+
+def test_padding_content_changes_nothing(tiny_model, tiny_params):
+    batch = pack(random_groups(3, 3), row_length=64)
+    filled = dataclasses.replace(batch, tokens=np.where(batch.group == 0, 5, batch.tokens))
+    assert (filled.tokens != batch.tokens).any()
+    out, same = (response_logps(tiny_model, tiny_params, b) for b in (batch, filled))
+    np.testing.assert_array_equal(out, same)
+
+
+def value_and_gradient(model, params, batch, weights):
+    def total(params):
+        logps = response_logps(model, params, batch)
+        return (weights * logps).sum(), logps
+
+    return jax.jit(jax.grad(total, has_aux=True))(params)
+
+
+@pytest.mark.parametrize(
+    ("row_length", "scored_length", "shards"), [(64, 64, 1), (24, 18, 2), (12, 8, 1)]
+)
+def test_tree_equals_one_response_a_row(tiny_model, tiny_params, row_length, scored_length, shards):
+    """Also where the groups do not fit a row and are split (12)."""
+    groups = random_groups(4, 7, responses=3)
+    weights = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    tree = pack(groups, row_length=row_length, scored_length=scored_length, shards=shards)
+    padded = pack(groups, row_length=12, planner=packing.plan_padded)
+    gradient, logps = value_and_gradient(tiny_model, tiny_params, tree, weights)
+    wanted, expected = value_and_gradient(tiny_model, tiny_params, padded, weights)
+    np.testing.assert_allclose(logps, expected, rtol=1e-5)
+    for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * float(np.abs(w).max()))
+
+
+def test_log_probs_are_those_of_the_plain_model(tiny_model, tiny_params):
+    """No packing, no mask, no blocks: the model on prompt + response alone."""
+    groups = random_groups(5, 4)
+    packed = response_logps(tiny_model, tiny_params, pack(groups, row_length=32))
+    for (g, k), value in np.ndenumerate(packed):
+        prompt, response = groups[g].prompt, groups[g].responses[k]
+        ids = jnp.concatenate([prompt, response])[None]
+        logits = tiny_model.apply({"params": tiny_params}, ids)
+        logps = logprobs.from_logits(logits[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
+        np.testing.assert_allclose(value, logps.sum(), rtol=1e-5)
+
+
+def test_ragged_k_and_absent_groups():
+    groups = groups_of([(2, [3]), (1, [2, 2, 1])])
+    budget = Budget(16, 16)
+    batch = packing.materialise(
+        packing.plan(groups, budget), groups, budget, responses=4, batch_size=3
+    )
+    assert batch.lengths.tolist() == [[3, 0, 0, 0], [2, 2, 1, 0], [0, 0, 0, 0]]
+    sums = packing.sum_by_response(jnp.ones(batch.target.shape), batch)
+    np.testing.assert_array_equal(sums, batch.lengths)
+
+
+def test_no_groups_give_one_empty_row():
+    batch = pack([], row_length=8)
+    assert batch.tokens.shape == (1, 8)
+    assert (batch.group == 0).all()
+
+
+@given(st.integers(1, 5000), st.sampled_from([1, 2, 8]))
+def test_round_rows(rows, shards):
+    rounded = packing.round_rows(rows, shards)
+    per_shard = -(-rows // shards)
+    assert rounded % shards == 0
+    assert per_shard <= rounded // shards <= per_shard * 9 / 8
+    assert packing.round_rows(rounded, shards) == rounded
+
+
+def test_few_row_counts():
+    assert len({packing.round_rows(rows) for rows in range(33, 65)}) <= 8
+
+
+def test_scored_tokens_over_the_budget_take_more_rows_not_an_error():
+    groups = groups_of([(1, [9]), (1, [9])])
+    batch = pack(groups, row_length=20, scored_length=6)
+    assert batch.tokens.shape[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (Group(array(), [array(1)]), "group 0: the prompt is empty"),
+        (Group(array(1), [array(1), array()]), "group 0: response 1 is empty"),
+        (
+            Group(array(1, 2, 3), [array(1), array(*range(6))]),
+            "response 1 of 6 do not fit a row of 8",
+        ),
+    ],
+)
+@pytest.mark.parametrize("planner", [packing.plan_tree, packing.plan_padded])
+def test_impossible_groups_are_errors(group, message, planner):
+    with pytest.raises(ValueError, match=message):
+        pack([group], row_length=8, planner=planner)
