@@ -5,12 +5,13 @@ Any value of the recipe can be set after it: `--config.algorithm.beta=0.2`.
 
 import ast
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
@@ -51,35 +52,39 @@ def main(argv: list[str]) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them takes one line, not a traceback."""
+    recipe, keys = None, []
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, value = argument.lstrip("-").partition("=")
+        if name == "config" and argument.startswith("-"):
+            recipe = value if given else following
+        elif name.startswith("config.") and argument.startswith("-"):
+            keys.append(name.removeprefix("config."))
+    if recipe:
+        config = _load_recipe(recipe)
+        for key in keys:
+            if message := config_lib.unknown_key(config, key):
+                _fail(message)
     try:
-        return app.parse_flags_with_usage(argv)
-    except UserError as error:
-        _fail(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _fail(_explain(argv, error))
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(str(error).strip().splitlines()[-1])
 
 
-def _explain(argv: list[str], error: Exception) -> str:
-    recipe = [arg for arg in argv if arg.startswith("--config=")][-1:]
-    keys = [
-        arg.removeprefix("--config.").partition("=")[0]
-        for arg in argv
-        if arg.startswith("--config.")
-    ]
-    flag_values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=flag_values)
+def _load_recipe(recipe: str) -> ConfigDict:
+    """The config of `path` or `path:argument`, with errors a user can act on."""
+    path, _, argument = recipe.partition(":")
+    if not Path(path).is_file():
+        _fail(f"--config={path}: no such recipe.\n{_recipes()}")
     try:
-        flag_values([argv[0], *recipe])
-        config = holder.value
-        messages = [config_lib.unknown_key(config, key) for key in keys]
-    except Exception:  # The recipe itself does not load; its own error says why.
-        return f"{recipe[0] if recipe else 'flags'}: {error}"
-    return next((message for message in messages if message), str(error))
+        get_config = runpy.run_path(path)["get_config"]
+        return get_config(argument) if argument else get_config()
+    except Exception as error:  # A recipe is the user's code and may raise anything.
+        _fail(f"--config={recipe}: {error}")
 
 
 def _recipes() -> str:
     lines = [
-        "No recipe given. Run one with",
+        "Run a recipe with",
         "",
         "  python -m jaxpref.main --config=configs/RECIPE.py --workdir=DIR",
         "",
@@ -88,8 +93,6 @@ def _recipes() -> str:
     for path in sorted(Path("configs").glob("*.py")):
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         lines.append(f"  {path!s:28} {summary}")
-    if len(lines) == 5:
-        lines.append("  (none: there is no configs/ directory here)")
     return "\n".join(lines)
 
 

@@ -16,7 +16,8 @@ from jaxpref.errors import UserError
 # What the terminal's line shows, in this order, of what a run measures.
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "perf/pairs_per_second")
 
-console = Console(highlight=False)
+# A log file has no width to wrap at.
+console = Console(highlight=False, soft_wrap=True)
 
 
 class Mean:

@@ -56,6 +56,8 @@ ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "target", "res
 class PackedBatch:
     """Groups packed into rows. Arrays may be NumPy's or JAX's.
 
+    The batch of a train step has one more leading axis: its micro-batches.
+
     Attributes:
       tokens: token ids.
       positions: position of each token in its own prompt-plus-response sequence.
@@ -71,15 +73,15 @@ class PackedBatch:
       shards: number of equal blocks of rows whose scored positions share a table.
     """
 
-    tokens: Int[Array | np.ndarray, "rows length"]
-    positions: Int[Array | np.ndarray, "rows length"]
-    group: Int[Array | np.ndarray, "rows length"]
-    branch: Int[Array | np.ndarray, "rows length"]
-    source: Int[Array | np.ndarray, "rows scored"]
-    target: Int[Array | np.ndarray, "rows scored"]
-    response: Int[Array | np.ndarray, "rows scored"]
-    lengths: Int[Array | np.ndarray, "groups responses"]
-    extras: Mapping[str, Shaped[Array | np.ndarray, "groups ..."]]
+    tokens: Int[Array | np.ndarray, "*micro rows length"]
+    positions: Int[Array | np.ndarray, "*micro rows length"]
+    group: Int[Array | np.ndarray, "*micro rows length"]
+    branch: Int[Array | np.ndarray, "*micro rows length"]
+    source: Int[Array | np.ndarray, "*micro rows scored"]
+    target: Int[Array | np.ndarray, "*micro rows scored"]
+    response: Int[Array | np.ndarray, "*micro rows scored"]
+    lengths: Int[Array | np.ndarray, "*micro groups responses"]
+    extras: Mapping[str, Shaped[Array | np.ndarray, "..."]]
     shards: int = dataclasses.field(default=1, metadata={"static": True})
 
 

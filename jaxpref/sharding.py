@@ -7,7 +7,7 @@ logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps the
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,28 +34,32 @@ RULES: tuple[tuple[str, Any], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices, or over those given.
 
     Args:
       data: devices along `data`; -1 for all that the other two leave.
       fsdp: devices along `fsdp`, or -1.
       tensor: devices along `tensor`, or -1.
+      devices: by default all, of all processes.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
     sizes = [data, fsdp, tensor]
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     if sizes.count(-1) == 1:
         known = -(sizes[0] * sizes[1] * sizes[2])
-        sizes[sizes.index(-1)] = devices // known if known > 0 else 0
-    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != devices:
+        sizes[sizes.index(-1)] = count // known if known > 0 else 0
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] != count:
         raise UserError(
             f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} should multiply to the "
-            f"{devices} devices here ({jax.devices()[0].platform}); one of them may be -1."
+            f"{count} devices here ({devices[0].platform}); one of them may be -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

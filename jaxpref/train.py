@@ -19,25 +19,15 @@ from ml_collections import ConfigDict
 from jaxpref import (
     algorithms,
     checkpoint,
-    evaluation,
-    models,
-    packing,
-    sharding,
-)
-from jaxpref import (
     config as config_lib,
-)
-from jaxpref import (
     data as data_lib,
-)
-from jaxpref import (
+    evaluation,
     metrics as metrics_lib,
-)
-from jaxpref import (
+    models,
     optimizer as optimizer_lib,
-)
-from jaxpref import (
+    packing,
     reference as reference_lib,
+    sharding,
 )
 from jaxpref.algorithms import Algorithm, Metric, Objective, response_logps
 from jaxpref.data import BatchStream, Data, TokenizedDataset
@@ -222,8 +212,8 @@ def make_update(
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         for name, value in {
-            "grad_norm": optax.global_norm(gradients),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(gradients),
+            "update_norm": optax.tree.norm(updates),
             "learning_rate": schedule(state.step),
         }.items():
             sums[name] = Metric(jnp.asarray(value, jnp.float32), jnp.ones(()))

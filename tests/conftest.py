@@ -8,7 +8,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("jaxpref", "beartype.beartype")
+install_import_hook("jaxpref", "typechecker.check")
 
 import flax.linen as nn
 import jax

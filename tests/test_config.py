@@ -1,0 +1,109 @@
+import importlib
+from pathlib import Path
+
+import pytest
+
+from jaxpref import algorithms, config as config_lib
+from jaxpref.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+RECIPES = [
+    ("quickstart", "sft"),
+    ("quickstart", "dpo"),
+    ("sft_hh", "tiny"),
+    ("sft_hh", "paper"),
+    ("dpo_hh", "tiny"),
+    ("dpo_hh", "paper"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "argument"), RECIPES)
+def test_every_recipe_is_a_valid_config(recipe, argument, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    config = importlib.import_module(f"configs.{recipe}").get_config(argument)
+    if not config.data.path and config.data.format != "synthetic":
+        config.data.path = "a.jsonl"
+    config_lib.check(config)
+    assert config.algorithm.name in algorithms._BUILDERS
+
+
+def test_recipes_are_all_tested():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    assert files == {recipe for recipe, _ in RECIPES}
+
+
+def test_every_algorithm_can_be_configured():
+    for name in algorithms._BUILDERS:
+        assert config_lib.default(name).algorithm.name == name
+
+
+def test_configs_are_locked():
+    with pytest.raises(AttributeError):
+        config_lib.default("dpo").data.pth = "x"
+
+
+def valid(**changes):
+    config = config_lib.default("dpo")
+    config.data.path = "a.jsonl"
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
+
+
+BAD = [
+    ({"data__format": "hhh"}, "data.format is 'hhh'.*Did you mean 'hh'"),
+    ({"reference__mode": "lve"}, "Did you mean 'live'"),
+    ({"optimizer__name": "adam"}, "Did you mean 'adamw'"),
+    ({"algorithm__name": "dppo"}, "algorithm.name is 'dppo'.*one of sft, dpo.*'dpo'"),
+    ({"algorithm__name": "sft"}, "start from a recipe for sft"),
+    ({"data__max_prompt_length": 512}, "max_prompt_length .512. should be below"),
+    ({"data__row_length": 100}, "row_length .100. should be at least data.max_length"),
+    ({"train__micro_batches": 3}, "micro_batches .3. should divide data.batch_size .64."),
+    ({"data__path": ""}, "data.path is empty"),
+    ({"data__format": "synthetic"}, "leave data.path empty"),
+    ({"data__eval_fraction": 1.0}, "eval_fraction should be from 0"),
+    ({"data__batch_size": 0}, "data.batch_size should be at least 1; got 0"),
+    ({"train__steps": -1}, "train.steps should not be negative"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_impossible_values_are_errors_that_name_the_key(changes, message):
+    config_lib.check(valid())
+    with pytest.raises(UserError, match=message):
+        config_lib.check(valid(**changes))
+
+
+def test_sft_takes_no_reference():
+    config = config_lib.default("sft")
+    config.data.path = "a.jsonl"
+    config_lib.check(config)
+    config.reference.mode = "live"
+    with pytest.raises(UserError, match="sft compares with no reference"):
+        config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("data.pth", "data.path"), ("algoritm.beta", "algorithm.beta"), ("train.step", "train.steps")],
+)
+def test_unknown_key_names_the_nearest(key, nearest):
+    assert f"Did you mean {nearest!r}" in config_lib.unknown_key(valid(), key)
+    assert config_lib.unknown_key(valid(), nearest) is None
+
+
+def test_differences_list_what_changes_the_updates():
+    def described(**changes):
+        return dict(config_lib.flatten(valid(**changes)))
+
+    assert config_lib.differences(described(), described()) == []
+    free = {"train__log_every": 5, "mesh__data": 2, "eval__max_examples": 7, "train__keep": 3}
+    assert config_lib.differences(described(**free), described()) == []
+    assert config_lib.differences(described(algorithm__beta=0.2), described()) == [
+        "algorithm.beta: 0.2 now, 0.1 there"
+    ]
+    assert config_lib.differences(described(train__steps=7), described()) == []
+    cosine = {"optimizer__schedule": "cosine"}
+    assert config_lib.differences(described(train__steps=7, **cosine), described(**cosine)) == [
+        "train.steps: 7 now, 0 there"
+    ]

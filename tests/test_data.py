@@ -1,0 +1,319 @@
+import gzip
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxpref.data import load_tokenizer, synthetic
+from jaxpref.data.examples import Example, hold_out, read_examples
+from jaxpref.data.records import read_records
+from jaxpref.data.tokenize import Limits, begins_with_bos, encode, tokenize
+from jaxpref.errors import UserError
+
+PAIR = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
+
+
+def write(path, records, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+    return str(path)
+
+
+def dialogue(*turns):
+    return "".join(
+        f"\n\n{'Assistant' if i % 2 else 'Human'}:{turn}" for i, turn in enumerate(turns)
+    )
+
+
+def test_explicit_format_from_every_kind_of_file(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [PAIR, {**PAIR, "prompt": "Sag hallo: \u00e4\U0001f600", "extra": 1}]
+    plain = write(tmp_path / "a.jsonl", records)
+    zipped = write(tmp_path / "a.jsonl.gz", records, gzip.open)
+    parquet = str(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), parquet)
+    for path in (plain, zipped, parquet):
+        examples, dropped = read_examples(path, "explicit")
+        assert not dropped
+        assert [(e.prompt, e.responses, e.where) for e in examples] == [
+            (r["prompt"], (r["chosen"], r["rejected"]), f"{path}:{i}")
+            for i, r in enumerate(records, start=1)
+        ]
+
+
+def test_hh_prompt_runs_through_the_last_assistant_mark(tmp_path):
+    shared = [" a question", " an answer", " another question"]
+    path = write(
+        tmp_path / "hh.jsonl",
+        [{"chosen": dialogue(*shared, " good"), "rejected": dialogue(*shared, " bad, longer")}],
+    )
+    (example,), _ = read_examples(path, "hh")
+    assert example.prompt == dialogue(*shared, "")
+    assert example.prompt.endswith("\n\nAssistant:")
+    assert example.responses == (" good", " bad, longer")
+
+
+DIVERGENT = {
+    "earlier turn differs": (dialogue(" q", " a", " r", " x"), dialogue(" q", " b", " r", " y")),
+    "rejected has more turns": (dialogue(" q", " a"), dialogue(" q", " a", " r", " y")),
+    "rejected has fewer turns": (dialogue(" q", " a", " r", " y"), dialogue(" q", " a")),
+    "prompt differs by a letter": (dialogue(" q1", " a"), dialogue(" q2", " b")),
+}
+
+
+@pytest.mark.parametrize("case", DIVERGENT)
+def test_hh_rows_that_part_early_are_errors_or_counted(tmp_path, case):
+    chosen, rejected = DIVERGENT[case]
+    good = {"chosen": dialogue(" q", " a"), "rejected": dialogue(" q", " b")}
+    records = [good, {"chosen": chosen, "rejected": rejected}]
+    path = write(tmp_path / "hh.jsonl", records)
+    with pytest.raises(UserError, match=r"hh.jsonl:2: .*--config.data.on_divergent=skip"):
+        read_examples(path, "hh")
+    examples, dropped = read_examples(path, "hh", on_divergent="skip")
+    assert len(examples) == 1
+    assert dropped == {"divergent_prompt": 1}
+
+
+BAD_FILES = {
+    "invalid json": (b'{"prompt": "a"\n', r"x.jsonl:1: not valid JSON"),
+    "second line": (b'{"prompt":"a","chosen":"b","rejected":"c"}\n{,}\n', "x.jsonl:2: not valid"),
+    "not an object": (b"[1]\n", "x.jsonl:1: expected a JSON object a line; got list"),
+    "not utf-8": (b'{"prompt": "\xff"}\n', "x.jsonl:1: not UTF-8"),
+    "column missing": (
+        b'{"prompt": "a", "chosen": "b", "reject": "c"}\n',
+        "x.jsonl:1: no column 'rejected'; the record has 'prompt', 'chosen', 'reject'",
+    ),
+    "not text": (
+        b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}\n',
+        "x.jsonl:1: column 'prompt' should be text; got list",
+    ),
+    "empty response": (
+        b'{"prompt": "a", "chosen": "b", "rejected": ""}\n',
+        "x.jsonl:1: the rejected response is empty",
+    ),
+    "empty file": (b"", "holds no usable record"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files_are_errors_that_say_where(tmp_path, case):
+    content, message = BAD_FILES[case]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_examples(str(path), "explicit")
+
+
+def test_truncated_gzip_is_an_error_that_says_so(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [{**PAIR, "prompt": str(rng.random(50))} for _ in range(200)]
+    path = tmp_path / "x.jsonl.gz"
+    write(path, records, gzip.open)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match="the file is truncated or damaged"):
+        list(read_records(str(path)))
+    path.write_bytes(b"plain text")
+    with pytest.raises(UserError, match="the file is truncated or damaged"):
+        list(read_records(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no/such.jsonl", "no such file"),
+        ("./no/such/dir", "neither a file"),
+        ("a/b/c", "neither a file"),
+    ],
+)
+def test_missing_sources_are_errors(path, message):
+    with pytest.raises(UserError, match=message):
+        list(read_records(path))
+
+
+def test_unreadable_parquet_is_an_error(tmp_path):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        list(read_records(str(path)))
+
+
+def test_hub_data_sets_come_through_datasets(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_list([PAIR, PAIR])
+    asked = {}
+
+    def load_dataset(name, **kwargs):
+        asked.update(name=name, **kwargs)
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    examples, _ = read_examples("owner/name", "explicit", subset="folder", split="test")
+    assert asked == {"name": "owner/name", "data_dir": "folder", "split": "test"}
+    assert [e.where for e in examples] == ["owner/name[test]:1", "owner/name[test]:2"]
+
+
+def test_unreachable_hub_says_how_to_do_without(monkeypatch):
+    import datasets
+
+    def load_dataset(name, **kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match=r"cannot be reached: offline\n.*local \.jsonl"):
+        read_examples("owner/name", "explicit")
+
+
+def test_hold_out_splits_by_prompt_whatever_the_order():
+    examples = [Example(f"prompt {i % 500}", (str(i), "b")) for i in range(1000)]
+    kept, held = hold_out(examples, 0.1)
+    assert len(kept) + len(held) == 1000
+    assert 0.05 < len(held) / 1000 < 0.15
+    assert not {e.prompt for e in kept} & {e.prompt for e in held}
+    _, again = hold_out(reversed(examples), 0.1)
+    assert set(again) == set(held)
+    assert hold_out(examples, 0.0)[1] == []
+
+
+EOS, BOS = 1, 2
+
+
+def run_encode(prompt, responses, *, max_length=10, max_prompt=4, bos=None, **kwargs):
+    counts = Counter()
+    limits = Limits(max_length, max_prompt, EOS, bos, **kwargs)
+    return encode(prompt, responses, limits, counts, "file:7"), dict(counts)
+
+
+def test_specials_are_added_once():
+    (prompt, chosen, rejected), _ = run_encode([5, 6], [[7], [8, EOS]], bos=BOS)
+    assert (prompt, chosen, rejected) == ([BOS, 5, 6], [7, EOS], [8, EOS])
+    (prompt, _, _), _ = run_encode([BOS, 5], [[7], [8]], bos=BOS)
+    assert prompt == [BOS, 5]
+    (prompt, _, _), _ = run_encode([5], [[7], [8]])
+    assert prompt == [5]
+
+
+def test_nothing_is_cut_if_all_fits():
+    (prompt, *_), counts = run_encode([5] * 7, [[7, 8], [9]])
+    assert len(prompt) == 7
+    assert counts["responses_cut"] == 0
+    assert "prompts_cut" not in counts
+
+
+def test_prompt_keeps_its_end_and_bos_and_responses_their_start():
+    (prompt, chosen, rejected), counts = run_encode(
+        [11, 12, 13, 14, 15, 16], [[21, 22, 23, 24, 25, 26, 27], [31]], bos=BOS
+    )
+    assert prompt == [BOS, 14, 15, 16]
+    assert chosen == [21, 22, 23, 24, 25, 26]  # Cut, so without EOS.
+    assert rejected == [31, EOS]
+    assert counts == {"prompts_cut": 1, "responses_cut": 1}
+
+
+def test_short_prompt_leaves_its_room_to_the_response():
+    (prompt, chosen, _), counts = run_encode([11], [[21] * 20, [31]])
+    assert prompt == [11]
+    assert len(chosen) == 9
+    assert counts == {"responses_cut": 1}
+
+
+def test_long_prompt_is_an_error_if_asked():
+    with pytest.raises(UserError, match=r"file:7: .* 6 tokens .*on_long_prompt=truncate"):
+        run_encode([11] * 6, [[21] * 6, [31]], may_cut_prompts=False)
+
+
+def test_empty_prompt_needs_bos():
+    (prompt, *_), _ = run_encode([], [[7]], bos=BOS)
+    assert prompt == [BOS]
+    with pytest.raises(UserError, match="file:7: the prompt is empty"):
+        run_encode([], [[7]])
+
+
+def test_tokens_are_the_bytes_apart_at_the_boundary():
+    tokenizer = load_tokenizer("bytes")
+    text = "Grüße </s>"
+    limits = Limits(64, 32, tokenizer.eos_token_id, begins_with_bos(tokenizer, "auto"))
+    data = tokenize([Example(text, (" a", " b\n"), (1.0, 2.0))], tokenizer, limits)
+    group = data.group(0)
+    # ByT5 ids are bytes + 3, and the name of a special token inside a text is just text.
+    assert bytes(int(i) - 3 for i in group.prompt) == text.encode()
+    assert [r.tolist() for r in group.responses] == [[35, 100, 1], [35, 101, 13, 1]]
+    assert data.scores.tolist() == [[1.0, 2.0]]
+    parsed = tokenize([Example(text, (" a",))], tokenizer, limits, parse_special_tokens=True)
+    assert int(parsed.group(0).prompt[-1]) == tokenizer.eos_token_id
+
+
+def test_bos_policy():
+    class Tokenizer:
+        bos_token_id = None
+
+    assert begins_with_bos(Tokenizer, "auto") is None
+    with pytest.raises(UserError, match="has no BOS"):
+        begins_with_bos(Tokenizer, "always")
+    Tokenizer.bos_token_id = 3
+    assert begins_with_bos(Tokenizer, "auto") == begins_with_bos(Tokenizer, "always") == 3
+    assert begins_with_bos(Tokenizer, "never") is None
+
+
+def test_dataset_gives_back_every_piece_and_knows_its_lengths():
+    tokenizer = load_tokenizer("bytes")
+    examples = [
+        Example("p" * i, tuple("r" * (i + k) for k in range(i % 3 + 1))) for i in range(1, 8)
+    ]
+    data = tokenize(examples, tokenizer, Limits(64, 32, 1))
+    assert len(data) == 7
+    assert data.responses == 3
+    assert data.prompt_lengths == [len(e.prompt) for e in examples]
+    assert data.response_lengths == [[len(r) + 1 for r in e.responses] for e in examples]
+    for i, example in enumerate(examples):
+        group = data.group(i)
+        assert len(group.prompt) == len(example.prompt)
+        assert [len(r) for r in group.responses] == [len(r) + 1 for r in example.responses]
+
+
+def test_fingerprint_sees_text_and_division():
+    tokenizer, limits = load_tokenizer("bytes"), Limits(64, 32, 1)
+
+    def fingerprint(*examples):
+        return tokenize([Example(*e) for e in examples], tokenizer, limits).fingerprint()
+
+    base = fingerprint(("ab", ("c", "d")))
+    assert base == fingerprint(("ab", ("c", "d")))
+    others = {
+        fingerprint(("ab", ("d", "c"))),
+        fingerprint(("a", ("bc", "d"))),
+        fingerprint(("ab", ("c",)), ("d", ("e",))),
+        fingerprint(("ab", ("c", "d"), (1.0, 0.0))),
+    }
+    assert len(others | {base}) == 5
+
+
+def test_missing_tokenizer_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer in that directory"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_synthetic_labels_follow_bradley_terry():
+    examples = synthetic.generate(4000, seed=3)
+    assert examples == synthetic.generate(4000, seed=3)
+    assert examples[:10] != synthetic.generate(10, seed=4)
+    margins = np.array([e.scores[0] - e.scores[1] for e in examples])
+    # Of pairs this far apart, a share sigmoid(|margin|) is labelled by the true reward.
+    for low, high in ((0.2, 0.8), (0.8, 1.6), (1.6, 3.0)):
+        near = (np.abs(margins) > low) & (np.abs(margins) < high)
+        expected = (1 / (1 + np.exp(-np.abs(margins[near])))).mean()
+        error = 3 * np.sqrt(expected * (1 - expected) / near.sum())
+        assert abs((margins[near] > 0).mean() - expected) < error
+
+
+def test_synthetic_scores_are_those_of_the_text():
+    for example in synthetic.generate(50, seed=5):
+        dish = example.prompt.removesuffix("?").rpartition(" ")[2]
+        for response, score in zip(example.responses, example.scores, strict=True):
+            _, described, _, *words = (
+                response.strip(" .").replace(",", "").replace(" and", "").split()
+            )
+            assert score == synthetic.true_reward(tuple(words), described == dish)

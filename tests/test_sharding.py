@@ -1,0 +1,113 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, random_groups
+
+from jaxpref import (
+    algorithms,
+    config as config_lib,
+    optimizer as optimizer_lib,
+    packing,
+    sharding,
+    train,
+)
+from jaxpref.errors import UserError
+from jaxpref.models import Decoder
+from jaxpref.packing import Budget
+
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+STEPS = 3
+
+
+def mesh_of(sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return sharding.make_mesh(*sizes, devices=devices)
+
+
+def batch_of(mesh, step):
+    groups = random_groups(step, 12)
+    budget = Budget(32, 20, sharding.batch_shards(mesh))
+    batch = packing.materialise(packing.plan(groups, budget), groups, budget)
+    return sharding.put_batch(mesh, jax.tree.map(lambda x: np.asarray(x)[None], batch))
+
+
+def three_steps(sizes):
+    """Parameters, measurements and shardings after three DPO steps with a live reference."""
+    mesh = mesh_of(sizes)
+    config = config_lib.default("dpo")
+    config.optimizer.learning_rate = 1e-3
+    model = Decoder(TINY)
+    algorithm = algorithms.build(config, model)
+    optimizer, schedule = optimizer_lib.build(config.optimizer, STEPS)
+    abstract = train.abstract_state(model, optimizer, mesh)
+    with sharding.use(mesh):
+        state = train.initial_state(config, model, optimizer, abstract)
+        reference = jax.tree.map(jnp.copy, state.params)
+        update = train.make_update(algorithm, optimizer, schedule)
+        measured = []
+        for step in range(STEPS):
+            state, metrics = update(state, reference, batch_of(mesh, step))
+            measured.append({k: float(m.values) / float(m.weights) for k, m in metrics.items()})
+    return state, measured
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    state, measured = three_steps((1, 1, 1))
+    return jax.device_get(state.params), measured
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one(name, one_device):
+    params, measured = one_device
+    state, sharded = three_steps(MESHES[name])
+    for step, other in zip(measured, sharded, strict=True):
+        for key in step:
+            np.testing.assert_allclose(other[key], step[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert measured[0]["loss"] != measured[-1]["loss"]
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_and_optimizer_state_are_split_as_the_rules_say():
+    mesh = mesh_of((2, 2, 2))
+    optimizer, _ = optimizer_lib.build(config_lib.default("dpo").optimizer, 1)
+    abstract = train.abstract_state(Decoder(TINY), optimizer, mesh)
+    query = abstract.params["layers"]["query"]
+    assert query.shape == (2, 16, 4, 4)
+    # layers whole, width over fsdp, heads over tensor, head_dim whole.
+    assert query.sharding.shard_shape(query.shape) == (2, 8, 2, 4)
+    table = abstract.params["embedding"]
+    assert table.sharding.shard_shape(table.shape) == (32, 8)
+    moments = [x for x in jax.tree.leaves(abstract.optimizer_state) if x.shape == query.shape]
+    assert len(moments) == 2
+    assert {x.sharding for x in moments} == {query.sharding}
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    mesh = mesh_of((1, 1, 8))
+    box = nn.LogicallyPartitioned(
+        jax.ShapeDtypeStruct((16, 2, 4), jnp.float32), ("width", "kv_heads", "head_dim")
+    )
+    assert sharding.shardings(mesh, box).shard_shape((16, 2, 4)) == (16, 2, 4)
+
+
+def test_rows_are_split_and_tables_whole():
+    mesh = mesh_of((4, 2, 1))
+    batch = batch_of(mesh, 0)
+    rows = batch.tokens.shape[1]
+    assert batch.tokens.addressable_shards[0].data.shape[1] == rows // 8
+    assert batch.source.addressable_shards[0].data.shape[1] == rows // 8
+    assert batch.lengths.addressable_shards[0].data.shape == batch.lengths.shape
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 8, 1), (8, 2, 1)])
+def test_mesh_sizes_must_fit_the_devices(sizes):
+    with pytest.raises(UserError, match="should multiply to the 8 devices here"):
+        sharding.make_mesh(*sizes)
+
+
+def test_minus_one_takes_what_is_left():
+    assert dict(sharding.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}

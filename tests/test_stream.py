@@ -1,0 +1,81 @@
+from collections import Counter
+
+import jax
+import numpy as np
+from conftest import random_groups
+
+from jaxpref import packing
+from jaxpref.data import BatchStream, TokenizedDataset
+from jaxpref.packing import Budget
+
+
+def dataset(count=23, responses=2):
+    groups = random_groups(0, count, responses)
+    pieces = [piece for g in groups for piece in (g.prompt, *g.responses)]
+    return TokenizedDataset(
+        tokens=np.concatenate(pieces),
+        pieces=np.cumsum([0, *map(len, pieces)]),
+        examples=np.arange(count + 1) * (1 + responses),
+        scores=None,
+        counts=Counter(),
+    )
+
+
+def stream(data, **changes):
+    settings = {"batch_size": 8, "budget": Budget(24, 18), "seed": 3, **changes}
+    return BatchStream(data, **settings)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    data = dataset()
+    in_order = list(stream(data).batches(0, 9))
+    for step in (7, 0, 3):
+        assert_same(stream(data).batch(step), in_order[step])
+    for batch, expected in zip(stream(data).batches(4, 9), in_order[4:], strict=True):
+        assert_same(batch, expected)
+    assert stream(data, seed=4).indices(0) != stream(data).indices(0)
+
+
+def test_every_epoch_is_another_permutation():
+    data = dataset()
+    order = [i for step in range(23) for i in stream(data).indices(step)]
+    epochs = [order[i : i + 23] for i in range(0, 8 * 23, 23)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+
+
+def test_packing_changes_shape_but_not_the_groups_of_a_step():
+    data = dataset()
+    tree, padded = (
+        stream(data, planner=p).batch(2) for p in (packing.plan_tree, packing.plan_padded)
+    )
+    assert tree.tokens.shape != padded.tokens.shape
+    np.testing.assert_array_equal(tree.lengths, padded.lengths)
+
+
+def test_micro_batches_are_the_batch_in_parts_of_one_shape():
+    data = dataset()
+    extras = {"scores": np.arange(46.0).reshape(23, 2)}
+    whole = stream(data, extras=extras).batch(1)
+    parts = stream(data, extras=extras, micro_batches=4).batch(1)
+    assert parts.tokens.ndim == 3
+    assert parts.tokens.shape[0] == 4
+    np.testing.assert_array_equal(parts.lengths.reshape(8, 2), whole.lengths[0])
+    np.testing.assert_array_equal(parts.extras["scores"].reshape(8, 2), whole.extras["scores"][0])
+    np.testing.assert_array_equal(
+        whole.extras["scores"][0], extras["scores"][stream(data).indices(1)]
+    )
+
+
+def test_once_gives_every_example_in_order_and_absent_groups_at_the_end():
+    data = dataset()
+    batches = list(stream(data).once())
+    lengths = np.concatenate([b.lengths[0] for b in batches])
+    assert lengths.shape == (24, 2)
+    np.testing.assert_array_equal(lengths[:23], data.response_lengths)
+    np.testing.assert_array_equal(lengths[23:], 0)

@@ -1,0 +1,263 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpref import algorithms, checkpoint, config as config_lib, metrics, train
+from jaxpref.algorithms import Metric, Objective
+from jaxpref.errors import UserError
+
+
+def small(algorithm="dpo", **changes):
+    """A run of seconds: generated data, 16 wide, one compiled shape."""
+    config = config_lib.default(algorithm)
+    config.update_from_flattened_dict(
+        {
+            "model.width": 16,
+            "model.layers": 1,
+            "model.heads": 2,
+            "model.kv_heads": 2,
+            "model.head_dim": 8,
+            "model.feed_forward": 16,
+            "data.format": "synthetic",
+            "data.synthetic_pairs": 60,
+            "data.eval_fraction": 0.2,
+            "data.batch_size": 8,
+            "data.max_length": 128,
+            "data.max_prompt_length": 64,
+            "optimizer.learning_rate": 1e-3,
+            "train.steps": 4,
+            "train.log_every": 1,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+    )
+    return config
+
+
+def final_params(workdir):
+    """The parameters of the last checkpoint, as NumPy arrays by path."""
+    import orbax.checkpoint as ocp
+
+    step = checkpoint.latest_step(workdir)
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((workdir / "checkpoints" / str(step) / "params").absolute())
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
+
+
+def assert_same_params(one, other):
+    one, other = final_params(one), final_params(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def lines_of(workdir):
+    return metrics.read(workdir / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished SFT run and a finished DPO run from it."""
+    folder = tmp_path_factory.mktemp("runs")
+    train.run(small("sft"), folder / "sft")
+    train.run(small(model__init_from=str(folder / "sft")), folder / "dpo")
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir = finished / "dpo"
+    lines = lines_of(workdir)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+    trained = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    }
+    assert trained <= lines[1].keys()
+    speed = {f"perf/{name}" for name in ("tokens_per_second", "pairs_per_second", "step_seconds")}
+    assert any(speed <= line.keys() for line in lines)
+    evaluated = {f"eval/{name}" for name in trained - {"grad_norm", "learning_rate"}}
+    truth = {"eval/rewards/rank_correlation", "eval/rewards/best_accuracy"}
+    assert evaluated | truth <= lines[0].keys()
+    assert evaluated | truth <= lines[-1].keys()
+    assert lines[0]["data/train_examples"] + lines[0]["data/held_out_examples"] == 60
+    assert (workdir / "curves.png").stat().st_size > 10_000
+    assert list((workdir / "tensorboard").iterdir())
+    assert checkpoint.latest_step(workdir) == 4
+
+
+def test_before_the_first_update_policy_and_reference_are_one(finished):
+    first = lines_of(finished / "dpo")[0]
+    np.testing.assert_allclose(first["eval/loss"], np.log(2), rtol=1e-6)
+    assert first["eval/rewards/margins"] == 0
+    assert first["eval/rewards/accuracies"] == 0.5
+    assert first["eval/rewards/rank_correlation"] == 0
+
+
+def test_dpo_starts_from_the_sft_weights(finished):
+    sft, dpo = lines_of(finished / "sft")[-1], lines_of(finished / "dpo")[0]
+    np.testing.assert_allclose(dpo["eval/logps/chosen"], sft["eval/logps/chosen"], rtol=1e-5)
+
+
+def test_a_finished_run_run_again_changes_nothing(finished, capsys):
+    before = lines_of(finished / "dpo")
+    params = final_params(finished / "dpo")
+    train.run(small(model__init_from=str(finished / "sft")), finished / "dpo")
+    assert lines_of(finished / "dpo") == before
+    for name, value in final_params(finished / "dpo").items():
+        np.testing.assert_array_equal(value, params[name])
+    assert "Held-out examples" in capsys.readouterr().out
+
+
+def test_resuming_is_bit_identical_and_needs_nothing_but_the_workdir(finished, tmp_path):
+    """Half the steps, then the rest: constant rates do not depend on the number of steps."""
+    source = str(finished / "sft")
+    train.run(small(model__init_from=source, train__steps=2), tmp_path / "run")
+    assert lines_of(tmp_path / "run")[-1]["step"] == 2
+    # Not even the weights it began with: the reference is kept in the workdir.
+    train.run(small(), tmp_path / "run")
+    assert_same_params(tmp_path / "run", finished / "dpo")
+    ours, theirs = lines_of(tmp_path / "run"), lines_of(finished / "dpo")
+    for step in (3, 4):
+        a, b = (next(x for x in lines if x["step"] == step) for lines in (ours, theirs))
+        assert a["loss"] == b["loss"]
+        assert a["grad_norm"] == b["grad_norm"]
+
+
+def test_precomputed_reference_equals_live(finished, tmp_path):
+    source = str(finished / "sft")
+    precomputed = small(model__init_from=source, reference__mode="precomputed")
+    precomputed.train.steps = 2
+    train.run(precomputed, tmp_path)
+    precomputed.train.steps = 4
+    train.run(precomputed, tmp_path)
+    assert not (tmp_path / "reference").exists()
+    for ours, live in zip(lines_of(tmp_path)[1:3], lines_of(finished / "dpo")[1:3], strict=True):
+        for key in ("loss", "rewards/margins", "grad_norm"):
+            np.testing.assert_allclose(ours[key], live[key], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        lines_of(tmp_path)[-1]["eval/loss"], lines_of(finished / "dpo")[-1]["eval/loss"], rtol=1e-5
+    )
+
+
+def test_reference_free_runs(tmp_path):
+    train.run(small(reference__mode="free", train__steps=1), tmp_path)
+    assert not (tmp_path / "reference").exists()
+
+
+def test_micro_batches_and_row_length_change_no_update(finished, tmp_path):
+    """One global normaliser, and packing that only changes the cost."""
+    config = small("sft", train__micro_batches=4, data__row_length=160, train__steps=2)
+    train.run(config, tmp_path)
+    for ours, whole in zip(lines_of(tmp_path)[1:3], lines_of(finished / "sft")[1:3], strict=True):
+        for key in ("loss", "grad_norm", "logps/chosen"):
+            np.testing.assert_allclose(ours[key], whole[key], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"algorithm__beta": 0.3}, "algorithm.beta: 0.3 now, 0.1 there"),
+        ({"seed": 1}, "seed: 1 now, 0 there"),
+        ({"data__synthetic_pairs": 50}, "data.fingerprint"),
+    ],
+)
+def test_workdir_of_another_run_is_an_error_that_lists_what_differs(finished, change, message):
+    with pytest.raises(UserError, match=f"holds the checkpoint of another run.*(?s:.*){message}"):
+        train.run(small(**change), finished / "dpo")
+
+
+def test_weights_of_another_shape_are_an_error(finished, tmp_path):
+    config = small(model__init_from=str(finished / "sft"), model__layers=2)
+    with pytest.raises(UserError, match=r"model.layers is 1 there and 2 here; give --config"):
+        train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["EleutherAI/pythia-2.8b", "no/such"])
+def test_weights_that_cannot_be_loaded_are_one_sentence(tmp_path, source):
+    with pytest.raises(UserError, match="loading Hugging Face weights is not possible yet"):
+        train.run(small(model__init_from=source), tmp_path)
+
+
+def test_workdir_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train.run(small(), tmp_path / "file" / "run")
+
+
+def test_nan_stops_naming_metric_and_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = small(
+        train__steps=30,
+        train__save_every=1,
+        optimizer__learning_rate=1e38,
+        optimizer__clip_norm=0.0,
+    )
+    with pytest.raises(UserError, match=r"step \d+: .*(loss|norm) = (nan|inf)"):
+        train.run(config, tmp_path)
+    step = checkpoint.latest_step(tmp_path)
+    assert step is None or all(np.isfinite(x).all() for x in final_params(tmp_path).values())
+    assert all(np.isfinite(list(line.values())).all() for line in lines_of(tmp_path))
+
+
+def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
+    original = algorithms.build
+
+    def frozen(config, model):
+        algorithm = original(config, model)
+
+        def loss(params, batch):
+            return algorithm.loss(jax.tree.map(jax.lax.stop_gradient, params), batch)
+
+        return algorithm._replace(loss=loss)
+
+    monkeypatch.setattr(algorithms, "build", frozen)
+    with pytest.raises(UserError, match="gradient was exactly zero everywhere in all 3 steps"):
+        train.run(small(train__steps=10), tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_update_divides_once_by_the_weight_of_all_micro_batches():
+    """A loss with unequal weights: the mean is over weights, not over micro-batches."""
+    import optax
+
+    from jaxpref.packing import PackedBatch
+
+    def loss(params, batch):
+        weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
+        return Objective(Metric(params["w"] * weights, weights), {})
+
+    algorithm = algorithms.Algorithm(lambda e: e, lambda reference, batch: batch, loss)
+    update = train.make_update(algorithm, optax.sgd(1.0), lambda step: 1.0)
+    lengths = np.array([1, 2, 3, 10], np.int32).reshape(2, 2, 1)
+    nothing = np.zeros((2, 1, 1), np.int32)
+    batch = PackedBatch(*[nothing] * 7, lengths, {})
+    state = train.State(jnp.int32(0), {"w": jnp.float32(2.0)}, optax.sgd(1.0).init(2.0))
+    state, measured = update(state, None, batch)
+    mean = (1 + 4 + 9 + 100) / 16
+    np.testing.assert_allclose(measured["loss"].values / measured["loss"].weights, 2 * mean)
+    np.testing.assert_allclose(state.params["w"], 2 - mean)
+
+
+def test_weighted_means_and_what_has_no_weight():
+    mean = metrics.Mean()
+    mean.add("a", 2.0, 1.0)
+    mean.add("a", 9.0, 3.0)
+    mean.add("b", 0.0, 0.0)
+    assert mean.result() == {"a": 11 / 4}
+
+
+def test_measurements_after_the_checkpoint_are_dropped_on_resuming(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = [{"step": s, "loss": 1.0} for s in (0, 1, 2, 3)]
+    path.write_text("".join(json.dumps(x) + "\n" for x in written) + '{"step": 4, "lo')
+    with metrics.Writer(tmp_path, start=2, steps=9) as writer:
+        writer.write(3, {"loss": 0.5})
+    assert metrics.read(path) == [*written[:3], {"step": 3, "loss": 0.5}]
