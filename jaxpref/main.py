@@ -4,7 +4,6 @@ Any value of the recipe can be set after it: `--config.algorithm.beta=0.2`.
 """
 
 import ast
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -35,8 +34,6 @@ def main(argv: list[str]) -> None:
     # Orbax tells every step of every save at the level of information.
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # Only tokenizers are used of transformers, which would else say that it misses torch.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         config_lib.check(_CONFIG.value)
         # JAX loads here, so that everything above answers at once.

@@ -84,16 +84,16 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
     abstract = abstract_state(model, optimizer, mesh)
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
+    start = checkpoints.latest or 0
+    if checkpoints.latest is None:
+        state = initial_state(config, model, optimizer, abstract)
+        checkpoint.write_run(workdir, identity)
+    else:
+        rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
+        params, rest = checkpoints.restore(start, abstract.params, rest)
+        state = State(params=params, **rest)
     with sharding.use(mesh):
-        checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-        start = checkpoints.latest or 0
-        if checkpoints.latest is None:
-            state = initial_state(config, model, optimizer, abstract)
-            checkpoint.write_run(workdir, identity)
-        else:
-            rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
-            params, rest = checkpoints.restore(start, abstract.params, rest)
-            state = State(params=params, **rest)
         reference, tables = _reference(
             config, workdir, mesh, model, data, state.params if start == 0 else None, abstract
         )
@@ -144,10 +144,14 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def abstract_state(model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of the state, without computing anything."""
+    """Shapes, dtypes and shardings of the state, without computing anything.
+
+    Like `initial_state` it is called outside `sharding.use`: where parameters go is said
+    by their own shardings, and the rules for activations do not fit one row of tokens.
+    """
 
     def init(key: jax.Array) -> State:
-        params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+        params = models.init_params(model, key, boxed=True)
         return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     boxed = jax.eval_shape(init, jax.random.key(0))
@@ -171,13 +175,8 @@ def initial_state(
         params, step = checkpoint.restore_params(source, abstract.params)
         console.print(f"weights from {source}, step {step}")
     else:
-
-        def init(key: jax.Array) -> Any:
-            # Traced outside the mesh's rules: one row of tokens cannot be split.
-            with nn.logical_axis_rules(()):
-                return nn.meta.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
-
-        params = jax.jit(init, out_shardings=where.params)(jax.random.key(config.seed))
+        init = jax.jit(lambda key: models.init_params(model, key), out_shardings=where.params)
+        params = init(jax.random.key(config.seed))
     optimizer_state = jax.jit(optimizer.init, out_shardings=where.optimizer_state)(params)
     return State(jax.device_put(jnp.zeros((), jnp.int32), where.step), params, optimizer_state)
 

@@ -10,13 +10,12 @@ from jaxtyping import install_import_hook
 
 install_import_hook("jaxpref", "typechecker.check")
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from jaxpref import packing
-from jaxpref.models import Decoder, DecoderConfig
+from jaxpref.models import Decoder, DecoderConfig, init_params
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -40,8 +39,7 @@ def tiny_model() -> Decoder:
 
 @pytest.fixture(scope="session")
 def tiny_params(tiny_model):
-    tokens = np.zeros((1, 2), np.int32)
-    return nn.meta.unbox(jax.jit(tiny_model.init)(jax.random.key(0), tokens))["params"]
+    return jax.jit(lambda key: init_params(tiny_model, key))(jax.random.key(0))
 
 
 def random_groups(seed: int, count: int, responses: int = 2, longest: int = 6) -> list:

@@ -163,6 +163,41 @@ def test_from_logits_agrees():
     )
 
 
+def test_an_nnx_model_enters_through_split_and_merge():
+    """The core takes functions of parameters; an NNX module becomes one."""
+    from flax import nnx
+
+    from jaxpref import losses
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+            self.mix = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, tokens):
+            return jnp.tanh(self.mix(self.embed(tokens)))
+
+    graph, params = nnx.split(Model(nnx.Rngs(0)))
+    tokens = jax.random.randint(jax.random.key(1), (6, TOKENS), 0, VOCABULARY)
+
+    @jax.jit
+    def sequence_logps(params):
+        model = nnx.merge(graph, params)
+        head = LMHead(model.embed.embedding[...])
+        return logprobs.token_logprobs(model(tokens[:, :-1]), head, tokens[:, 1:]).sum(-1)
+
+    reference = sequence_logps(params)
+
+    def loss(params):
+        policy = sequence_logps(params)
+        return losses.dpo(policy[:3], policy[3:], reference[:3], reference[3:]).losses.mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    assert loss(stepped) < value
+
+
 def test_errors_say_what_does_not_fit():
     hidden, head, targets = inputs()
     with pytest.raises(ValueError, match=r"expected hidden states \(12, 8\)"):

@@ -42,8 +42,8 @@ def three_steps(sizes):
     algorithm = algorithms.build(config, model)
     optimizer, schedule = optimizer_lib.build(config.optimizer, STEPS)
     abstract = train.abstract_state(model, optimizer, mesh)
+    state = train.initial_state(config, model, optimizer, abstract)
     with sharding.use(mesh):
-        state = train.initial_state(config, model, optimizer, abstract)
         reference = jax.tree.map(jnp.copy, state.params)
         update = train.make_update(algorithm, optimizer, schedule)
         measured = []

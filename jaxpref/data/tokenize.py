@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -83,6 +84,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
       UserError: it cannot be loaded, or has no EOS token.
     """
+    # Only tokenizers are used of transformers, which would else say that it misses torch.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
     if name == "bytes":

@@ -1,13 +1,17 @@
 """Decoders in Flax Linen: pure functions of their parameters."""
 
 import dataclasses
+from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
 from jaxpref.models.decoder import Decoder, DecoderConfig
 
-__all__ = ["Decoder", "DecoderConfig", "build"]
+__all__ = ["Decoder", "DecoderConfig", "build", "init_params"]
 
 
 def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
@@ -32,3 +36,15 @@ def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
         return Decoder(DecoderConfig(**{**shape, "vocabulary_size": size}))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def init_params(model: Decoder, key: jax.Array, *, boxed: bool = False) -> Any:
+    """Random parameters, as a tree of arrays.
+
+    Args:
+      model: the model.
+      key: a random key.
+      boxed: keep the logical axis names, in `flax.linen.LogicallyPartitioned` boxes.
+    """
+    params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return params if boxed else nn.meta.unbox(params)
