@@ -4,7 +4,8 @@ A workdir holds
 
     run.json        the config and the data's fingerprint
     checkpoints/N/  after update N: items `params` and `rest` (optimizer state, step)
-    reference/      the frozen reference's parameters
+    reference/      the frozen reference's parameters, or
+    reference_logps.npz  its log-probs, if they are precomputed (see jaxpref.reference)
 
 Orbax writes a checkpoint beside its place and renames it when complete, so a process
 that is killed leaves the last complete one.
@@ -23,6 +24,7 @@ from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 
 _RUN, _CHECKPOINTS, _REFERENCE = "run.json", "checkpoints", "reference"
+_ABSENT = "(no such key)"
 
 
 class Checkpoints:
@@ -63,8 +65,11 @@ class Checkpoints:
         """Returns when every save that was started is complete."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
-        """Waits, then closes."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Waits for what is being saved, also when the run ends in an error."""
         self._manager.close()
 
 
@@ -99,19 +104,23 @@ def save_reference(workdir: Path, params: Any) -> None:
 
 
 def restore_reference(workdir: Path, params: Any) -> Any:
-    """Reads the frozen reference into the shapes and shardings of abstract arrays."""
+    """Reads the frozen reference into the shapes and shardings of abstract arrays.
+
+    Raises:
+      UserError: the workdir has none.
+    """
+    if not (workdir / _REFERENCE).is_dir():
+        raise UserError(
+            f"{workdir / _REFERENCE}: the frozen reference of this run is missing, so it cannot be "
+            "resumed; put it back, or start again in another --workdir."
+        )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore((workdir / _REFERENCE).absolute(), params)
 
 
-def has_reference(workdir: Path) -> bool:
-    """Whether the workdir holds a complete reference."""
-    return (workdir / _REFERENCE).is_dir()
-
-
-def describe_run(config: ConfigDict, data_fingerprint: str) -> dict[str, Any]:
-    """What makes a run this run, as flat JSON."""
-    return {**dict(config_lib.flatten(config)), "data.fingerprint": data_fingerprint}
+def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
+    """What makes a run this run, as flat JSON: the config, and fingerprints by name."""
+    return {**dict(config_lib.flatten(config)), **fingerprints}
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:
@@ -134,6 +143,10 @@ def write_run(workdir: Path, run: dict[str, Any]) -> None:
 def check_same_run(workdir: Path, run: dict[str, Any]) -> None:
     """Refuses to go on from the checkpoint of a run that was another one.
 
+    Args:
+      workdir: may be new.
+      run: what `describe_run` says of this run, or a part of it.
+
     Raises:
       UserError: listing what differs.
     """
@@ -142,7 +155,7 @@ def check_same_run(workdir: Path, run: dict[str, Any]) -> None:
         return
     if there is None:
         raise UserError(f"{workdir}: has checkpoints but no {_RUN}; give another --workdir.")
-    different = config_lib.differences(run, there)
+    different = config_lib.differences(run, {key: there.get(key, _ABSENT) for key in run})
     if different:
         raise UserError(
             f"{workdir}: holds the checkpoint of another run. What differs:\n  "

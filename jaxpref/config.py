@@ -24,6 +24,48 @@ _ALGORITHMS: dict[str, dict[str, Any]] = {
     },
 }
 
+# The lowest value that makes sense.
+_LOWEST: dict[str, float] = {
+    **dict.fromkeys(
+        (
+            "data.batch_size",
+            "data.max_length",
+            "data.max_prompt_length",
+            "data.synthetic_pairs",
+            "model.attention_block",
+            "model.feed_forward",
+            "model.head_dim",
+            "model.heads",
+            "model.kv_heads",
+            "model.layers",
+            "model.width",
+            "train.keep",
+            "train.log_every",
+            "train.micro_batches",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        (
+            "algorithm.beta",
+            "algorithm.label_smoothing",
+            "data.row_length",
+            "data.scored_length",
+            "eval.max_examples",
+            "model.vocabulary_size",
+            "optimizer.clip_norm",
+            "optimizer.learning_rate",
+            "optimizer.warmup_steps",
+            "optimizer.weight_decay",
+            "train.epochs",
+            "train.eval_every",
+            "train.save_every",
+            "train.steps",
+        ),
+        0,
+    ),
+}
+
 # What may differ when a run is resumed: nothing here changes a single update.
 _RESUMABLE = (
     "eval.",
@@ -102,6 +144,8 @@ def default(algorithm: str) -> ConfigDict:
     config.data.scored_length = 0
     # Rows whose prompts differ between chosen and rejected: error or skip.
     config.data.on_divergent = "error"
+    # Rows with an empty response: error or skip.
+    config.data.on_empty = "error"
     # Prompts over max_prompt_length in examples over max_length: error or truncate.
     config.data.on_long_prompt = "error"
     # Pairs that format "synthetic" generates.
@@ -117,7 +161,7 @@ def default(algorithm: str) -> ConfigDict:
     # adamw or rmsprop.
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-6
-    # After the warm-up: constant, linear or cosine (both to 0 at the last step).
+    # After the warm-up: constant, linear or cosine (both fall to 0 as the last step ends).
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 0
     # Decay of the first moment (adamw), or momentum (rmsprop).
@@ -147,8 +191,8 @@ def default(algorithm: str) -> ConfigDict:
     config.train.eval_every = 0
     # 0: only after the last step.
     config.train.save_every = 0
-    # Checkpoints kept.
-    config.train.keep = 1
+    # Checkpoints kept: with two, one is left if the last turns out to be bad.
+    config.train.keep = 2
 
     config.eval = ConfigDict()
     # Held-out groups used. 0: all.
@@ -186,12 +230,16 @@ def check(config: ConfigDict) -> None:
     for key, known in {
         "data.format": ("explicit", "hh", "synthetic"),
         "data.on_divergent": ("error", "skip"),
+        "data.on_empty": ("error", "skip"),
         "data.on_long_prompt": ("error", "truncate"),
         "tokenizer.bos": ("auto", "always", "never"),
         "reference.mode": ("live", "precomputed", "free"),
         "optimizer.name": ("adamw", "rmsprop"),
         "optimizer.schedule": ("constant", "linear", "cosine"),
         "model.remat": ("none", "dots", "full"),
+        "model.dtype": ("float32", "bfloat16"),
+        # In bfloat16 a small update leaves most parameters where they were.
+        "model.param_dtype": ("float32",),
     }.items():
         if (value := get(config, key)) not in known:
             raise UserError(one_of(key, value, known))
@@ -200,12 +248,15 @@ def check(config: ConfigDict) -> None:
             f"reference.mode is {config.reference.mode!r}, but sft compares with no reference: "
             "leave it at 'free'."
         )
-    for key in ("data.batch_size", "data.max_length", "data.max_prompt_length"):
-        if get(config, key) < 1:
-            raise UserError(f"{key} should be at least 1; got {get(config, key)}.")
-    for key in ("train.steps", "train.log_every", "train.eval_every", "train.save_every"):
-        if get(config, key) < 0:
-            raise UserError(f"{key} should not be negative; got {get(config, key)}.")
+    for key, value in flatten(config):
+        lowest = _LOWEST.get(key)
+        if lowest is not None and not value >= lowest:
+            raise UserError(f"{key} should be at least {lowest}; got {value}.")
+    if config.algorithm.get("label_smoothing", 0.0) >= 0.5:
+        raise UserError(
+            f"algorithm.label_smoothing should be below 0.5, where labels say nothing; got "
+            f"{config.algorithm.label_smoothing}."
+        )
     if config.data.max_prompt_length >= config.data.max_length:
         raise UserError(
             f"data.max_prompt_length ({config.data.max_prompt_length}) should be below "
@@ -277,13 +328,11 @@ def unknown_key(config: ConfigDict, key: str) -> str | None:
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """What keeps a run with config `ours` from resuming one with `theirs`, a line each."""
     lines = []
-    for key in [*ours, *(key for key in theirs if key not in ours)]:
+    for key, here in ours.items():
         free = key.startswith(_RESUMABLE) or (
             # A constant rate does not depend on how long the run is.
             key in ("train.steps", "train.epochs") and ours.get("optimizer.schedule") == "constant"
         )
-        missing = "(no such key)"
-        here, there = ours.get(key, missing), theirs.get(key, missing)
-        if not free and here != there:
-            lines.append(f"{key}: {here!r} now, {there!r} there")
+        if not free and here != theirs[key]:
+            lines.append(f"{key}: {here!r} now, {theirs[key]!r} there")
     return lines

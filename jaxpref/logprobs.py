@@ -54,7 +54,7 @@ def token_logprobs(
     Args:
       hidden: final hidden states (after the last norm) that predict the targets.
       head: the LM head.
-      targets: token ids below `vocabulary`.
+      targets: token ids; one outside the vocabulary (an ignore-index) gives NaN.
       block_size: vocabulary entries whose logits exist at one time; by default
         as many as keep a block of logits near 32 MiB.
 
@@ -92,7 +92,7 @@ def from_logits(
     Args:
       logits: unnormalised log-probabilities. For a causal model over `tokens`,
         pass `logits[:, :-1]` with `tokens[:, 1:]`.
-      targets: token ids below `vocabulary`.
+      targets: token ids; one outside the vocabulary (an ignore-index) gives NaN.
 
     Returns:
       Log-probabilities in nats, in float32 (float64 stays float64).
@@ -107,7 +107,8 @@ def from_logits(
         )
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return target_logits - jax.nn.logsumexp(logits, axis=-1)
+    logps = target_logits - jax.nn.logsumexp(logits, axis=-1)
+    return _nan_outside(logits.shape[-1], targets, logps)
 
 
 def response_sums(
@@ -198,6 +199,11 @@ def _block_logits(
     return logits, kernel
 
 
+def _nan_outside(vocabulary: int, targets: Array, logps: Array) -> Array:
+    """A target that is no token, such as an ignore-index of -100, must not look like one."""
+    return jnp.where((targets >= 0) & (targets < vocabulary), logps, jnp.nan)
+
+
 def _is_target(targets: Array, start: Array | int, size: int) -> Array:
     columns = start + jnp.arange(size, dtype=targets.dtype)
     return targets[:, None] == columns[None]
@@ -225,7 +231,7 @@ def _forward(
         if setting.with_entropy:
             # The moment is the sum of weights * (logit - maximum), so it moves with the maximum.
             moment = rescale * (moment + (maximum - new_maximum) * total)
-            moment += (weights * shifted).sum(axis=-1)
+            moment += jnp.where(weights > 0, weights * shifted, 0).sum(axis=-1)
         total = rescale * total + weights.sum(axis=-1)
         target_logit += jnp.where(_is_target(targets, start, size), logits, 0).sum(axis=-1)
         return new_maximum, total, moment, target_logit
@@ -239,7 +245,8 @@ def _forward(
     log_total = jnp.log(total)
     entropy = log_total - moment / total if setting.with_entropy else zeros
     # Subtracting the maximum first keeps small log-probs exact for large logits.
-    result = TokenLogprobs((target_logit - maximum) - log_total, entropy)
+    logps = _nan_outside(kernel.shape[0], targets, (target_logit - maximum) - log_total)
+    result = TokenLogprobs(logps, entropy)
     return result, (hidden, kernel, bias, targets, maximum, log_total, entropy)
 
 
@@ -256,7 +263,8 @@ def _backward(setting: _Setting, residuals: tuple, cotangents: TokenLogprobs) ->
         by_logits = jnp.where(_is_target(targets, start, size), by_logprob, 0)
         by_logits -= by_logprob * probabilities
         if setting.with_entropy:
-            by_logits -= by_entropy * probabilities * (logps + entropy[..., None])
+            surprise = jnp.where(probabilities > 0, logps + entropy[..., None], 0)
+            by_logits -= by_entropy * probabilities * surprise
         if setting.soft_cap is not None:
             by_logits *= 1 - jnp.square(logits / setting.soft_cap)
         if by_bias is not None:

@@ -73,7 +73,9 @@ def _load_recipe(recipe: str) -> ConfigDict:
     if not Path(path).is_file():
         _fail(f"--config={path}: no such recipe.\n{_recipes()}")
     try:
-        get_config = runpy.run_path(path)["get_config"]
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            _fail(f"--config={path}: a recipe needs a function get_config.")
         return get_config(argument) if argument else get_config()
     except Exception as error:  # A recipe is the user's code and may raise anything.
         _fail(f"--config={recipe}: {error}")
@@ -87,7 +89,9 @@ def _recipes() -> str:
         "",
         "Recipes here:",
     ]
-    for path in sorted(Path("configs").glob("*.py")):
+    here = Path("configs")
+    configs = here if here.is_dir() else Path(__file__).parent.parent / "configs"
+    for path in sorted(configs.glob("*.py")):
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         lines.append(f"  {path!s:28} {summary}")
     return "\n".join(lines)

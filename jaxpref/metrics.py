@@ -17,7 +17,7 @@ from jaxpref.errors import UserError
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "perf/pairs_per_second")
 
 # A log file has no width to wrap at.
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 class Mean:
@@ -57,9 +57,11 @@ class Writer:
         import tensorboardX
 
         self._path = workdir / "metrics.jsonl"
-        _drop_after(self._path, start)
+        # Without a checkpoint even step 0 is measured again.
+        kept = start if start else -1
+        _drop_after(self._path, kept)
         self._file = self._path.open("a", buffering=1)
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=kept + 1)
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=20),
@@ -97,9 +99,9 @@ class Writer:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Records the values of a step, and shows the chief ones."""
-        if not self._main:
+        if not self._main or not values:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         shown = "  ".join(
@@ -149,7 +151,9 @@ def read(path: Path) -> list[dict[str, float]]:
 
 def _drop_after(path: Path, step: int) -> None:
     kept = [line for line in read(path) if line["step"] <= step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
 
 
 def _clock(seconds: float) -> str:

@@ -234,6 +234,8 @@ def plan(groups: Sequence[Group], budget: Budget, planner: Planner = plan_tree) 
       ValueError: an empty prompt or response, or one too long for a row.
     """
     _check_groups(groups)
+    if min(budget) < 1:
+        raise ValueError(f"a row needs at least one token and one scored token; got {budget}.")
     return planner(
         [len(group.prompt) for group in groups],
         [[len(response) for response in group.responses] for group in groups],
@@ -276,7 +278,7 @@ def pack(
     >>> pack([group], row_length=6).branch.tolist()
     [[0, 0, 1, 2, 2, 0]]
     """
-    budget = Budget(row_length, scored_length or row_length, shards)
+    budget = Budget(row_length, row_length if scored_length is None else scored_length, shards)
     return materialise(plan(groups, budget, planner), groups, budget)
 
 

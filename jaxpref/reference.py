@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -34,29 +36,71 @@ def precompute(
     return np.concatenate(parts)[:examples]
 
 
+def digest(params: Any) -> str:
+    """A fingerprint of parameters, bit for bit, computed where they lie."""
+
+    @jax.jit
+    def sums(params: Any) -> list[jax.Array]:
+        return [_sum_of_bits(x) for x in jax.tree.leaves(params)]
+
+    return "".join(f"{int(x):08x}" for x in sums(params))
+
+
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    # Weighted by position, so that a permutation shows; integers wrap, whatever the order.
+    bits = jax.lax.bitcast_convert_type(x.ravel(), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    weights = 2 * jnp.arange(x.size, dtype=jnp.uint32) + 1
+    return (bits.astype(jnp.uint32) * weights).sum(dtype=jnp.uint32)
+
+
 def save_table(
-    workdir: Path, tables: dict[str, Float[np.ndarray, "_ _"]], fingerprint: str
+    workdir: Path,
+    tables: dict[str, Float[np.ndarray, "_ _"]],
+    data_fingerprint: str,
+    reference_digest: str,
 ) -> None:
-    """Stores precomputed log-probs with the fingerprint of the data they belong to."""
+    """Stores precomputed log-probs with what they were computed from."""
+    if jax.process_index():
+        return
     temporary = workdir / f"tmp.{_TABLE}"
     with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, fingerprint=np.asarray(fingerprint), **tables)
+        np.savez(
+            file,
+            allow_pickle=False,
+            **tables,
+            data_fingerprint=np.asarray(data_fingerprint),
+            reference_digest=np.asarray(reference_digest),
+        )
     temporary.replace(workdir / _TABLE)
 
 
-def load_table(workdir: Path, fingerprint: str) -> dict[str, Float[np.ndarray, "_ _"]]:
+def load_table(
+    workdir: Path, data_fingerprint: str, reference_digest: str | None
+) -> dict[str, Float[np.ndarray, "_ _"]] | None:
     """Reads what `save_table` stored.
 
+    Args:
+      workdir: where.
+      data_fingerprint: of the data that the log-probs are needed for.
+      reference_digest: of the reference; None for a run that resumes, whose reference is
+        the one that the table was computed from.
+
+    Returns:
+      The tables, or None if there are none.
+
     Raises:
-      UserError: there is no table, or it belongs to other data.
+      UserError: they belong to other data or to another reference.
     """
     path = workdir / _TABLE
     if not path.exists():
-        raise UserError(f"{path}: the precomputed reference of this run is missing.")
+        return None
     with np.load(path) as stored:
         tables = dict(stored)
-    if (there := str(tables.pop("fingerprint"))) != fingerprint:
-        raise UserError(
-            f"{path}: precomputed for data with fingerprint {there}; this data has {fingerprint}."
-        )
-    return tables
+    wanted = {"data_fingerprint": data_fingerprint, "reference_digest": reference_digest}
+    for name, value in wanted.items():
+        if value is not None and (there := str(tables[name])) != value:
+            raise UserError(
+                f"{path}: {name.replace('_', ' ')} {there}, but this run's is {value}. Remove the "
+                "file to compute the reference's log-probs anew, or give another --workdir."
+            )
+    return {name: table for name, table in tables.items() if name not in wanted}

@@ -23,6 +23,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("rows", ("data", "fsdp")),
     ("length", None),
     ("activation", None),
+    ("gathered", None),
     ("vocabulary", "tensor"),
     ("width", "fsdp"),
     ("heads", "tensor"),

@@ -1,6 +1,7 @@
 """The one train loop: mesh, data, state, resume; then batch, update, log, evaluate, save."""
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from jaxpref.models import Decoder
 from jaxpref.packing import Budget, PackedBatch
 
 # A gradient may vanish by chance once; not three times from the start.
-_ZERO_GRADIENTS_ALLOWED = 2
+_ZERO_GRADIENTS = 3
 
 
 class State(NamedTuple):
@@ -62,8 +63,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     config_lib.check(config)
     data_lib.check(config)
-    _check_source(config)
     checkpoint.prepare_workdir(workdir)
+    checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
+    if checkpoint.latest_step(workdir) is None:
+        _check_source(config)
     mesh = sharding.make_mesh(**config.mesh)
 
     tokenizer = data_lib.load_tokenizer(config.tokenizer.name)
@@ -79,67 +82,78 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     steps = config.train.steps or max(
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1
     )
-    identity = checkpoint.describe_run(config, data.fingerprint())
+    identity = checkpoint.describe_run(config, data_fingerprint=data.train.fingerprint())
     checkpoint.check_same_run(workdir, identity)
 
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
     abstract = abstract_state(model, optimizer, mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep)
-    start = checkpoints.latest or 0
-    if checkpoints.latest is None:
-        state = initial_state(config, model, optimizer, abstract)
-        checkpoint.write_run(workdir, identity)
-    else:
-        rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
-        params, rest = checkpoints.restore(start, abstract.params, rest)
-        state = State(params=params, **rest)
-    with sharding.use(mesh):
-        reference, tables = _reference(
-            config, workdir, mesh, model, data, state.params if start == 0 else None, abstract
-        )
-        train_stream, held_out_stream = _streams(config, mesh, data, tables)
-        _describe(config, mesh, abstract, data, train_stream, start, steps)
-
-        update = make_update(algorithm, optimizer, schedule)
-        score = make_score(algorithm)
-
-        def evaluate(state: State) -> dict[str, float]:
-            if held_out_stream is None or data.held_out is None:
-                return {}
-            return evaluation.evaluate(
-                lambda batch: score(state.params, reference, sharding.put_batch(mesh, batch)),
-                held_out_stream.once(),
-                data.held_out.scores,
+    with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
+        start = checkpoints.latest or 0
+        if start > steps:
+            raise UserError(
+                f"{workdir}: is already at step {start}, beyond train.steps = {steps}; ask for "
+                "more steps, or give another --workdir."
             )
+        if start:
+            rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
+            params, rest = checkpoints.restore(start, abstract.params, rest)
+            state = State(params=params, **rest)
+        else:
+            state = initial_state(config, model, optimizer, abstract)
+        with sharding.use(mesh):
+            reference, tables = _reference(config, workdir, mesh, model, data, state, abstract)
+            train_stream, held_out_stream = _streams(config, mesh, data, tables)
+            _describe(config, mesh, abstract, data, train_stream, start, steps)
+            if not start:
+                checkpoint.write_run(workdir, identity)
+            update = make_update(algorithm, optimizer, schedule)
+            score = make_score(algorithm)
 
-        with (
-            metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
-            _interrupts() as interrupted,
-        ):
-            if start == 0:
-                counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
-                writer.write(0, {**counts, **evaluate(state)})
-            log = _Log(writer, config.train.log_every, start, steps)
-            for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
-                log.dispatching(step, batch)
-                state, measured = update(state, reference, sharding.put_batch(mesh, batch))
-                log.dispatched(step, measured)
-                last = step == steps
-                if last or _due(step, config.train.eval_every):
-                    log.settle()
-                    writer.write(step, evaluate(state))
-                if last or interrupted() or _due(step, config.train.save_every):
-                    # Only a state whose update was finite may become the last good one.
-                    log.settle()
-                    rest = {"step": state.step, "optimizer_state": state.optimizer_state}
-                    checkpoints.save(step, state.params, rest)
-                    log.pause()
-                if interrupted() and not last:
-                    checkpoints.close()
-                    raise KeyboardInterrupt(
-                        f"interrupted after step {step}, which is saved; the same command resumes."
-                    )
-        checkpoints.close()
+            def evaluate(state: State, step: int) -> dict[str, float]:
+                if held_out_stream is None or data.held_out is None:
+                    return {}
+                results = evaluation.evaluate(
+                    lambda batch: score(state.params, reference, sharding.put_batch(mesh, batch)),
+                    held_out_stream.once(),
+                    data.held_out.scores,
+                )
+                metrics_lib.require_finite(step, results)
+                return results
+
+            with (
+                _interrupts() as interrupted,
+                metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
+            ):
+                if start == 0:
+                    counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
+                    writer.write(0, {**counts, **evaluate(state, 0)})
+                log = _Log(writer, config.train.log_every, steps)
+                for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
+                    log.dispatching(step, batch)
+                    batch = sharding.put_batch(mesh, batch)
+                    state, measured = update(state, reference, batch)
+                    log.dispatched(step, measured)
+                    last = step == steps
+                    if last or _due(step, config.train.eval_every):
+                        log.settle()
+                        writer.write(step, evaluate(state, step))
+                        log.pause()
+                    if last or interrupted() or _due(step, config.train.save_every):
+                        log.flush(step)
+                        # Only weights that still give finite losses become the last good ones.
+                        loss = score(state.params, reference, batch).loss.values.sum()
+                        metrics_lib.require_finite(step, {"loss after the update": float(loss)})
+                        rest = {"step": state.step, "optimizer_state": state.optimizer_state}
+                        checkpoints.save(step, state.params, rest)
+                        log.pause()
+                    if last or interrupted():
+                        # Awaited here, where a second signal does not kill the save.
+                        checkpoints.wait()
+                    if interrupted() and not last:
+                        raise KeyboardInterrupt(
+                            f"interrupted after step {step}, which is saved; the same command "
+                            "resumes."
+                        )
     _report(workdir, config)
 
 
@@ -255,6 +269,8 @@ def _check_source(config: ConfigDict) -> None:
     if not source:
         return
     there = checkpoint.read_run(Path(source))
+    if there is not None and checkpoint.latest_step(Path(source)) is None:
+        raise UserError(f"model.init_from={source}: that run has no complete checkpoint yet.")
     if there is None:
         raise UserError(
             f"model.init_from is {source!r}, which is not a jaxpref workdir; "
@@ -276,39 +292,47 @@ def _reference(
     mesh: Mesh,
     model: Decoder,
     data: Data,
-    initial_params: Any,
+    state: State,
     abstract: State,
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """The frozen parameters, if they are needed live, and the precomputed log-probs, if any.
 
-    `initial_params` is None when the run resumes; both then come from the workdir.
+    Before the first update they come from the policy, and are kept in the workdir; when a
+    run resumes they come from there, so that nothing else has to be where it was.
     """
-    mode = config.reference.mode
+    mode, resuming = config.reference.mode, int(state.step) > 0
     if mode == "free":
         return None, {}
     if mode == "live":
-        if initial_params is None:
+        if resuming:
             return checkpoint.restore_reference(workdir, abstract.params), {}
-        checkpoint.save_reference(workdir, initial_params)
+        checkpoint.save_reference(workdir, state.params)
         # A copy, since the update takes over the policy's buffers.
-        return jax.tree.map(jnp.copy, initial_params), {}
-    if initial_params is None:
-        return None, reference_lib.load_table(workdir, data.fingerprint())
+        return jax.tree.map(jnp.copy, state.params), {}
+    sides = {"train": data.train, "held_out": data.held_out}
+    present = {name: dataset for name, dataset in sides.items() if dataset is not None}
+    data_fingerprint = "-".join(dataset.fingerprint() for dataset in present.values())
+    digest = None if resuming else reference_lib.digest(state.params)
+    tables = reference_lib.load_table(workdir, data_fingerprint, digest)
+    if tables is not None:
+        return None, tables
+    if resuming:
+        raise UserError(
+            f"{workdir}: the precomputed log-probs of this run's reference are missing."
+        )
     logps = jax.jit(
         lambda params, batch: response_logps(model, params, jax.tree.map(lambda x: x[0], batch))
     )
     tables = {}
-    for name, dataset in (("train", data.train), ("held_out", data.held_out)):
-        if dataset is not None:
-            stream = _stream(config, mesh, data, dataset, micro_batches=1)
-            with console.status("reference") as status:
-                tables[name] = reference_lib.precompute(
-                    lambda batch: logps(initial_params, sharding.put_batch(mesh, batch)),
-                    stream.once(),
-                    len(dataset),
-                    lambda done: status.update(f"reference log-probs: {done} examples"),
-                )
-    reference_lib.save_table(workdir, tables, data.fingerprint())
+    for name, dataset in present.items():
+        with console.status("reference") as status:
+            tables[name] = reference_lib.precompute(
+                lambda batch: logps(state.params, sharding.put_batch(mesh, batch)),
+                _stream(config, mesh, data, dataset, training=False).once(),
+                len(dataset),
+                lambda done: status.update(f"reference log-probs: {done} examples"),
+            )
+    reference_lib.save_table(workdir, tables, data_fingerprint, str(digest))
     return None, tables
 
 
@@ -318,7 +342,7 @@ def _stream(
     data: Data,
     dataset: TokenizedDataset,
     *,
-    micro_batches: int,
+    training: bool,
     table: np.ndarray | None = None,
 ) -> BatchStream:
     row_length = config.data.row_length or config.data.max_length
@@ -326,10 +350,10 @@ def _stream(
     scored_length = config.data.scored_length or packing.scored_budget(
         train.prompt_lengths, train.response_lengths, row_length
     )
-    batch_size = config.data.batch_size
-    if dataset is not train:
-        # No gradients are kept, but no more memory than training's is taken either.
-        batch_size //= config.train.micro_batches
+    batch_size, micro_batches = config.data.batch_size, config.train.micro_batches
+    if not training:
+        # A forward pass alone, over no more at a time than training takes.
+        batch_size, micro_batches = batch_size // micro_batches, 1
     return BatchStream(
         dataset,
         batch_size=batch_size,
@@ -343,91 +367,103 @@ def _stream(
 def _streams(
     config: ConfigDict, mesh: Mesh, data: Data, tables: dict[str, np.ndarray]
 ) -> tuple[BatchStream, BatchStream | None]:
-    train = _stream(
-        config,
-        mesh,
-        data,
-        data.train,
-        micro_batches=config.train.micro_batches,
-        table=tables.get("train"),
-    )
+    train = _stream(config, mesh, data, data.train, training=True, table=tables.get("train"))
     if data.held_out is None:
         return train, None
     table = tables.get("held_out")
-    return train, _stream(config, mesh, data, data.held_out, micro_batches=1, table=table)
+    return train, _stream(config, mesh, data, data.held_out, training=False, table=table)
 
 
 class _Log:
     """Reads what a step measured after the next one is dispatched, and writes the means."""
 
-    def __init__(self, writer: metrics_lib.Writer, every: int, start: int, steps: int):
+    def __init__(self, writer: metrics_lib.Writer, every: int, steps: int):
         self._writer, self._every, self._steps = writer, every, steps
-        self._first = start + 1
-        self._pending: tuple[int, dict[str, Metric]] | None = None
+        self._pending: _Step | None = None
         self._mean = metrics_lib.Mean()
         self._shapes: set[tuple[int, ...]] = set()
-        self._zero_gradients = 0
-        self._work = (0, 0)
-        self._timed = False
+        self._zero_gradients: list[bool] = []
+        self._learning_rate = 0.0
         self._since = time.monotonic()
 
     def dispatching(self, step: int, batch: PackedBatch) -> None:
         """Notes the work of a step; a new shape means a compilation, which is not timed."""
         shape = batch.tokens.shape
-        self._timed = shape in self._shapes
-        if not self._timed:
+        compiles = shape not in self._shapes
+        if compiles:
             self.settle()
             self._shapes.add(shape)
             console.print(
                 f"step {step}: compiling for {shape[1]} rows of {shape[2]} tokens"
                 f" (shape {len(self._shapes)})"
             )
-        self._next_work = (int((batch.group > 0).sum()), int((batch.lengths[..., 0] > 0).sum()))
+        tokens, groups = int((batch.group > 0).sum()), int((batch.lengths[..., 0] > 0).sum())
+        self._next = _Step(step, {}, tokens, groups, timed=not compiles)
 
     def dispatched(self, step: int, measured: dict[str, Metric]) -> None:
         """Takes over a step's measurements, and settles those of the step before."""
         self.settle()
-        self._pending, self._work = (step, measured), self._next_work
-        if not self._timed or step == self._steps:
+        self._pending = self._next._replace(measured=measured)
+        if not self._pending.timed or step == self._steps:
             self.settle()
 
     def settle(self) -> None:
         """Waits for the pending step; checks, adds up, and writes if it is time."""
         if self._pending is None:
             return
-        (step, measured), self._pending = self._pending, None
-        sums = jax.device_get(measured)
+        done, self._pending = self._pending, None
+        sums = jax.device_get(done.measured)
         now = time.monotonic()
-        if self._timed:
-            tokens, groups = self._work
+        if done.timed:
             seconds = now - self._since
             self._mean.add("perf/step_seconds", seconds, 1)
-            self._mean.add("perf/tokens_per_second", tokens, seconds)
-            self._mean.add("perf/pairs_per_second", groups, seconds)
+            self._mean.add("perf/tokens_per_second", done.tokens, seconds)
+            self._mean.add("perf/pairs_per_second", done.groups, seconds)
         self._since = now
         values = {name: float(m.values) / float(m.weights or 1) for name, m in sums.items()}
-        metrics_lib.require_finite(step, values)
-        self._require_gradient(step, values["grad_norm"])
+        metrics_lib.require_finite(done.number, values)
+        self._require_gradient(done.number, values["grad_norm"])
         for name, metric in sums.items():
             self._mean.add(name, float(metric.values), float(metric.weights))
-        self._writer.step(step)
-        if step in (self._first, self._steps) or step % self._every == 0:
-            self._writer.write(step, self._mean.result())
-            self._mean = metrics_lib.Mean()
+        self._learning_rate = values["learning_rate"]
+        self._writer.step(done.number)
+        if done.number in (1, self._steps) or done.number % self._every == 0:
+            self.flush(done.number)
+
+    def flush(self, step: int) -> None:
+        """Writes what has been added up since the last time.
+
+        Also before each checkpoint: a run that resumes from it then writes the same lines.
+        """
+        self.settle()
+        values = self._mean.result()
+        if values:
+            self._writer.write(step, {**values, "learning_rate": self._learning_rate})
+        self._mean = metrics_lib.Mean()
 
     def pause(self) -> None:
         """Leaves what happened since the last step out of the next one's time."""
         self._since = time.monotonic()
 
     def _require_gradient(self, step: int, norm: float) -> None:
-        self._zero_gradients = self._zero_gradients + 1 if norm == 0 else 0
-        trained = step - self._first + 1
-        if self._zero_gradients == trained > _ZERO_GRADIENTS_ALLOWED:
+        self._zero_gradients.append(norm == 0)
+        first = self._zero_gradients[:_ZERO_GRADIENTS]
+        if all(first) and (len(first) == _ZERO_GRADIENTS or step == self._steps):
             raise UserError(
-                f"step {step}: the gradient was exactly zero everywhere in all {trained} steps so "
-                "far, so nothing trains. Are chosen and rejected the same text, or is every "
-                "parameter frozen?"
+                f"step {step}: the gradient was exactly zero everywhere in all "
+                f"{len(self._zero_gradients)} steps so far, so nothing trains. Are chosen and "
+                "rejected the same text, or is every parameter frozen?"
             )
+
+
+class _Step(NamedTuple):
+    """A dispatched step: its measurements (still being computed) and its work."""
+
+    number: int
+    measured: dict[str, Metric]
+    tokens: int
+    groups: int
+    timed: bool
 
 
 @contextmanager
@@ -438,7 +474,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)
-        console.print("\ninterrupted: saving after this step (once more to stop at once)")
+        # Not print: the handler may run in the middle of another write.
+        os.write(2, b"\ninterrupted: saving after this step (once more to stop at once)\n")
         restore()
 
     def restore() -> None:

@@ -139,6 +139,22 @@ def test_kill_9_then_the_same_command_ends_bit_identical(moment, uninterrupted, 
     )
 
 
+def test_kill_9_before_the_first_checkpoint_of_a_run_with_a_reference(uninterrupted, tmp_path):
+    """The half-made workdir is begun anew: the same reference, the same first measurements."""
+    flags = [f.replace(":sft", ":dpo") for f in SMALL if "save_every" not in f and "steps" not in f]
+    flags += [f"--config.model.init_from={uninterrupted}", "--config.train.steps=3"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start(*flags, f"--workdir={killed}")
+    wait_for(lambda: (killed / "reference").exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for workdir in (killed, whole):
+        result = run(*flags, f"--workdir={workdir}")
+        assert result.returncode == 0, result.stderr
+    assert_same_params(killed, whole)
+    assert [x["step"] for x in lines_of(killed)] == [x["step"] for x in lines_of(whole)]
+
+
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_then_exits_and_the_same_command_resumes(which, uninterrupted, tmp_path):
     flags = [f for f in SMALL if "save_every" not in f]

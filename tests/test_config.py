@@ -63,7 +63,15 @@ BAD = [
     ({"data__format": "synthetic"}, "leave data.path empty"),
     ({"data__eval_fraction": 1.0}, "eval_fraction should be from 0"),
     ({"data__batch_size": 0}, "data.batch_size should be at least 1; got 0"),
-    ({"train__steps": -1}, "train.steps should not be negative"),
+    ({"train__steps": -1}, "train.steps should be at least 0; got -1"),
+    ({"train__keep": 0}, "train.keep should be at least 1"),
+    ({"algorithm__beta": -0.1}, "algorithm.beta should be at least 0"),
+    ({"algorithm__beta": float("nan")}, "algorithm.beta should be at least 0; got nan"),
+    ({"algorithm__label_smoothing": 0.5}, "label_smoothing should be below 0.5"),
+    ({"model__layers": 0}, "model.layers should be at least 1"),
+    ({"model__dtype": "float17"}, "model.dtype is 'float17'"),
+    ({"model__param_dtype": "bfloat16"}, "model.param_dtype is 'bfloat16'; it should be one of f"),
+    ({"data__scored_length": -4}, "data.scored_length should be at least 0"),
 ]
 
 

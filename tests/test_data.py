@@ -92,7 +92,11 @@ BAD_FILES = {
     ),
     "empty response": (
         b'{"prompt": "a", "chosen": "b", "rejected": ""}\n',
-        "x.jsonl:1: the rejected response is empty",
+        "x.jsonl:1: the rejected response is empty.*on_empty=skip",
+    ),
+    "half a character": (
+        b'{"prompt": "a\\ud83d", "chosen": "b", "rejected": "c"}\n',
+        "x.jsonl:1: column 'prompt' holds half of a character at 1",
     ),
     "empty file": (b"", "holds no usable record"),
 }
@@ -105,6 +109,13 @@ def test_bad_files_are_errors_that_say_where(tmp_path, case):
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_examples(str(path), "explicit")
+
+
+def test_empty_responses_are_counted_when_skipped(tmp_path):
+    path = write(tmp_path / "x.jsonl", [PAIR, {**PAIR, "chosen": ""}])
+    examples, dropped = read_examples(path, "explicit", on_empty="skip")
+    assert len(examples) == 1
+    assert dropped == {"empty_response": 1}
 
 
 def test_truncated_gzip_is_an_error_that_says_so(tmp_path):

@@ -155,6 +155,37 @@ def test_nan_is_not_hidden():
     np.testing.assert_array_equal(np.isnan(out), np.arange(TOKENS) == 3)
 
 
+def test_vocabulary_entries_switched_off_by_an_infinite_bias():
+    """The entropy, the log-probs and all gradients are those of the smaller vocabulary."""
+    hidden, head, _ = inputs(bias=False)
+    targets = jnp.arange(TOKENS) % 40
+    bias = jnp.where(jnp.arange(VOCABULARY) < 40, 0.0, -jnp.inf)
+
+    def total(hidden, kernel, bias):
+        out = logprobs.token_logprobs_and_entropy(
+            hidden, LMHead(kernel, bias), targets, block_size=16
+        )
+        return (out.logprobs + out.entropy).sum()
+
+    value, gradients = jax.value_and_grad(total, (0, 1))(hidden, head.kernel, bias)
+    small, wanted = jax.value_and_grad(total, (0, 1))(hidden, head.kernel[:40], None)
+    np.testing.assert_allclose(value, small, rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], wanted[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradients[1][:40], wanted[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(gradients[1][40:], 0)
+
+
+@pytest.mark.parametrize("outside", [-100, -1, VOCABULARY])
+def test_targets_outside_the_vocabulary_give_nan_in_both_functions(outside):
+    hidden, head, targets = inputs(bias=False)
+    targets = targets.at[4].set(outside)
+    for out in (
+        logprobs.token_logprobs(hidden, head, targets),
+        logprobs.from_logits(hidden @ head.kernel.T, targets),
+    ):
+        np.testing.assert_array_equal(np.isnan(out), np.arange(TOKENS) == 4)
+
+
 def test_from_logits_agrees():
     hidden, head, targets = inputs(bias=False)
     out = logprobs.from_logits(hidden @ head.kernel.T, targets)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import algorithms, checkpoint, config as config_lib, metrics, train
+from jaxpref import algorithms, checkpoint, config as config_lib, metrics, reference, train
 from jaxpref.algorithms import Metric, Objective
 from jaxpref.errors import UserError
 
@@ -70,6 +70,7 @@ def test_a_run_leaves_what_it_promises(finished):
     workdir = finished / "dpo"
     lines = lines_of(workdir)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
     trained = {
         "loss",
         "grad_norm",
@@ -132,6 +133,82 @@ def test_resuming_is_bit_identical_and_needs_nothing_but_the_workdir(finished, t
         assert a["grad_norm"] == b["grad_norm"]
 
 
+def test_the_same_data_by_another_file_resumes_and_other_data_does_not(tmp_path):
+    def pairs(name, *prompts):
+        record = {"chosen": " a", "rejected": " b"}
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"prompt": p, **record}) + "\n" for p in prompts))
+        return small(data__format="explicit", data__path=str(path), data__eval_fraction=0.0)
+
+    train.run(pairs("x.jsonl", "p", "q"), tmp_path / "run")
+    with pytest.raises(UserError, match="data_fingerprint"):
+        train.run(pairs("x.jsonl", "p", "r"), tmp_path / "run")
+
+
+def test_resuming_does_not_need_the_weights_it_began_with(finished, tmp_path):
+    import shutil
+
+    source = tmp_path / "moved"
+    shutil.copytree(finished / "sft", source)
+    config = small(model__init_from=str(source), train__steps=2)
+    train.run(config, tmp_path / "run")
+    shutil.rmtree(source)
+    config.train.steps = 4
+    train.run(config, tmp_path / "run")
+    assert_same_params(tmp_path / "run", finished / "dpo")
+
+
+def test_a_missing_reference_or_fewer_steps_are_errors(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished / "dpo", tmp_path / "run")
+    with pytest.raises(UserError, match=r"already at step 4, beyond train.steps = 2"):
+        train.run(small(train__steps=2), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "reference")
+    with pytest.raises(UserError, match="frozen reference of this run is missing"):
+        train.run(small(train__steps=6), tmp_path / "run")
+
+
+def test_precomputed_log_probs_are_used_again_only_for_the_same_reference(finished, tmp_path):
+    first = small(reference__mode="precomputed", train__steps=1)
+    train.run(first, tmp_path)
+    table = tmp_path / "reference_logps.npz"
+    written = table.stat().st_mtime_ns
+
+    def forget_checkpoints():
+        import shutil
+
+        shutil.rmtree(tmp_path / "checkpoints")
+
+    forget_checkpoints()
+    train.run(first, tmp_path)
+    assert table.stat().st_mtime_ns == written
+    forget_checkpoints()
+    with pytest.raises(UserError, match="data fingerprint"):
+        train.run(small(reference__mode="precomputed", seed=1), tmp_path)
+    tables = reference.load_table(tmp_path, *fingerprints_of(table))
+    assert tables.keys() == {"train", "held_out"}
+    data_fingerprint, _ = fingerprints_of(table)
+    with pytest.raises(UserError, match="reference digest"):
+        reference.load_table(tmp_path, data_fingerprint, "another")
+    assert reference.load_table(tmp_path, data_fingerprint, None).keys() == tables.keys()
+
+
+def fingerprints_of(table):
+    with np.load(table) as stored:
+        return str(stored["data_fingerprint"]), str(stored["reference_digest"])
+
+
+def test_digest_sees_a_bit_a_swap_and_nothing_else():
+    x = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    bit, swap = x.copy(), x[::-1].copy()
+    bit.view(np.uint32)[3, 3] ^= 1
+    digests = [reference.digest({"a": jnp.asarray(v)}) for v in (x, x.copy(), bit, swap)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    assert reference.digest({"a": jnp.asarray(x, jnp.bfloat16)}) not in digests
+
+
 def test_precomputed_reference_equals_live(finished, tmp_path):
     source = str(finished / "sft")
     precomputed = small(model__init_from=source, reference__mode="precomputed")
@@ -167,7 +244,7 @@ def test_micro_batches_and_row_length_change_no_update(finished, tmp_path):
     [
         ({"algorithm__beta": 0.3}, "algorithm.beta: 0.3 now, 0.1 there"),
         ({"seed": 1}, "seed: 1 now, 0 there"),
-        ({"data__synthetic_pairs": 50}, "data.fingerprint"),
+        ({"data__synthetic_pairs": 50}, "data.synthetic_pairs: 50 now, 60 there"),
     ],
 )
 def test_workdir_of_another_run_is_an_error_that_lists_what_differs(finished, change, message):
@@ -200,11 +277,53 @@ def test_nan_stops_naming_metric_and_step_and_keeps_the_last_good_checkpoint(tmp
         optimizer__learning_rate=1e38,
         optimizer__clip_norm=0.0,
     )
-    with pytest.raises(UserError, match=r"step \d+: .*(loss|norm) = (nan|inf)"):
+    with pytest.raises(UserError, match=r"step \d+: .*(loss|norm).* = (nan|inf)"):
         train.run(config, tmp_path)
-    step = checkpoint.latest_step(tmp_path)
-    assert step is None or all(np.isfinite(x).all() for x in final_params(tmp_path).values())
+    assert checkpoint.latest_step(tmp_path) is None
     assert all(np.isfinite(list(line.values())).all() for line in lines_of(tmp_path))
+
+
+def test_nan_later_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """Weights that turn bad at step 3 are never saved, and the save of step 2 is awaited."""
+    original = train.make_update
+
+    def make_update(*args):
+        update = original(*args)
+
+        def breaks(state, reference, batch):
+            step = int(state.step) + 1
+            state, measured = update(state, reference, batch)
+            if step == 3:
+                state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+            return state, measured
+
+        return breaks
+
+    monkeypatch.setattr(train, "make_update", make_update)
+    with pytest.raises(UserError, match="step 3: loss after the update = nan"):
+        train.run(small(train__steps=9, train__save_every=1), tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 2
+    assert all(np.isfinite(x).all() for x in final_params(tmp_path).values())
+
+
+def test_nan_in_evaluation_stops_too(tmp_path):
+    config = small("sft", train__steps=1, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)
+    with pytest.raises(UserError, match=r"step 1: .*(eval/|norm)"):
+        train.run(config, tmp_path)
+    assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_log_lines_do_not_depend_on_interruptions(tmp_path):
+    settings = {"train__log_every": 3, "train__save_every": 2}
+    train.run(small("sft", train__steps=6, **settings), tmp_path / "whole")
+    train.run(small("sft", train__steps=4, **settings), tmp_path / "parts")
+    train.run(small("sft", train__steps=6, **settings), tmp_path / "parts")
+
+    def losses(name):
+        return [(x["step"], x["loss"]) for x in lines_of(tmp_path / name) if "loss" in x]
+
+    assert losses("whole") == losses("parts")
+    assert [step for step, _ in losses("whole")] == [1, 2, 3, 4, 6]
 
 
 def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):

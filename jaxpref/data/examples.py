@@ -32,6 +32,10 @@ class DivergentPromptError(UserError):
     """The responses of one record do not continue the same prompt."""
 
 
+class EmptyResponseError(UserError):
+    """A response holds no text."""
+
+
 def read_examples(
     path: str,
     format: str,
@@ -39,6 +43,7 @@ def read_examples(
     subset: str = "",
     split: str = "train",
     on_divergent: str = "error",
+    on_empty: str = "error",
 ) -> tuple[list[Example], Counter[str]]:
     """Reads all examples of a source.
 
@@ -50,6 +55,7 @@ def read_examples(
       split: split of a hub data set.
       on_divergent: "error", or "skip" to drop and count records whose dialogues part
         before the last assistant turn.
+      on_empty: "error", or "skip" to drop and count records with an empty response.
 
     Returns:
       The examples in order, and what was dropped, by reason.
@@ -60,7 +66,11 @@ def read_examples(
     parse = FORMATS[format]
     records = read_records(path, subset=subset, split=split)
     dropped: Counter[str] = Counter()
-    examples = list(_parse_all(records, parse, on_divergent, dropped))
+    skipped = {
+        DivergentPromptError: ("divergent_prompt", on_divergent),
+        EmptyResponseError: ("empty_response", on_empty),
+    }
+    examples = list(_parse_all(records, parse, skipped, dropped))
     if not examples:
         raise UserError(f"{path}: holds no usable record ({dict(dropped) or 'it is empty'}).")
     return examples, dropped
@@ -78,7 +88,7 @@ def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example
     kept: list[Example] = []
     held: list[Example] = []
     for example in examples:
-        digest = hashlib.sha256(example.prompt.encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(example.prompt.encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         (held if share < fraction else kept).append(example)
     return kept, held
@@ -87,16 +97,17 @@ def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example
 def _parse_all(
     records: Iterable[Record],
     parse: Callable[[Mapping, str], Example],
-    on_divergent: str,
+    skipped: Mapping[type[UserError], tuple[str, str]],
     dropped: Counter[str],
 ) -> Iterator[Example]:
     for record, where in records:
         try:
             yield parse(record, where)
-        except DivergentPromptError:
-            if on_divergent != "skip":
+        except (DivergentPromptError, EmptyResponseError) as error:
+            reason, policy = skipped[type(error)]
+            if policy != "skip":
                 raise
-            dropped["divergent_prompt"] += 1
+            dropped[reason] += 1
 
 
 def _text(record: Mapping, column: str, where: str) -> str:
@@ -111,13 +122,23 @@ def _text(record: Mapping, column: str, where: str) -> str:
             f"{where}: column {column!r} should be text; got {type(value).__name__}. "
             "Lists of messages are not supported yet."
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: column {column!r} holds half of a character at {error.start} (a lone "
+            "surrogate, as a cut emoji leaves it); mend or remove the row."
+        ) from error
     return value
 
 
 def _checked(example: Example) -> Example:
     for name, response in zip(("chosen", "rejected"), example.responses, strict=True):
         if not response:
-            raise UserError(f"{example.where}: the {name} response is empty.")
+            raise EmptyResponseError(
+                f"{example.where}: the {name} response is empty. Skip such rows with "
+                "--config.data.on_empty=skip."
+            )
     return example
 
 

@@ -26,17 +26,12 @@ class Data(NamedTuple):
     held_out: TokenizedDataset | None
     counts: dict[str, int]
 
-    def fingerprint(self) -> str:
-        """A digest of both sides."""
-        held_out = self.held_out.fingerprint() if self.held_out else "none"
-        return f"{self.train.fingerprint()}-{held_out}"
-
 
 def check(config: ConfigDict) -> None:
     """Refuses missing files before anything is computed."""
-    for path in (config.data.path, config.data.eval_path):
-        if path:
-            check_source(path)
+    for key in ("path", "eval_path"):
+        if config.data[key]:
+            check_source(config.data[key], f"data.{key}")
 
 
 def load(
@@ -102,7 +97,12 @@ def _examples(config: ConfigDict) -> tuple[list[Example], list[Example], Counter
 
     def read(path: str, split: str) -> tuple[list[Example], Counter[str]]:
         return read_examples(
-            path, data.format, subset=data.subset, split=split, on_divergent=data.on_divergent
+            path,
+            data.format,
+            subset=data.subset,
+            split=split,
+            on_divergent=data.on_divergent,
+            on_empty=data.on_empty,
         )
 
     examples, dropped = read(data.path, data.split)

@@ -26,7 +26,7 @@ def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterat
     Raises:
       UserError: the source is missing, truncated or malformed; says where.
     """
-    check_source(path)
+    check_source(path, "the data")
     if not path.endswith(_SUFFIXES):
         yield from _read_hub(path, subset, split)
     elif path.endswith(".parquet"):
@@ -35,16 +35,17 @@ def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterat
         yield from _read_jsonl(path)
 
 
-def check_source(path: str) -> None:
-    """Refuses a path that is neither a readable file of a known kind nor a hub name."""
+def check_source(path: str, key: str) -> None:
+    """Refuses a path, given as `key`, that is neither a file of a known kind nor a hub name."""
     if Path(path).is_file() and not path.endswith(_SUFFIXES):
-        raise UserError(f"{path}: expected a file ending in {', '.join(_SUFFIXES)}.")
+        raise UserError(f"{path} ({key}): expected a file ending in {', '.join(_SUFFIXES)}.")
     if path.endswith(_SUFFIXES):
         if not Path(path).is_file():
-            raise UserError(f"{path}: no such file (data.path, from {Path.cwd()}).")
+            raise UserError(f"{path} ({key}): no such file, seen from {Path.cwd()}.")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(
-            f"{path}: neither a file ({', '.join(_SUFFIXES)}) nor a hub name like owner/name."
+            f"{path} ({key}): neither a file ({', '.join(_SUFFIXES)}) nor a hub name "
+            "like owner/name."
         )
 
 

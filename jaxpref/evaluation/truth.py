@@ -20,7 +20,7 @@ def reward_recovery(
     Returns:
       `rewards/rank_correlation`, Spearman's, 0 if all learned rewards are alike; and
       `rewards/best_accuracy`, the share of labels that the true reward agrees with
-      (a tie counts half), which is the best anyone can hope for.
+      (a tie counts half), which no one can expect to exceed.
     """
     from scipy import stats
 

@@ -58,7 +58,7 @@ class DecoderConfig:
     tied_head: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     attention_block: int = 128
 
     def __post_init__(self) -> None:
@@ -219,7 +219,9 @@ class Decoder(nn.Module):
     def lm_head(self) -> LMHead:
         """The head in the compute dtype: `model.apply(variables, method="lm_head")`."""
         kernel = self.embedding if self.config.tied_head else self.head_kernel
-        return LMHead(kernel.astype(jnp.dtype(self.config.dtype)))
+        kernel = kernel.astype(jnp.dtype(self.config.dtype))
+        # Gathered here, once, and not in every block of the vocabulary that is walked.
+        return LMHead(nn.with_logical_constraint(kernel, ("gathered", "activation")))
 
     def __call__(
         self,
