@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/quickstart
+DATA ?= hh-harmless.jsonl.gz
 
 .PHONY: quickstart test test-long check format benchmark clean
 
@@ -26,6 +27,11 @@ check: .venv/installed-test
 format: .venv/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# DATA: Anthropic's HH dialogues, .jsonl or .jsonl.gz. Takes about twenty minutes.
+benchmark: .venv/installed
+	$(BIN)/python benchmarks/logprobs.py
+	$(BIN)/python benchmarks/layouts.py --data=$(DATA)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -11,8 +11,13 @@ its own, and the cases take turns over several rounds; figures are medians over 
   padded+chunked  the same rows, with this library's log-probs of the scored positions only
   tree N          the preference tree in rows of N tokens
 
-with a live reference, and the first and the best tree also with a precomputed one and with
-the layers' activations computed again in the backward pass (`model.remat`).
+with a live reference and the library's default `model.remat` ("dots": the backward pass
+computes again what is cheap), and the first and the best tree also with a precomputed
+reference and with nothing computed again.
+
+Memory is given twice: the process's peak resident memory while it trains, which holds
+Python, the libraries and the compiled code too, and what XLA plans for the step alone
+(state, batch and temporary arrays), which is what counts on an accelerator.
 """
 
 import argparse
@@ -35,11 +40,11 @@ class Case(NamedTuple):
     layout: str
     row_length: int
     reference: str
-    remat: str = "none"
+    remat: str = "dots"
 
     def __str__(self) -> str:
         rows = f" {self.row_length}" if self.layout == "tree" else ""
-        remat = "" if self.remat == "none" else f", remat {self.remat}"
+        remat = "" if self.remat == "dots" else f", remat {self.remat}"
         return f"{self.layout}{rows}, {self.reference}{remat}"
 
 
@@ -51,8 +56,8 @@ CASES = [
     Case("tree", 1024, "live"),
     Case("padded", 512, "precomputed"),
     Case("tree", 512, "precomputed"),
-    Case("padded", 512, "live", "dots"),
-    Case("tree", 512, "live", "dots"),
+    Case("padded", 512, "live", "none"),
+    Case("tree", 512, "live", "none"),
 ]
 
 
@@ -94,7 +99,6 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
         models,
         optimizer as optimizer_lib,
         packing,
-        reference as reference_lib,
         sharding,
         train,
     )
@@ -122,22 +126,17 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     budget = packing.Budget(case.row_length, scored if tree else case.row_length)
     planner = packing.plan_tree if tree else packing.plan_padded
 
-    def stream(extras: dict[str, Any]) -> data.BatchStream:
-        return data.BatchStream(
-            dataset, batch_size=BATCH_SIZE, budget=budget, planner=planner, extras=extras
-        )
-
+    stream = data.BatchStream(dataset, batch_size=BATCH_SIZE, budget=budget, planner=planner)
     mesh = sharding.make_mesh()
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
     abstract = train.abstract_state(model, optimizer, mesh)
     state = train.initial_state(config, model, optimizer, abstract)
     with sharding.use(mesh):
-        reference, extras = jax.tree.map(jnp.copy, state.params), {}
+        reference = jax.tree.map(jnp.copy, state.params)
+        batches = [stream.batch(step) for step in range(steps)]
         if case.reference == "precomputed":
             # Paid once, before training, and so not part of a step.
-            extras["reference_logps"] = _precompute(model, reference, dataset, reference_lib)
-            reference = None
-        batches = [stream(extras).batch(step) for step in range(steps)]
+            batches, reference = _with_reference(model, reference, batches), None
         update = train.make_update(algorithm, optimizer, schedule)
         put = [sharding.put_batch(mesh, batch) for batch in batches]
         compiled = {}
@@ -158,6 +157,13 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     return {
         "pairs_per_second": steps * BATCH_SIZE / elapsed,
         "peak_bytes": peak,
+        "step_bytes": max(
+            m.argument_size_in_bytes
+            + m.temp_size_in_bytes
+            + m.output_size_in_bytes
+            - m.alias_size_in_bytes
+            for m in (c.memory_analysis() for c in compiled.values())
+        ),
         "first_loss": float(first["loss"].values / first["loss"].weights),
         "fill": float(np.mean([(b.group > 0).mean() for b in batches])),
         "rows": float(np.mean([b.tokens.shape[1] for b in batches])),
@@ -166,16 +172,20 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     }
 
 
-def _precompute(model: Any, params: Any, dataset: Any, reference_lib: Any) -> Any:
-    import jax
+def _with_reference(model: Any, params: Any, batches: list[Any]) -> list[Any]:
+    """The batches with the reference's log-probs, computed beforehand."""
+    import dataclasses
 
-    from jaxpref import data, packing
+    import jax
+    import numpy as np
+
     from jaxpref.algorithms import response_logps
 
-    budget = packing.Budget(MAX_LENGTH, MAX_LENGTH)
     logps = jax.jit(lambda b: response_logps(model, params, jax.tree.map(lambda x: x[0], b)))
-    batches = data.BatchStream(dataset, batch_size=BATCH_SIZE, budget=budget).once()
-    return reference_lib.precompute(logps, batches, len(dataset))
+    return [
+        dataclasses.replace(b, extras={"reference_logps": np.asarray(logps(b))[None]})
+        for b in batches
+    ]
 
 
 def _with_full_logits(algorithm: Any, config: Any, model: Any) -> Any:
@@ -185,8 +195,9 @@ def _with_full_logits(algorithm: Any, config: Any, model: Any) -> Any:
     import jax.numpy as jnp
 
     from jaxpref import losses, packing
-    from jaxpref.algorithms import Metric, Objective
+    from jaxpref.algorithms import Objective
     from jaxpref.logprobs import from_logits
+    from jaxpref.metrics import Metric
 
     def response_logps(params: Any, batch: Any) -> Any:
         logits = model.apply(
@@ -268,8 +279,11 @@ def report(results: dict[Case, list[dict[str, Any]]]) -> None:
     from common import describe_machine
 
     print(f"\n{describe_machine()}\n")
-    print("| case | pairs/s | x padded | peak GB | of padded | rows | fill | of the limit |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| case | pairs/s | x padded | resident GB | of padded | step GB | of padded | rows | fill "
+        "| of the limit |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for case, rounds in results.items():
         middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         padded = results[Case("padded", 512, case.reference, case.remat)]
@@ -278,8 +292,9 @@ def report(results: dict[Case, list[dict[str, Any]]]) -> None:
             a["pairs_per_second"] / b["pairs_per_second"]
             for a, b in zip(rounds, padded, strict=True)
         )
-        memory = statistics.median(
-            a["peak_bytes"] / b["peak_bytes"] for a, b in zip(rounds, padded, strict=True)
+        resident, planned = (
+            statistics.median(a[key] / b[key] for a, b in zip(rounds, padded, strict=True))
+            for key in ("peak_bytes", "step_bytes")
         )
         # The unavoidable work is that of the tree that holds every group whole.
         whole = results[Case("tree", 1024, "live")][0]["flops"]
@@ -287,7 +302,8 @@ def report(results: dict[Case, list[dict[str, Any]]]) -> None:
         limit = BATCH_SIZE * middle["matmul_flops_per_second"] / flops
         print(
             f"| {case} | {middle['pairs_per_second']:.2f} | {speed:.2f} "
-            f"| {middle['peak_bytes'] / 1e9:.2f} | {memory:.2f} | {middle['rows']:.1f} "
+            f"| {middle['peak_bytes'] / 1e9:.2f} | {resident:.2f} "
+            f"| {middle['step_bytes'] / 1e9:.2f} | {planned:.2f} | {middle['rows']:.1f} "
             f"| {middle['fill']:.2f} | {middle['pairs_per_second'] / limit:.2f} |"
         )
     rate = statistics.median(r["matmul_flops_per_second"] for rs in results.values() for r in rs)

@@ -6,7 +6,7 @@ steps, one epoch. The default is its setting (Pythia-2.8B); `:tiny` goes on from
 `configs/sft_hh.py:tiny` in workdir A, on a laptop:
 
     python -m jaxpref.main --config=configs/dpo_hh.py:tiny --workdir=B \
-        --config.data.path=hh-harmless.jsonl.gz --config.model.init_from=A
+        --config.data.path=hh-harmless.jsonl.gz
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,8 @@ def get_config(size: str = "paper") -> ConfigDict:
     config.data.on_long_prompt = "truncate"
     config.train.log_every = 10
     if size == "tiny":
+        # The workdir of configs/sft_hh.py:tiny.
+        config.model.init_from = "A"
         config.model.width = 128
         config.model.layers = 4
         config.data.max_length = 768

@@ -23,7 +23,7 @@ def get_config(stage: str = "sft") -> ConfigDict:
     config.model.head_dim = 32
     config.model.feed_forward = 384
     config.data.format = "synthetic"
-    config.data.synthetic_pairs = 6000
+    config.data.synthetic_pairs = 5600
     config.data.eval_fraction = 0.1
     config.data.batch_size = 64
     config.data.max_length = 128
@@ -34,11 +34,11 @@ def get_config(stage: str = "sft") -> ConfigDict:
     config.train.log_every = 10
     if stage == "sft":
         config.optimizer.learning_rate = 3e-3
-        config.train.steps = 100
+        config.train.steps = 80
     else:
         config.model.init_from = "runs/quickstart/sft"
-        config.algorithm.beta = 0.1
-        config.optimizer.learning_rate = 5e-4
-        config.train.steps = 150
-        config.train.eval_every = 50
+        config.algorithm.beta = 0.3
+        config.optimizer.learning_rate = 3e-4
+        config.train.steps = 80
+        config.train.eval_every = 20
     return config

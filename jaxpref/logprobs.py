@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Logits alive at one time, in entries; 2**23 float32 entries are 32 MiB.
-_BLOCK_ENTRIES = 2**23
+# Logits alive at one time, in entries; 2**22 float32 entries are 16 MiB.
+_BLOCK_ENTRIES = 2**22
 # A narrower block leaves matrix units idle, and TPU lanes come in 128.
 _SMALLEST_BLOCK = 1024
 _LANES = 128
@@ -56,7 +56,7 @@ def token_logprobs(
       head: the LM head.
       targets: token ids; one outside the vocabulary (an ignore-index) gives NaN.
       block_size: vocabulary entries whose logits exist at one time; by default
-        as many as keep a block of logits near 32 MiB.
+        as many as keep a block of logits near 16 MiB.
 
     Returns:
       Log-probabilities in nats, in float32 whatever the dtypes of the inputs

@@ -6,18 +6,32 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxpref.errors import UserError
+from jaxpref.packing import PackedBatch
+
+# A gradient may vanish by chance once; not three times from the start.
+_ZERO_GRADIENTS = 3
 
 # What the terminal's line shows, in this order, of what a run measures.
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "perf/pairs_per_second")
 
 # A log file has no width to wrap at.
 console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+class Metric(NamedTuple):
+    """Values with the weights that they have in a mean."""
+
+    values: Float[Array | np.ndarray, "*groups"]
+    weights: Float[Array | np.ndarray, "*groups"]
 
 
 class Mean:
@@ -121,6 +135,99 @@ class Writer:
             return ""
         seconds = (time.monotonic() - self._began) / done * (self._steps - step)
         return f"  ETA {_clock(seconds)}"
+
+
+class Log:
+    """Reads what a step measured after the next one is dispatched, and writes the means."""
+
+    def __init__(self, writer: Writer, *, every: int, steps: int):
+        """Means over `every` steps go to `writer`; the run ends after `steps`."""
+        self._writer, self._every, self._steps = writer, every, steps
+        self._pending: _Step | None = None
+        self._mean = Mean()
+        self._shapes: set[tuple[int, ...]] = set()
+        self._zero_gradients: list[bool] = []
+        self._learning_rate = 0.0
+        self._since = time.monotonic()
+
+    def dispatching(self, step: int, batch: PackedBatch) -> None:
+        """Notes the work of a step; a new shape means a compilation, which is not timed."""
+        shape = batch.tokens.shape
+        compiles = shape not in self._shapes
+        if compiles:
+            self.settle()
+            self._shapes.add(shape)
+            console.print(
+                f"step {step}: compiling for {shape[1]} rows of {shape[2]} tokens"
+                f" (shape {len(self._shapes)})"
+            )
+        tokens, groups = int((batch.group > 0).sum()), int((batch.lengths[..., 0] > 0).sum())
+        self._next = _Step(step, {}, tokens, groups, timed=not compiles)
+
+    def dispatched(self, step: int, measured: dict[str, Metric]) -> None:
+        """Takes over a step's measurements, and settles those of the step before."""
+        self.settle()
+        self._pending = self._next._replace(measured=measured)
+        if not self._pending.timed or step == self._steps:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the pending step; checks, adds up, and writes if it is time."""
+        if self._pending is None:
+            return
+        done, self._pending = self._pending, None
+        sums = jax.device_get(done.measured)
+        now = time.monotonic()
+        if done.timed:
+            seconds = now - self._since
+            self._mean.add("perf/step_seconds", seconds, 1)
+            self._mean.add("perf/tokens_per_second", done.tokens, seconds)
+            self._mean.add("perf/pairs_per_second", done.groups, seconds)
+        self._since = now
+        values = {name: float(m.values) / float(m.weights or 1) for name, m in sums.items()}
+        require_finite(done.number, values)
+        self._require_gradient(done.number, values["grad_norm"])
+        for name, metric in sums.items():
+            self._mean.add(name, float(metric.values), float(metric.weights))
+        self._learning_rate = values["learning_rate"]
+        self._writer.step(done.number)
+        if done.number in (1, self._steps) or done.number % self._every == 0:
+            self.flush(done.number)
+
+    def flush(self, step: int) -> None:
+        """Writes what has been added up since the last time.
+
+        Also before each checkpoint: a run that resumes from it then writes the same lines.
+        """
+        self.settle()
+        values = self._mean.result()
+        if values:
+            self._writer.write(step, {**values, "learning_rate": self._learning_rate})
+        self._mean = Mean()
+
+    def pause(self) -> None:
+        """Leaves what happened since the last step out of the next one's time."""
+        self._since = time.monotonic()
+
+    def _require_gradient(self, step: int, norm: float) -> None:
+        self._zero_gradients.append(norm == 0)
+        first = self._zero_gradients[:_ZERO_GRADIENTS]
+        if all(first) and (len(first) == _ZERO_GRADIENTS or step == self._steps):
+            raise UserError(
+                f"step {step}: the gradient was exactly zero everywhere in all "
+                f"{len(self._zero_gradients)} steps so far, so nothing trains. Are chosen and "
+                "rejected the same text, or is every parameter frozen?"
+            )
+
+
+class _Step(NamedTuple):
+    """A dispatched step: its measurements (still being computed) and its work."""
+
+    number: int
+    measured: dict[str, Metric]
+    tokens: int
+    groups: int
+    timed: bool
 
 
 def require_finite(step: int, values: dict[str, float]) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,15 +29,12 @@ from jaxpref import (
     reference as reference_lib,
     sharding,
 )
-from jaxpref.algorithms import Algorithm, Metric, Objective, response_logps
+from jaxpref.algorithms import Algorithm, Objective, response_logps
 from jaxpref.data import BatchStream, Data, TokenizedDataset
 from jaxpref.errors import UserError
-from jaxpref.metrics import console
+from jaxpref.metrics import Metric, console
 from jaxpref.models import Decoder
 from jaxpref.packing import Budget, PackedBatch
-
-# A gradient may vanish by chance once; not three times from the start.
-_ZERO_GRADIENTS = 3
 
 
 class State(NamedTuple):
@@ -127,18 +123,19 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 if start == 0:
                     counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
                     writer.write(0, {**counts, **evaluate(state, 0)})
-                log = _Log(writer, config.train.log_every, steps)
+                log = metrics_lib.Log(writer, every=config.train.log_every, steps=steps)
                 for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
                     log.dispatching(step, batch)
                     batch = sharding.put_batch(mesh, batch)
                     state, measured = update(state, reference, batch)
                     log.dispatched(step, measured)
-                    last = step == steps
+                    # Asked once a step: what is saved and what stops must agree.
+                    last, stop = step == steps, interrupted()
                     if last or _due(step, config.train.eval_every):
                         log.settle()
                         writer.write(step, evaluate(state, step))
                         log.pause()
-                    if last or interrupted() or _due(step, config.train.save_every):
+                    if last or stop or _due(step, config.train.save_every):
                         log.flush(step)
                         # Only weights that still give finite losses become the last good ones.
                         loss = score(state.params, reference, batch).loss.values.sum()
@@ -146,10 +143,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                         rest = {"step": state.step, "optimizer_state": state.optimizer_state}
                         checkpoints.save(step, state.params, rest)
                         log.pause()
-                    if last or interrupted():
+                    if last or stop:
                         # Awaited here, where a second signal does not kill the save.
                         checkpoints.wait()
-                    if interrupted() and not last:
+                    if stop and not last:
                         raise KeyboardInterrupt(
                             f"interrupted after step {step}, which is saved; the same command "
                             "resumes."
@@ -273,8 +270,8 @@ def _check_source(config: ConfigDict) -> None:
         raise UserError(f"model.init_from={source}: that run has no complete checkpoint yet.")
     if there is None:
         raise UserError(
-            f"model.init_from is {source!r}, which is not a jaxpref workdir; "
-            "loading Hugging Face weights is not possible yet."
+            f"model.init_from is {source!r}, which is no jaxpref workdir here (give the --workdir "
+            "of a finished run); loading Hugging Face weights is not possible yet."
         )
     shape = [f"model.{f.name}" for f in dataclasses.fields(models.DecoderConfig)]
     numerics = ("model.dtype", "model.remat", "model.attention_block")
@@ -374,98 +371,6 @@ def _streams(
     return train, _stream(config, mesh, data, data.held_out, training=False, table=table)
 
 
-class _Log:
-    """Reads what a step measured after the next one is dispatched, and writes the means."""
-
-    def __init__(self, writer: metrics_lib.Writer, every: int, steps: int):
-        self._writer, self._every, self._steps = writer, every, steps
-        self._pending: _Step | None = None
-        self._mean = metrics_lib.Mean()
-        self._shapes: set[tuple[int, ...]] = set()
-        self._zero_gradients: list[bool] = []
-        self._learning_rate = 0.0
-        self._since = time.monotonic()
-
-    def dispatching(self, step: int, batch: PackedBatch) -> None:
-        """Notes the work of a step; a new shape means a compilation, which is not timed."""
-        shape = batch.tokens.shape
-        compiles = shape not in self._shapes
-        if compiles:
-            self.settle()
-            self._shapes.add(shape)
-            console.print(
-                f"step {step}: compiling for {shape[1]} rows of {shape[2]} tokens"
-                f" (shape {len(self._shapes)})"
-            )
-        tokens, groups = int((batch.group > 0).sum()), int((batch.lengths[..., 0] > 0).sum())
-        self._next = _Step(step, {}, tokens, groups, timed=not compiles)
-
-    def dispatched(self, step: int, measured: dict[str, Metric]) -> None:
-        """Takes over a step's measurements, and settles those of the step before."""
-        self.settle()
-        self._pending = self._next._replace(measured=measured)
-        if not self._pending.timed or step == self._steps:
-            self.settle()
-
-    def settle(self) -> None:
-        """Waits for the pending step; checks, adds up, and writes if it is time."""
-        if self._pending is None:
-            return
-        done, self._pending = self._pending, None
-        sums = jax.device_get(done.measured)
-        now = time.monotonic()
-        if done.timed:
-            seconds = now - self._since
-            self._mean.add("perf/step_seconds", seconds, 1)
-            self._mean.add("perf/tokens_per_second", done.tokens, seconds)
-            self._mean.add("perf/pairs_per_second", done.groups, seconds)
-        self._since = now
-        values = {name: float(m.values) / float(m.weights or 1) for name, m in sums.items()}
-        metrics_lib.require_finite(done.number, values)
-        self._require_gradient(done.number, values["grad_norm"])
-        for name, metric in sums.items():
-            self._mean.add(name, float(metric.values), float(metric.weights))
-        self._learning_rate = values["learning_rate"]
-        self._writer.step(done.number)
-        if done.number in (1, self._steps) or done.number % self._every == 0:
-            self.flush(done.number)
-
-    def flush(self, step: int) -> None:
-        """Writes what has been added up since the last time.
-
-        Also before each checkpoint: a run that resumes from it then writes the same lines.
-        """
-        self.settle()
-        values = self._mean.result()
-        if values:
-            self._writer.write(step, {**values, "learning_rate": self._learning_rate})
-        self._mean = metrics_lib.Mean()
-
-    def pause(self) -> None:
-        """Leaves what happened since the last step out of the next one's time."""
-        self._since = time.monotonic()
-
-    def _require_gradient(self, step: int, norm: float) -> None:
-        self._zero_gradients.append(norm == 0)
-        first = self._zero_gradients[:_ZERO_GRADIENTS]
-        if all(first) and (len(first) == _ZERO_GRADIENTS or step == self._steps):
-            raise UserError(
-                f"step {step}: the gradient was exactly zero everywhere in all "
-                f"{len(self._zero_gradients)} steps so far, so nothing trains. Are chosen and "
-                "rejected the same text, or is every parameter frozen?"
-            )
-
-
-class _Step(NamedTuple):
-    """A dispatched step: its measurements (still being computed) and its work."""
-
-    number: int
-    measured: dict[str, Metric]
-    tokens: int
-    groups: int
-    timed: bool
-
-
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
@@ -524,7 +429,7 @@ def _report(workdir: Path, config: ConfigDict) -> None:
         return
     lines = metrics_lib.read(workdir / "metrics.jsonl")
     curves = workdir / "curves.png"
-    evaluation.plot_curves(lines, curves, f"{config.algorithm.name}, {workdir.name}")
+    evaluation.plot_curves(lines, curves, f"{config.algorithm.name}: {workdir}")
     table = evaluation.closing_table(lines)
     if table is not None:
         console.print(table)

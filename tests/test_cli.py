@@ -173,7 +173,7 @@ def test_interrupt_saves_then_exits_and_the_same_command_resumes(which, uninterr
 def test_errors_of_a_run_are_one_message_without_a_trace(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": 1}\n')
     result = run(
-        "--config=configs/dpo_hh.py:tiny",
+        "--config=configs/sft_hh.py:tiny",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tmp_path / 'x.jsonl'}",
     )

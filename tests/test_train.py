@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxpref import algorithms, checkpoint, config as config_lib, metrics, reference, train
-from jaxpref.algorithms import Metric, Objective
+from jaxpref.algorithms import Objective
 from jaxpref.errors import UserError
+from jaxpref.metrics import Metric
 
 
 def small(algorithm="dpo", **changes):

@@ -4,23 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jaxpref import packing
 from jaxpref.data.examples import Example
 from jaxpref.logprobs import token_logprobs
+from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 
 Params = Any
-
-
-class Metric(NamedTuple):
-    """A quantity of each example, with the weight it has in the mean."""
-
-    values: Float[Array | np.ndarray, "*groups"]
-    weights: Float[Array | np.ndarray, "*groups"]
 
 
 class Objective(NamedTuple):

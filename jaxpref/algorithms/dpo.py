@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import Algorithm, Metric, Objective, Params, response_logps
+from jaxpref.algorithms.base import Algorithm, Objective, Params, response_logps
+from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jaxpref.algorithms import Metric, Objective
+from jaxpref.algorithms import Objective
 from jaxpref.evaluation.truth import reward_recovery
+from jaxpref.metrics import Metric
 from jaxpref.packing import PackedBatch
 
 

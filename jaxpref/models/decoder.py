@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.logprobs import LMHead
@@ -21,7 +22,11 @@ from jaxpref.models.attention import attention, rotary_angles, rotate
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products with weights are kept, and what attention gives: the dear part to compute again.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attended"),
+    ),
 }
 
 
@@ -128,6 +133,7 @@ class Block(nn.Module):
         key = rotate(project(h, "key", "kv_heads", kv_heads), cos, sin)
         value = project(h, "value", "kv_heads", kv_heads)
         attended = attention(query, key, value, mask, block_size=config.attention_block)
+        attended = checkpoint_name(attended, "attended")
         # What is added to the residual stream starts smaller the deeper the model (GPT-2).
         depth = 2 * config.layers
         inner = heads * head_dim
