@@ -78,11 +78,12 @@ class Writer:
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=kept + 1)
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[shown]}"),
-            TextColumn("{task.fields[rate]}"),
+            BarColumn(bar_width=10),
             TextColumn("ETA"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[rate]}"),
+            # Last, since a narrow terminal cuts the end.
+            TextColumn("{task.fields[shown]}"),
             console=console,
             disable=not console.is_terminal,
         )

@@ -223,7 +223,7 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         for name, value in {
             "grad_norm": optax.tree.norm(gradients),
-            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
             "learning_rate": schedule(state.step),
         }.items():
             sums[name] = Metric(jnp.asarray(value, jnp.float32), jnp.ones(()))

@@ -217,17 +217,23 @@ class Decoder(nn.Module):
             index = jnp.arange(length)
             mask = jnp.broadcast_to(index[:, None] >= index[None, :], (rows, length, length))
         cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
-        x = jnp.take(self.embedding, tokens, axis=0).astype(jnp.dtype(config.dtype))
+        x = jnp.take(self._gathered(self.embedding), tokens, axis=0)
         x = nn.with_logical_constraint(x, ("rows", "length", "activation"))
         x, _ = self.layers(x, cos, sin, mask)
         return self.final_norm(x)
 
     def lm_head(self) -> LMHead:
         """The head in the compute dtype: `model.apply(variables, method="lm_head")`."""
-        kernel = self.embedding if self.config.tied_head else self.head_kernel
-        kernel = kernel.astype(jnp.dtype(self.config.dtype))
-        # Gathered here, once, and not in every block of the vocabulary that is walked.
-        return LMHead(nn.with_logical_constraint(kernel, ("gathered", "activation")))
+        return LMHead(self._gathered(self.embedding if self.config.tied_head else self.head_kernel))
+
+    def _gathered(self, table: Array) -> Array:
+        """A table of the vocabulary in the compute dtype, whole on every device.
+
+        Looked up by rows that are split otherwise, or walked block by block, a table in
+        parts would be gathered again and again.
+        """
+        table = table.astype(jnp.dtype(self.config.dtype))
+        return nn.with_logical_constraint(table, ("gathered", "activation"))
 
     def __call__(
         self,
