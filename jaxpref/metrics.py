@@ -147,7 +147,7 @@ class Log:
         self._pending: _Step | None = None
         self._mean = Mean()
         self._shapes: set[tuple[int, ...]] = set()
-        self._zero_gradients: list[bool] = []
+        self._trained, self._moved = 0, False
         self._learning_rate = 0.0
         self._since = time.monotonic()
 
@@ -211,12 +211,12 @@ class Log:
         self._since = time.monotonic()
 
     def _require_gradient(self, step: int, norm: float) -> None:
-        self._zero_gradients.append(norm == 0)
-        first = self._zero_gradients[:_ZERO_GRADIENTS]
-        if all(first) and (len(first) == _ZERO_GRADIENTS or step == self._steps):
+        self._trained += 1
+        self._moved |= norm > 0
+        if not self._moved and (self._trained >= _ZERO_GRADIENTS or step == self._steps):
             raise UserError(
                 f"step {step}: the gradient was exactly zero everywhere in all "
-                f"{len(self._zero_gradients)} steps so far, so nothing trains. Are chosen and "
+                f"{self._trained} steps so far, so nothing trains. Are chosen and "
                 "rejected the same text, or is every parameter frozen?"
             )
 

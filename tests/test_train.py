@@ -134,7 +134,7 @@ def test_resuming_is_bit_identical_and_needs_nothing_but_the_workdir(finished, t
         assert a["grad_norm"] == b["grad_norm"]
 
 
-def test_the_same_data_by_another_file_resumes_and_other_data_does_not(tmp_path):
+def test_other_data_under_the_same_name_is_refused(tmp_path):
     def pairs(name, *prompts):
         record = {"chosen": " a", "rejected": " b"}
         path = tmp_path / name
