@@ -40,6 +40,15 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where it is not a Linux CPU."""
+    status = Path("/proc/self/status")
+    if jax.default_backend() != "cpu" or not status.exists():
+        return 0
+    now = next(x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
+    return int(now.split()[1]) * 1024
+
+
 def peak_bytes() -> int:
     """Highest resident memory of this process; of the device, if it is not a CPU."""
     stats = jax.devices()[0].memory_stats() or {}

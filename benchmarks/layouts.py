@@ -15,9 +15,10 @@ with a live reference and the library's default `model.remat` ("dots": the backw
 computes again what is cheap), and the first and the best tree also with a precomputed
 reference and with nothing computed again.
 
-Memory is given twice: the process's peak resident memory while it trains, which holds
-Python, the libraries and the compiled code too, and what XLA plans for the step alone
-(state, batch and temporary arrays), which is what counts on an accelerator.
+Memory is given three times: the process's peak resident memory while it trains; the part
+of it beyond Python with its libraries loaded, which is the run's own (data, compiled code,
+state, temporary arrays); and what XLA plans for the step alone (state, batch and temporary
+arrays), which is what counts on an accelerator.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from common import forget_peak, matmul_flops_per_second, peak_bytes
+    from common import forget_peak, matmul_flops_per_second, peak_bytes, resident_bytes
 
     from jaxpref import (
         algorithms,
@@ -114,6 +115,8 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     config_lib.check(config)
 
     tokenizer = data.load_tokenizer(str(folder))
+    jax.devices()  # Starts the backend, which is one of the libraries.
+    libraries = resident_bytes()
     model = models.build(config.model, len(tokenizer))
     algorithm = algorithms.build(config, model)
     if case.layout == "padded":
@@ -157,6 +160,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     return {
         "pairs_per_second": steps * BATCH_SIZE / elapsed,
         "peak_bytes": peak,
+        "run_bytes": peak - libraries,
         "step_bytes": max(
             m.argument_size_in_bytes
             + m.temp_size_in_bytes
@@ -280,10 +284,10 @@ def report(results: dict[Case, list[dict[str, Any]]]) -> None:
 
     print(f"\n{describe_machine()}\n")
     print(
-        "| case | pairs/s | x padded | resident GB | of padded | step GB | of padded | rows | fill "
-        "| of the limit |"
+        "| case | pairs/s | x padded | resident GB | of padded | run GB | of padded | step GB "
+        "| of padded | rows | fill | of the limit |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for case, rounds in results.items():
         middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         padded = results[Case("padded", 512, case.reference, case.remat)]
@@ -292,9 +296,9 @@ def report(results: dict[Case, list[dict[str, Any]]]) -> None:
             a["pairs_per_second"] / b["pairs_per_second"]
             for a, b in zip(rounds, padded, strict=True)
         )
-        resident, planned = (
+        resident, own, planned = (
             statistics.median(a[key] / b[key] for a, b in zip(rounds, padded, strict=True))
-            for key in ("peak_bytes", "step_bytes")
+            for key in ("peak_bytes", "run_bytes", "step_bytes")
         )
         # The unavoidable work is that of the tree that holds every group whole.
         whole = results[Case("tree", 1024, "live")][0]["flops"]
@@ -303,6 +307,7 @@ def report(results: dict[Case, list[dict[str, Any]]]) -> None:
         print(
             f"| {case} | {middle['pairs_per_second']:.2f} | {speed:.2f} "
             f"| {middle['peak_bytes'] / 1e9:.2f} | {resident:.2f} "
+            f"| {middle['run_bytes'] / 1e9:.2f} | {own:.2f} "
             f"| {middle['step_bytes'] / 1e9:.2f} | {planned:.2f} | {middle['rows']:.1f} "
             f"| {middle['fill']:.2f} | {middle['pairs_per_second'] / limit:.2f} |"
         )
