@@ -3,7 +3,7 @@ BIN := .venv/bin
 RUNS ?= runs/quickstart
 DATA ?= hh-harmless.jsonl.gz
 
-.PHONY: quickstart test test-long check format benchmark clean
+.PHONY: quickstart test test-torch test-long check format benchmark clean
 
 # Generated preference data, SFT, then DPO, in two minutes on a laptop.
 quickstart: .venv/installed
@@ -13,6 +13,10 @@ quickstart: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 -m "not long"
+
+# Against transformers' PyTorch models, live; otherwise committed fixtures stand in for them.
+test-torch: .venv/installed-torch
+	$(BIN)/python -m pytest -n 2 -m torch
 
 test-long: .venv/installed-test
 	$(BIN)/python -m pytest -n 2
@@ -44,6 +48,10 @@ benchmark: .venv/installed
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+.venv/installed-torch: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch]'
 	@touch $@
 
 clean:

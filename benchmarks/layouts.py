@@ -102,6 +102,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
         packing,
         sharding,
         train,
+        weights,
     )
 
     config = config_lib.default("dpo")
@@ -133,7 +134,8 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     mesh = sharding.make_mesh()
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
     abstract = train.abstract_state(model, optimizer, mesh)
-    state = train.initial_state(config, model, optimizer, abstract)
+    params = weights.load(config, weights.Source(None, None), model, abstract.params)
+    state = train.initial_state(params, optimizer, abstract)
     with sharding.use(mesh):
         reference = jax.tree.map(jnp.copy, state.params)
         batches = [stream.batch(step) for step in range(steps)]
@@ -234,14 +236,14 @@ def _unavoidable_flops(batch: Any, live_reference: bool) -> float:
     forward_passes = 4 if live_reference else 3  # The backward pass is two forwards' work.
     group, branch = batch.group[0], batch.branch[0]
     tokens = int((group > 0).sum())
-    weights = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * FEED_FORWARD)
+    per_token = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * FEED_FORWARD)
     index = np.arange(group.shape[1])
     visible = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] > 0)
     visible &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     visible &= index[:, None] >= index[None, :]
     attention = 4 * WIDTH * LAYERS * int(visible.sum())
     head = 2 * VOCABULARY * WIDTH * int(batch.lengths.sum())
-    return forward_passes * (2.0 * weights * tokens + attention + head)
+    return forward_passes * (2.0 * per_token * tokens + attention + head)
 
 
 def main() -> None:

@@ -120,7 +120,8 @@ def restore_reference(workdir: Path, params: Any) -> Any:
 
 def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
     """What makes a run this run, as flat JSON: the config, and fingerprints by name."""
-    return {**dict(config_lib.flatten(config)), **fingerprints}
+    # As JSON gives it back, where a tuple is a list.
+    return json.loads(json.dumps({**dict(config_lib.flatten(config)), **fingerprints}))
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:

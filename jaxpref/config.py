@@ -91,8 +91,12 @@ def default(algorithm: str) -> ConfigDict:
     config.seed = 0
 
     config.model = ConfigDict()
-    # Where the weights come from. Empty: random; a directory: a jaxpref workdir.
+    # Where the weights come from. Empty: random; else a jaxpref workdir, or a Hugging Face
+    # directory or hub name, which bring their own shape.
     config.model.init_from = ""
+    # Keys of a Hugging Face config.json to ignore where jaxpref does not know them.
+    config.model.ignore_keys = ()
+    # The shape of a model with random weights.
     # 0: as many as the tokenizer has.
     config.model.vocabulary_size = 0
     config.model.width = 128
@@ -113,8 +117,9 @@ def default(algorithm: str) -> ConfigDict:
     config.model.attention_block = 128
 
     config.tokenizer = ConfigDict()
-    # "bytes" (ByT5's, needs no files), a directory, or a hub name.
-    config.tokenizer.name = "bytes"
+    # "auto" (that of model.init_from, else "bytes"), "bytes" (ByT5's, needs no files), a
+    # directory, or a hub name.
+    config.tokenizer.name = "auto"
     # Begin prompts with BOS: auto (if the tokenizer has one), always, never.
     config.tokenizer.bos = "auto"
     # Read "</s>" and the like inside the data as special tokens rather than as text.

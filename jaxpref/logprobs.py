@@ -34,6 +34,14 @@ class LMHead(NamedTuple):
     bias: Float[Array, " vocabulary"] | None = None
     soft_cap: float | None = None
 
+    def logits(self, hidden: Float[Array, "*positions width"]) -> Float[Array, "*positions _"]:
+        """All logits in float32, for callers who want them; training does not."""
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = jnp.einsum("...d,vd->...v", hidden, self.kernel, preferred_element_type=dtype)
+        if self.bias is not None:
+            logits += jnp.broadcast_to(self.bias.astype(dtype), logits.shape)
+        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
+
 
 class TokenLogprobs(NamedTuple):
     """Log-probability of each target and entropy of each distribution, both in nats."""

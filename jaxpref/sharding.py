@@ -31,6 +31,9 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("feed_forward", "tensor"),
     ("head_dim", None),
     ("norm", None),
+    ("positions", None),
+    ("embedding", None),
+    ("experts", None),
     ("layers", None),
 )
 

@@ -1,6 +1,5 @@
 """The one train loop: mesh, data, state, resume; then batch, update, log, evaluate, save."""
 
-import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from jaxpref import (
     packing,
     reference as reference_lib,
     sharding,
+    weights,
 )
 from jaxpref.algorithms import Algorithm, Objective, response_logps
 from jaxpref.data import BatchStream, Data, TokenizedDataset
@@ -61,12 +61,12 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     data_lib.check(config)
     checkpoint.prepare_workdir(workdir)
     checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
-    if checkpoint.latest_step(workdir) is None:
-        _check_source(config)
+    source = weights.find(config, workdir)
     mesh = sharding.make_mesh(**config.mesh)
 
-    tokenizer = data_lib.load_tokenizer(config.tokenizer.name)
-    model = models.build(config.model, len(tokenizer))
+    name = config.tokenizer.name
+    tokenizer = data_lib.load_tokenizer(source.tokenizer if name == "auto" else name)
+    model = weights.build_model(config, source, len(tokenizer))
     algorithm = algorithms.build(config, model)
     with console.status("tokenising") as status:
         data = data_lib.load(
@@ -95,12 +95,14 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             params, rest = checkpoints.restore(start, abstract.params, rest)
             state = State(params=params, **rest)
         else:
-            state = initial_state(config, model, optimizer, abstract)
+            params = weights.load(config, source, model, abstract.params)
+            state = initial_state(params, optimizer, abstract)
         with sharding.use(mesh):
             reference, tables = _reference(config, workdir, mesh, model, data, state, abstract)
             train_stream, held_out_stream = _streams(config, mesh, data, tables)
             _describe(config, mesh, abstract, data, train_stream, start, steps)
             if not start:
+                weights.keep(source, model, workdir)
                 checkpoint.write_run(workdir, identity)
             update = make_update(algorithm, optimizer, schedule)
             score = make_score(algorithm)
@@ -173,21 +175,9 @@ def abstract_state(model: Decoder, optimizer: optax.GradientTransformation, mesh
     )
 
 
-def initial_state(
-    config: ConfigDict,
-    model: Decoder,
-    optimizer: optax.GradientTransformation,
-    abstract: State,
-) -> State:
-    """The state before the first update, with the weights that `model.init_from` names."""
+def initial_state(params: Any, optimizer: optax.GradientTransformation, abstract: State) -> State:
+    """The state before the first update."""
     where = jax.tree.map(lambda x: x.sharding, abstract)
-    if config.model.init_from:
-        source = Path(config.model.init_from)
-        params, step = checkpoint.restore_params(source, abstract.params)
-        console.print(f"weights from {source}, step {step}")
-    else:
-        init = jax.jit(lambda key: models.init_params(model, key), out_shardings=where.params)
-        params = init(jax.random.key(config.seed))
     optimizer_state = jax.jit(optimizer.init, out_shardings=where.optimizer_state)(params)
     return State(jax.device_put(jnp.zeros((), jnp.int32), where.step), params, optimizer_state)
 
@@ -258,29 +248,6 @@ def _over_micro_batches(function: Callable[[PackedBatch], Any], batch: PackedBat
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
     return jax.lax.scan(add, zeros, batch)[0]
-
-
-def _check_source(config: ConfigDict) -> None:
-    """Refuses weights that cannot be loaded, or that belong to a model of another shape."""
-    source = config.model.init_from
-    if not source:
-        return
-    there = checkpoint.read_run(Path(source))
-    if there is not None and checkpoint.latest_step(Path(source)) is None:
-        raise UserError(f"model.init_from={source}: that run has no complete checkpoint yet.")
-    if there is None:
-        raise UserError(
-            f"model.init_from is {source!r}, which is no jaxpref workdir here (give the --workdir "
-            "of a finished run); loading Hugging Face weights is not possible yet."
-        )
-    shape = [f"model.{f.name}" for f in dataclasses.fields(models.DecoderConfig)]
-    numerics = ("model.dtype", "model.remat", "model.attention_block")
-    for key in [*(key for key in shape if key not in numerics), "tokenizer.name"]:
-        if there.get(key) != config_lib.get(config, key):
-            raise UserError(
-                f"model.init_from={source}: {key} is {there.get(key)!r} there and "
-                f"{config_lib.get(config, key)!r} here; give --config.{key}={there.get(key)}."
-            )
 
 
 def _reference(

@@ -1,5 +1,6 @@
 """Shared by all tests: 8 fake CPU devices, strict JAX, shapes checked at run time."""
 
+import importlib.util
 import os
 
 # Before JAX starts: a mesh to shard over, and products in full float32 on every backend.
@@ -15,10 +16,19 @@ import numpy as np
 import pytest
 
 from jaxpref import packing
-from jaxpref.models import Decoder, DecoderConfig, init_params
+from jaxpref.models import Decoder, DecoderConfig, init_params, make_rope
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what compares with PyTorch where it is not installed; `make test-torch` installs it."""
+    if importlib.util.find_spec("torch") is None:
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+
 
 TINY = DecoderConfig(
     vocabulary_size=64,
@@ -28,6 +38,7 @@ TINY = DecoderConfig(
     kv_heads=2,
     head_dim=4,
     feed_forward=24,
+    rope=(make_rope(4),),
     attention_block=8,
 )
 

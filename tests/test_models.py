@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
-from ml_collections import ConfigDict
 
-from jaxpref import models
+from jaxpref import config as config_lib, models
 from jaxpref.errors import UserError
-from jaxpref.models import Decoder
+from jaxpref.models import Decoder, make_rope
 from jaxpref.models.attention import attention, rotary_angles, rotate
 
 TOKENS = jax.random.randint(jax.random.key(9), (2, 19), 0, TINY.vocabulary_size)
@@ -99,7 +98,8 @@ def test_rotary_scores_depend_on_distance_alone():
 
     def score(i, j):
         def turned(x, position):
-            return rotate(x, *rotary_angles(jnp.array([[position]]), 8, 10_000.0))
+            frequencies = jnp.asarray(make_rope(8).frequencies)
+            return rotate(x, *rotary_angles(jnp.array([[position]]), frequencies))
 
         return (turned(query, i) * turned(key, j)).sum()
 
@@ -113,7 +113,7 @@ def test_ids_outside_the_table_give_nan_not_another_token():
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():
-    model, variables = build(width=64, head_dim=16, feed_forward=128)
+    model, variables = build(width=64, head_dim=16, feed_forward=128, rope=(make_rope(16),))
     logps = jax.nn.log_softmax(model.apply(variables, TOKENS))
     assert abs(-float(logps.mean()) - np.log(TINY.vocabulary_size)) < 0.1
 
@@ -122,7 +122,9 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     ("changes", "message"),
     [
         ({"kv_heads": 3}, "kv_heads must divide"),
-        ({"head_dim": 5}, "must be even"),
+        ({"head_dim": 2}, "turn 4 entries, but a head has 2"),
+        ({"windows": (3,)}, "one entry a layer"),
+        ({"norm": "batch"}, "one of rms, rms_plus_one, layer"),
         ({"remat": "some"}, "one of none, full, dots"),
     ],
 )
@@ -132,10 +134,18 @@ def test_impossible_shapes_are_errors(changes, message):
 
 
 def test_tokenizer_larger_than_the_table_is_an_error_with_both_sizes():
-    config = ConfigDict({**dataclasses.asdict(TINY), "init_from": ""})
+    config = config_lib.default("dpo").model
+    config.vocabulary_size = 64
     assert models.build(config, 64).config.vocabulary_size == 64
     config.vocabulary_size = 0
     assert models.build(config, 100).config.vocabulary_size == 100
     config.vocabulary_size = 64
     with pytest.raises(UserError, match="is 64, but the tokenizer gives ids up to 99"):
         models.build(config, 100)
+
+
+def test_odd_heads_cannot_be_rotated():
+    config = config_lib.default("dpo").model
+    config.head_dim = 5
+    with pytest.raises(UserError, match="must be even"):
+        models.build(config, 64)

@@ -12,6 +12,7 @@ from jaxpref import (
     packing,
     sharding,
     train,
+    weights,
 )
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder
@@ -42,7 +43,8 @@ def three_steps(sizes):
     algorithm = algorithms.build(config, model)
     optimizer, schedule = optimizer_lib.build(config.optimizer, STEPS)
     abstract = train.abstract_state(model, optimizer, mesh)
-    state = train.initial_state(config, model, optimizer, abstract)
+    params = weights.load(config, weights.Source(None, None), model, abstract.params)
+    state = train.initial_state(params, optimizer, abstract)
     with sharding.use(mesh):
         reference = jax.tree.map(jnp.copy, state.params)
         update = train.make_update(algorithm, optimizer, schedule)

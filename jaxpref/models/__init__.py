@@ -9,13 +9,28 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
-from jaxpref.models.decoder import Decoder, DecoderConfig
+from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Rope, empty_cache
+from jaxpref.models.families import make_rope
+from jaxpref.models.huggingface import from_pretrained, save_pretrained
 
-__all__ = ["Decoder", "DecoderConfig", "build", "init_params"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "DecoderConfig",
+    "Rope",
+    "build",
+    "empty_cache",
+    "from_pretrained",
+    "init_params",
+    "make_rope",
+    "save_pretrained",
+]
 
 
 def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
-    """The model that the group `model` of a config describes.
+    """The model with random weights that the group `model` of a config describes.
+
+    It is a Llama in all but size.
 
     Args:
       config: the group.
@@ -30,10 +45,14 @@ def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
             f"model.vocabulary_size is {size}, but the tokenizer gives ids up to "
             f"{tokenizer_size - 1}; make it at least {tokenizer_size}, or 0 to take that."
         )
+    if config.head_dim % 2:
+        raise UserError(f"model.head_dim must be even for rotary; got {config.head_dim}.")
     names = {field.name for field in dataclasses.fields(DecoderConfig)}
     shape = {name: value for name, value in config.items() if name in names}
+    shape |= {"vocabulary_size": size}
+    rope = make_rope(config.head_dim, rope_theta=config.rope_theta)
     try:
-        return Decoder(DecoderConfig(**{**shape, "vocabulary_size": size}))
+        return Decoder(DecoderConfig(**shape, rope=(rope,)))
     except ValueError as error:
         raise UserError(str(error)) from error
 

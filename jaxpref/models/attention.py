@@ -1,65 +1,134 @@
-"""Attention over rows, with any mask that never looks ahead."""
+"""Attention over rows, with any mask, and rotary position embeddings."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def rotary_angles(
-    positions: Array, head_dim: int, theta: float
+    positions: Int[Array, "rows length"], frequencies: Float[Array, " half"], scale: float = 1.0
 ) -> tuple[Float[Array, "rows length 1 half"], Float[Array, "rows length 1 half"]]:
-    """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864)."""
-    half = head_dim // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    """Cosines and sines of rotary position embeddings (Su et al. 2021, arXiv 2104.09864).
+
+    Args:
+      positions: position of each token.
+      frequencies: angle by which each pair turns from one position to the next.
+      scale: multiplies both (YaRN's attention factor, arXiv 2309.00071, section 3.4).
+    """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(
     x: Float[Array, "rows length heads head_dim"],
     cos: Float[Array, "rows length 1 half"],
     sin: Float[Array, "rows length 1 half"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Rotates the first half of each head against the second, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    """Rotates the first `2 * half` entries of each head, in float32; the others stay.
+
+    Args:
+      x: queries or keys.
+      cos: cosines of each pair's angle.
+      sin: sines of each pair's angle.
+      interleaved: pairs are neighbours, as in GPT-J; else the first half turns against
+        the second, as in GPT-NeoX and after it.
+    """
+    rotated = 2 * cos.shape[-1]
+    turning, still = x[..., :rotated].astype(jnp.float32), x[..., rotated:]
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
+    first, second = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        turned = jnp.stack([first, second], axis=-1).reshape(turning.shape)
+    else:
+        turned = jnp.concatenate([first, second], axis=-1)
+    turned = turned.astype(x.dtype)
+    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
 def attention(
     query: Float[Array, "rows length heads head_dim"],
-    key: Float[Array, "rows length kv_heads head_dim"],
-    value: Float[Array, "rows length kv_heads head_dim"],
-    mask: Bool[Array, "rows length length"],
+    key: Float[Array, "rows keys kv_heads head_dim"],
+    value: Float[Array, "rows keys kv_heads head_dim"],
+    mask: Bool[Array, "rows length keys"],
     *,
+    window: Int[Array, ""] | None = None,
+    positions: tuple[Int[Array, "rows length"], Int[Array, "rows keys"]] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
     block_size: int = 128,
 ) -> Float[Array, "rows length heads head_dim"]:
     """Softmax attention with grouped queries; scores and softmax in float32.
 
     Args:
       query: queries, already rotated.
-      key: keys; query head `h` uses key head `h // (heads // kv_heads)`.
+      key: keys; query head `h` uses key head `h // (heads // kv_heads)`. With as many keys
+        as queries they are the same tokens.
       value: values.
-      mask: `[row, query, key]`, True where the query sees the key. No query may see a
-        later key, so that a block of queries need not compute the keys after it.
+      mask: `[row, query, key]`, True where the query sees the key. Where keys and queries
+        are the same tokens no query may see a later key, so that a block of queries need
+        not compute the keys after it.
+      window: the query sees keys whose position is less than this before its own; 0 or
+        None for all keys.
+      positions: of queries and keys; needed with a window.
+      scale: of the scores; by default `head_dim ** -0.5`.
+      soft_cap: bounds the scores to `soft_cap * tanh(score / soft_cap)`; None for none.
       block_size: queries a block.
 
     Returns:
       The weighted values, in the queries' dtype.
     """
-    length = query.shape[1]
+    length, keys = mask.shape[1:]
     blocks = []
     for start in range(0, length, block_size):
         end = min(start + block_size, length)
+        seen = end if keys == length else keys
+        visible = mask[:, start:end, :seen]
+        if window is not None and positions is not None:
+            distance = positions[0][:, start:end, None] - positions[1][:, None, :seen]
+            visible &= (distance < window) | (window == 0)
         blocks.append(
-            _attend(
-                query[:, start:end], key[:, :end], value[:, :end], mask[:, None, start:end, :end]
-            )
+            _attend(query[:, start:end], key[:, :seen], value[:, :seen], visible, scale, soft_cap)
         )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-@jax.checkpoint
-def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-    """Keeps nothing for the backward pass, where the scores are computed again."""
-    return jax.nn.dot_product_attention(query, key, value, mask=mask)
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    scale: float | None,
+    soft_cap: float | None,
+) -> Array:
+    @jax.checkpoint
+    def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+        # Keeps nothing for the backward pass, where the scores are computed again.
+        if soft_cap is None:
+            return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
+        return _soft_capped(query, key, value, mask, scale, soft_cap)
+
+    return attend(query, key, value, mask)
+
+
+def _soft_capped(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    scale: float | None,
+    soft_cap: float,
+) -> Array:
+    """What `jax.nn.dot_product_attention` lacks: scores bounded before the softmax."""
+    rows, length, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, key, preferred_element_type=jnp.float32)
+    scores = soft_cap * jnp.tanh(scores * (head_dim**-0.5 if scale is None else scale) / soft_cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("rkgqs,rskd->rqkgd", weights, value).reshape(query.shape)

@@ -1,22 +1,27 @@
-"""One decoder-only transformer: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+"""One decoder-only transformer; what differs between families of models is its config.
 
 Parameters carry logical axis names (`vocabulary`, `width`, `heads`, ...), which
 `jaxpref.sharding` maps to mesh axes. The layers are scanned, so that their parameters
 are stacked along a leading `layers` axis and compile time does not grow with depth.
+What differs from layer to layer (windows, rotary tables) is an array along that axis.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.logprobs import LMHead
 from jaxpref.models.attention import attention, rotary_angles, rotate
+from jaxpref.models.experts import mix_experts
 
 # What the backward pass computes again instead of keeping.
 REMAT_POLICIES: dict[str, Any] = {
@@ -29,6 +34,48 @@ REMAT_POLICIES: dict[str, Any] = {
     ),
 }
 
+NORMS = ("rms", "rms_plus_one", "layer")
+# How attention and feed-forward join the residual stream x, with norms n:
+#   sequential       x + attention(n x), then x + feed_forward(n x)
+#   sandwich         x + n attention(n x), then x + n feed_forward(n x)   (Gemma 2)
+#   post_norm        n(x + attention(x)), then n(x + feed_forward(x))     (OPT-350m)
+#   parallel         x + attention(n x) + feed_forward(n' x)              (GPT-NeoX)
+#   parallel_shared  the same with one norm for both                      (GPT-J)
+BLOCKS = ("sequential", "sandwich", "post_norm", "parallel", "parallel_shared")
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions of a layer.
+
+    Attributes:
+      frequencies: angle by which each pair of a head turns from one position to the next;
+        fewer than `head_dim / 2` leave the rest of the head as it is.
+      scale: multiplies cosines and sines.
+      interleaved: pairs are neighbours (GPT-J) rather than halves.
+      limit: positions from here on give NaN, since the frequencies are not made for them
+        (LongRoPE's short factors); 0 for none.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+    interleaved: bool = False
+    limit: int = 0
+
+    def angles(self, positions: Int[Array, "rows length"]) -> tuple[Array, Array]:
+        """Cosines and sines for tokens at these positions."""
+        cos, sin = rotary_angles(positions, jnp.asarray(self.frequencies), self.scale)
+        if not self.limit:
+            return cos, sin
+        within = (positions < self.limit)[..., None, None]
+        return jnp.where(within, cos, jnp.nan), jnp.where(within, sin, jnp.nan)
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -40,11 +87,36 @@ class DecoderConfig:
       layers: number of blocks.
       heads: query heads.
       kv_heads: key and value heads; divides `heads`.
-      head_dim: size of a head; even.
-      feed_forward: inner size of the SwiGLU.
-      rope_theta: base of the rotary frequencies.
-      norm_epsilon: added to the mean square in RMSNorm.
+      head_dim: size of a head.
+      feed_forward: inner size of the feed-forward, or of one expert.
+      rope: rotary positions; several if layers differ, none for learned positions.
+      layer_rope: which of `rope` each layer uses; empty if there is one.
+      windows: how far back each layer sees, 0 for everything; empty if no layer is bounded.
+      learned_positions: rows of a table of learned positions; 0 for none.
+      position_offset: the row of position 0 in that table.
+      norm: one of `NORMS`: RMSNorm (arXiv 1910.07467), RMSNorm whose factor is one plus its
+        parameter, LayerNorm with bias.
+      norm_epsilon: added to the mean square or variance.
+      final_norm: norm the last hidden state.
+      query_key_norm: RMSNorm of each query and key head before the rotation.
+      block: one of `BLOCKS`.
+      activation: a key of `ACTIVATIONS`.
+      gated: activation of a gate times a second projection (SwiGLU, arXiv 2002.05202).
+      attention_bias: biases of query, key and value.
+      out_bias: bias of attention's output.
+      feed_forward_bias: biases of the feed-forward.
+      attention_scale: of the scores; None for `head_dim ** -0.5`.
+      attention_soft_cap: bound of the scores; None for none.
+      embedding_scale: multiplies the embeddings.
+      embedding_width: width of the embedding table if it differs from `width` (OPT-350m,
+        which projects in and out); 0 for none.
+      experts: number of experts a layer; 0 for a plain feed-forward.
+      experts_per_token: how many of them a token goes to.
+      normalize_experts: let the weights of a token's experts add up to one.
+      router_loss: weight of the router's load-balancing loss.
       tied_head: use the embedding table as the LM head.
+      head_bias: bias of the LM head.
+      logit_soft_cap: bound of the logits; None for none.
       dtype: of activations and products.
       param_dtype: of parameters.
       remat: a key of `REMAT_POLICIES`.
@@ -58,25 +130,124 @@ class DecoderConfig:
     kv_heads: int
     head_dim: int
     feed_forward: int
-    rope_theta: float = 10_000.0
+    rope: tuple[Rope, ...] = ()
+    layer_rope: tuple[int, ...] = ()
+    windows: tuple[int, ...] = ()
+    learned_positions: int = 0
+    position_offset: int = 0
+    norm: str = "rms"
     norm_epsilon: float = 1e-6
+    final_norm: bool = True
+    query_key_norm: bool = False
+    block: str = "sequential"
+    activation: str = "silu"
+    gated: bool = True
+    attention_bias: bool = False
+    out_bias: bool = False
+    feed_forward_bias: bool = False
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    embedding_scale: float = 1.0
+    embedding_width: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
+    normalize_experts: bool = True
+    router_loss: float = 0.0
     tied_head: bool = True
+    head_bias: bool = False
+    logit_soft_cap: float | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "dots"
     attention_block: int = 128
+
+    @property
+    def max_length(self) -> int:
+        """Positions that the model knows, where their number is bounded; else 0."""
+        limits = [rope.limit for rope in self.rope if rope.limit]
+        if self.learned_positions:
+            limits.append(self.learned_positions - self.position_offset)
+        return min(limits, default=0)
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model.kv_heads must divide model.heads; got {self.kv_heads} and {self.heads}."
             )
-        if self.head_dim % 2:
-            raise ValueError(f"model.head_dim must be even for rotary; got {self.head_dim}.")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"model.remat should be one of {', '.join(REMAT_POLICIES)}; got {self.remat!r}."
-            )
+        for name, known in {
+            "remat": tuple(REMAT_POLICIES),
+            "norm": NORMS,
+            "block": BLOCKS,
+            "activation": tuple(ACTIVATIONS),
+        }.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(
+                    f"model.{name} should be one of {', '.join(known)}; got {value!r}."
+                )
+        for name in ("layer_rope", "windows"):
+            if len(getattr(self, name)) not in (0, self.layers):
+                raise ValueError(f"{name} needs one entry a layer ({self.layers}), or none.")
+        for rope in self.rope:
+            if 2 * len(rope.frequencies) > self.head_dim:
+                raise ValueError(
+                    f"{len(rope.frequencies)} rotary frequencies turn {2 * len(rope.frequencies)} "
+                    f"entries, but a head has {self.head_dim}."
+                )
+
+
+class Cache(NamedTuple):
+    """Keys and values of what a row has seen, for decoding step by step.
+
+    Attributes:
+      keys: rotated keys of every layer.
+      values: values of every layer.
+      positions: position of each slot's token.
+      filled: slots that hold a token, rather than padding or nothing.
+      used: slots that have been written, the same in every row.
+    """
+
+    keys: Float[Array, "layers rows slots kv_heads head_dim"]
+    values: Float[Array, "layers rows slots kv_heads head_dim"]
+    positions: Int[Array, "rows slots"]
+    filled: Bool[Array, "rows slots"]
+    used: Int[Array, ""]
+
+
+def empty_cache(config: DecoderConfig, rows: int, slots: int) -> Cache:
+    """A cache with room for `slots` tokens a row."""
+    shape = (config.layers, rows, slots, config.kv_heads, config.head_dim)
+    dtype = jnp.dtype(config.dtype)
+    return Cache(
+        keys=jnp.zeros(shape, dtype),
+        values=jnp.zeros(shape, dtype),
+        positions=jnp.zeros((rows, slots), jnp.int32),
+        filled=jnp.zeros((rows, slots), bool),
+        used=jnp.zeros((), jnp.int32),
+    )
+
+
+class _OfLayer(NamedTuple):
+    """What belongs to one layer: scanned over."""
+
+    window: Array | None
+    rope: Array | None
+    cached: tuple[Array, Array] | None
+
+
+class _OfRows(NamedTuple):
+    """What all layers share."""
+
+    angles: tuple[Array, Array] | None
+    mask: Array
+    positions: tuple[Array, Array]
+    used: Array | None
+
+
+class _Seen(NamedTuple):
+    """What a layer gives beside the residual stream."""
+
+    cached: tuple[Array, Array] | None
+    router_logits: Array | None
 
 
 def _param(
@@ -87,69 +258,183 @@ def _param(
     return module.param(name, partitioned, shape, jnp.dtype(config.param_dtype))
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalisation (arXiv 1910.07467), computed in float32."""
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, computed in float32."""
 
     config: DecoderConfig
+    kind: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Scales `x` to unit mean square, then by a learned factor."""
-        scale = _param(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1])
+        """Scales `x` to unit mean square or variance, then by a learned factor."""
+        centred = self.kind == "layer"
+        initializer = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        scale = _param(self, "scale", initializer, ("norm",), x.shape[-1]).astype(jnp.float32)
+        if self.kind == "rms_plus_one":
+            scale += 1
         x32 = x.astype(jnp.float32)
+        if centred:
+            x32 -= x32.mean(axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.config.norm_epsilon)
-        return (normed * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
+        normed = normed * jnp.broadcast_to(scale, x.shape)
+        if centred:
+            bias = _param(self, "bias", nn.initializers.zeros, ("norm",), x.shape[-1])
+            normed += jnp.broadcast_to(bias, x.shape)
+        return normed.astype(x.dtype)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normed residual stream."""
+    """Attention and feed-forward, joined to the residual stream as `config.block` says."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "rows length width"],
-        cos: Float[Array, "rows length 1 half"],
-        sin: Float[Array, "rows length 1 half"],
-        mask: Bool[Array, "rows length length"],
-    ) -> tuple[Float[Array, "rows length width"], None]:
-        """Returns the new residual stream, and None for the scan."""
+        self, x: Float[Array, "rows length width"], layer: _OfLayer, rows: _OfRows
+    ) -> tuple[Float[Array, "rows length width"], _Seen]:
+        """Returns the new residual stream, and what the layer has seen."""
+        block = self.config.block
+        normed = x if block == "post_norm" else self._norm("attention_norm", x)
+        attended, cached = self._attention(normed, layer, rows)
+        if block == "sandwich":
+            attended = self._norm("attention_out_norm", attended)
+        if block == "parallel":
+            normed = self._norm("feed_forward_norm", x)
+        elif block != "parallel_shared":
+            x = self._on_rows(x + attended)
+            if block == "post_norm":
+                x = normed = self._norm("attention_norm", x)
+            else:
+                normed = self._norm("feed_forward_norm", x)
+        fed, router_logits = self._feed_forward(normed)
+        if block == "sandwich":
+            fed = self._norm("feed_forward_out_norm", fed)
+        elif block in ("parallel", "parallel_shared"):
+            x = x + attended
+        x = self._on_rows(x + fed)
+        if block == "post_norm":
+            x = self._norm("feed_forward_norm", x)
+        return x, _Seen(cached, router_logits)
+
+    def _norm(self, name: str, x: Array) -> Array:
+        return Norm(self.config, self.config.norm, name=name)(x)
+
+    def _on_rows(self, x: Array) -> Array:
+        return nn.with_logical_constraint(x, ("rows", "length", "activation"))
+
+    def _attention(
+        self, x: Array, layer: _OfLayer, rows: _OfRows
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         config = self.config
-        rows, length, width = x.shape
-        heads, kv_heads, head_dim = config.heads, config.kv_heads, config.head_dim
+        heads, head_dim = config.heads, config.head_dim
         # Products run on one flat axis of tokens: XLA on CPU takes up to twice as long
         # for the gradient of a product with two leading axes.
-        flat = (rows * length, width)
+        flat = x.reshape(-1, config.width)
 
-        def project(h: Array, name: str, axis: str, heads: int) -> Array:
-            shape = (width, heads, head_dim)
-            weight = self._weight(name, ("width", axis, "head_dim"), *shape, fan_in=width)
-            return (h @ weight.reshape(width, -1)).reshape(rows, length, heads, head_dim)
+        def project(name: str, axis: str, heads: int) -> Array:
+            shape, axes = (config.width, heads, head_dim), ("width", axis, "head_dim")
+            out = self._linear(flat, name, axes, shape, bias=config.attention_bias)
+            return out.reshape(*x.shape[:2], heads, head_dim)
 
-        h = RMSNorm(config, name="attention_norm")(x).reshape(flat)
-        query = rotate(project(h, "query", "heads", heads), cos, sin)
-        key = rotate(project(h, "key", "kv_heads", kv_heads), cos, sin)
-        value = project(h, "value", "kv_heads", kv_heads)
-        attended = attention(query, key, value, mask, block_size=config.attention_block)
+        query = project("query", "heads", heads)
+        key = project("key", "kv_heads", config.kv_heads)
+        value = project("value", "kv_heads", config.kv_heads)
+        if config.query_key_norm:
+            kind = "rms" if config.norm == "layer" else config.norm
+            query = Norm(config, kind, name="query_norm")(query)
+            key = Norm(config, kind, name="key_norm")(key)
+        if rows.angles is not None:
+            cos, sin = (x[0] if layer.rope is None else x[layer.rope] for x in rows.angles)
+            turn = partial(rotate, cos=cos, sin=sin, interleaved=config.rope[0].interleaved)
+            query, key = turn(query), turn(key)
+        cached = None
+        if layer.cached is not None:
+            key, value = cached = (
+                _write(layer.cached[0], key, rows.used),
+                _write(layer.cached[1], value, rows.used),
+            )
+        attended = attention(
+            query,
+            key,
+            value,
+            rows.mask,
+            window=layer.window,
+            positions=rows.positions,
+            scale=config.attention_scale,
+            soft_cap=config.attention_soft_cap,
+            block_size=config.attention_block,
+        )
         attended = checkpoint_name(attended, "attended")
-        # What is added to the residual stream starts smaller the deeper the model (GPT-2).
-        depth = 2 * config.layers
-        inner = heads * head_dim
-        axes = ("heads", "head_dim", "width")
-        out = self._weight("out", axes, heads, head_dim, width, fan_in=inner * depth)
-        attended = attended.reshape(-1, inner) @ out.reshape(inner, width)
-        x = x + attended.reshape(x.shape)
-        x = nn.with_logical_constraint(x, ("rows", "length", "activation"))
+        out = self._linear(
+            attended.reshape(-1, heads * head_dim),
+            "out",
+            ("heads", "head_dim", "width"),
+            (heads, head_dim, config.width),
+            inputs=2,
+            bias=config.out_bias,
+            # What is added to the residual stream starts smaller the deeper the model (GPT-2).
+            depth=2 * config.layers,
+        )
+        return out.reshape(x.shape), cached
 
-        h = RMSNorm(config, name="feed_forward_norm")(x).reshape(flat)
-        inner = config.feed_forward
-        gate = self._weight("gate", ("width", "feed_forward"), width, inner, fan_in=width)
-        up = self._weight("up", ("width", "feed_forward"), width, inner, fan_in=width)
-        down = self._weight("down", ("feed_forward", "width"), inner, width, fan_in=inner * depth)
-        x = x + ((nn.silu(h @ gate) * (h @ up)) @ down).reshape(x.shape)
-        return nn.with_logical_constraint(x, ("rows", "length", "activation")), None
+    def _feed_forward(self, x: Array) -> tuple[Array, Array | None]:
+        config = self.config
+        flat = x.reshape(-1, config.width)
+        if config.experts:
+            out, router_logits = self._mixture(flat)
+            return out.reshape(x.shape), router_logits
+        linear = partial(self._linear, bias=config.feed_forward_bias)
+        shape, axes = (config.width, config.feed_forward), ("width", "feed_forward")
+        activation = ACTIVATIONS[config.activation]
+        if config.gated:
+            gate = activation(linear(flat, "gate", axes, shape))
+            inner = gate * linear(flat, "up", axes, shape)
+        else:
+            inner = activation(linear(flat, "up", axes, shape))
+        out = linear(inner, "down", axes[::-1], shape[::-1], depth=2 * config.layers)
+        return out.reshape(x.shape), None
+
+    def _mixture(self, flat: Array) -> tuple[Array, Array]:
+        config = self.config
+        width, inner, experts = config.width, config.feed_forward, config.experts
+        logits = self._linear(flat, "router", ("width", "experts"), (width, experts))
+        axes = ("experts", "width", "feed_forward")
+        gate, up = (
+            self._weight(name, axes, experts, width, inner, fan_in=width) for name in ("gate", "up")
+        )
+        axes, fan_in = ("experts", "feed_forward", "width"), inner * 2 * config.layers
+        down = self._weight("down", axes, experts, inner, width, fan_in=fan_in)
+        out = mix_experts(
+            flat,
+            logits,
+            (gate, up, down),
+            per_token=config.experts_per_token,
+            normalize=config.normalize_experts,
+            activation=ACTIVATIONS[config.activation],
+        )
+        return out, logits
+
+    def _linear(
+        self,
+        x: Float[Array, "tokens inputs"],
+        name: str,
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
+        *,
+        inputs: int = 1,
+        bias: bool = False,
+        depth: int = 1,
+    ) -> Float[Array, "tokens outputs"]:
+        """A product with the weight `name`, whose first `inputs` axes are summed over."""
+        fan_in = math.prod(shape[:inputs])
+        weight = self._weight(name, axes, *shape, fan_in=fan_in * depth)
+        out = x @ weight.reshape(fan_in, -1)
+        if bias:
+            zeros = nn.initializers.zeros
+            b = _param(self, f"{name}_bias", zeros, axes[inputs:], *shape[inputs:])
+            out += jnp.broadcast_to(b.astype(out.dtype).reshape(-1), out.shape)
+        return out
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int, fan_in: int) -> Array:
         initializer = nn.initializers.normal(stddev=fan_in**-0.5)
@@ -157,30 +442,54 @@ class Block(nn.Module):
         return weight.astype(jnp.dtype(self.config.dtype))
 
 
+def _write(slots: Array, new: Array, used: Array | None) -> Array:
+    """Writes new keys or values after those in use."""
+    assert used is not None
+    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, used, 0, 0))
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer.
 
     >>> import jax, jax.numpy as jnp
     >>> config = DecoderConfig(vocabulary_size=8, width=4, layers=1, heads=2, kv_heads=1,
-    ...                        head_dim=2, feed_forward=8)
+    ...                        head_dim=2, feed_forward=8, rope=(Rope((1.0,)),))
     >>> model, tokens = Decoder(config), jnp.array([[1, 2, 3]])
     >>> params = model.init(jax.random.key(0), tokens)["params"]
     >>> model.apply({"params": params}, tokens).shape
     (1, 3, 8)
+
+    Attributes:
+      config: its shape and numerics.
+      origin: the `jaxpref.models.huggingface.Origin` that it was read from, if any.
     """
 
     config: DecoderConfig
+    origin: Any = None
 
     def setup(self) -> None:
         """Declares the parameters."""
         config = self.config
-        table = (config.vocabulary_size, config.width)
-        axes = ("vocabulary", "width")
         # Small, so that with a tied head a token does not predict itself at the start.
         normal = nn.initializers.normal(stddev=0.02)
+        narrow = config.embedding_width or config.width
+        table, axes = (config.vocabulary_size, narrow), ("vocabulary", "width")
         self.embedding = _param(self, "embedding", normal, axes, *table)
+        if config.learned_positions:
+            shape = (config.learned_positions, config.width)
+            self.position_embedding = _param(
+                self, "position_embedding", normal, ("positions", "width"), *shape
+            )
+        if config.embedding_width:
+            axes_in, axes_out = ("embedding", "width"), ("width", "embedding")
+            self.project_in = _param(self, "project_in", normal, axes_in, narrow, config.width)
+            self.project_out = _param(self, "project_out", normal, axes_out, config.width, narrow)
         if not config.tied_head:
             self.head_kernel = _param(self, "head", normal, axes, *table)
+        if config.head_bias:
+            size = config.vocabulary_size
+            zeros = nn.initializers.zeros
+            self.head_bias = _param(self, "head_bias", zeros, ("vocabulary",), size)
         block: Any = Block
         policy = REMAT_POLICIES[config.remat]
         if policy is not None:
@@ -190,18 +499,19 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(0, nn.broadcast),
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
-        self.final_norm = RMSNorm(config)
+        if config.final_norm:
+            self.final_norm = Norm(config, config.norm)
 
     def hidden_states(
         self,
-        tokens: Int[Array, "rows length"],
-        positions: Int[Array, "rows length"] | None = None,
-        mask: Bool[Array, "rows length length"] | None = None,
-    ) -> Float[Array, "rows length width"]:
+        tokens: Int[Array | np.ndarray, "rows length"],
+        positions: Int[Array | np.ndarray, "rows length"] | None = None,
+        mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
+    ) -> Float[Array, "rows length features"]:
         """Hidden states after the final norm, ready for `jaxpref.logprobs`.
 
         Args:
@@ -209,22 +519,94 @@ class Decoder(nn.Module):
           positions: position of each token; by default 0, 1, 2, ...
           mask: `[row, query, key]`, never looking ahead; by default causal.
         """
-        config = self.config
         rows, length = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+        positions = jnp.asarray(positions)
         if mask is None:
             index = jnp.arange(length)
             mask = jnp.broadcast_to(index[:, None] >= index[None, :], (rows, length, length))
-        cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
+        shared = _OfRows(None, jnp.asarray(mask), (positions, positions), None)
+        x, seen = self._run(jnp.asarray(tokens), shared, None)
+        if seen.router_logits is not None:
+            self.sow("intermediates", "router_logits", seen.router_logits)
+        return x
+
+    def extend(
+        self,
+        tokens: Int[Array | np.ndarray, "rows new"],
+        cache: Cache,
+        positions: Int[Array | np.ndarray, "rows new"] | None = None,
+        real: Bool[Array | np.ndarray, "rows new"] | None = None,
+    ) -> tuple[Float[Array, "rows new features"], Cache]:
+        """Hidden states of tokens that follow what the cache holds, and the longer cache.
+
+        Prompts may be padded on either side: padding takes slots that nobody looks at.
+
+        Args:
+          tokens: the next tokens of each row.
+          cache: from `empty_cache` or an earlier call; with room for the new tokens.
+          positions: by default, the number of real tokens before.
+          real: False for padding; by default all are real.
+        """
+        rows, new = tokens.shape
+        if real is None:
+            real = jnp.ones((rows, new), bool)
+        if positions is None:
+            before = cache.filled.sum(axis=1, dtype=jnp.int32)
+            positions = before[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+            positions = jnp.maximum(positions, 0)
+        positions = jnp.asarray(positions)
+        place = partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
+        filled, all_positions = place(cache.filled, real), place(cache.positions, positions)
+        slots = jnp.arange(filled.shape[1])
+        own = cache.used + jnp.arange(new)
+        # Padding sees itself, so that no query is left without a key.
+        mask = (slots[None, :] <= own[:, None])[None] & filled[:, None, :]
+        mask |= (slots[None, :] == own[:, None])[None]
+        shared = _OfRows(None, mask, (positions, all_positions), cache.used)
+        x, seen = self._run(jnp.asarray(tokens), shared, (cache.keys, cache.values))
+        keys, values = seen.cached or (cache.keys, cache.values)
+        return x, Cache(keys, values, all_positions, filled, cache.used + new)
+
+    def _run(
+        self, tokens: Array, rows: _OfRows, cached: tuple[Array, Array] | None
+    ) -> tuple[Array, _Seen]:
+        """Embeds, runs the layers, norms."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        positions = rows.positions[0]
         x = jnp.take(self._gathered(self.embedding), tokens, axis=0)
+        if config.embedding_scale != 1:
+            x *= jnp.asarray(config.embedding_scale, dtype)
+        if config.embedding_width:
+            x @= self.project_in.astype(dtype)
+        if config.learned_positions:
+            table = self._gathered(self.position_embedding)
+            x += jnp.take(table, positions + config.position_offset, axis=0)
         x = nn.with_logical_constraint(x, ("rows", "length", "activation"))
-        x, _ = self.layers(x, cos, sin, mask)
-        return self.final_norm(x)
+        if config.rope:
+            angles = [rope.angles(positions) for rope in config.rope]
+            cos, sin = (jnp.stack(parts) for parts in zip(*angles, strict=True))
+            rows = rows._replace(angles=(cos, sin))
+        layer = _OfLayer(
+            window=jnp.asarray(config.windows, jnp.int32) if any(config.windows) else None,
+            rope=jnp.asarray(config.layer_rope, jnp.int32) if config.layer_rope else None,
+            cached=cached,
+        )
+        x, seen = self.layers(x, layer, rows)
+        if config.final_norm:
+            x = self.final_norm(x)
+        if config.embedding_width:
+            x @= self.project_out.astype(dtype)
+        return x, seen
 
     def lm_head(self) -> LMHead:
         """The head in the compute dtype: `model.apply(variables, method="lm_head")`."""
-        return LMHead(self._gathered(self.embedding if self.config.tied_head else self.head_kernel))
+        config = self.config
+        kernel = self._gathered(self.embedding if config.tied_head else self.head_kernel)
+        bias = self.head_bias.astype(jnp.dtype(config.dtype)) if config.head_bias else None
+        return LMHead(kernel, bias, config.logit_soft_cap)
 
     def _gathered(self, table: Array) -> Array:
         """A table of the vocabulary in the compute dtype, whole on every device.
@@ -237,12 +619,10 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "rows length"],
-        positions: Int[Array, "rows length"] | None = None,
-        mask: Bool[Array, "rows length length"] | None = None,
+        tokens: Int[Array | np.ndarray, "rows length"],
+        positions: Int[Array | np.ndarray, "rows length"] | None = None,
+        mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
     ) -> Float[Array, "rows length vocabulary"]:
         """Logits in float32, for callers who want them all; training does not."""
         hidden = self.hidden_states(tokens, positions, mask)
-        return jnp.einsum(
-            "rtd,vd->rtv", hidden, self.lm_head().kernel, preferred_element_type=jnp.float32
-        )
+        return self.lm_head().logits(hidden)

@@ -1,0 +1,70 @@
+"""A mixture of experts: each token goes through the few experts that its router picks."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def mix_experts(
+    x: Float[Array, "tokens width"],
+    router_logits: Float[Array, "tokens experts"],
+    weights: tuple[
+        Float[Array, "experts width inner"],
+        Float[Array, "experts width inner"],
+        Float[Array, "experts inner width"],
+    ],
+    *,
+    per_token: int,
+    normalize: bool,
+    activation: Callable[[Array], Array],
+) -> Float[Array, "tokens width"]:
+    """The weighted outputs of each token's `per_token` most probable experts.
+
+    No token is dropped: the copies of tokens are sorted by expert, and each expert
+    multiplies its own run of rows (`jax.lax.ragged_dot`).
+
+    Args:
+      x: inputs.
+      router_logits: unnormalised log-probabilities of the experts.
+      weights: of gate, up and down projection.
+      per_token: experts a token goes to.
+      normalize: let their weights add up to one (Mixtral, arXiv 2401.04088, section 2.1).
+      activation: of the gate.
+    """
+    gate, up, down = weights
+    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    share, chosen = jax.lax.top_k(probabilities, per_token)
+    if normalize:
+        share = share / share.sum(axis=-1, keepdims=True)
+    order = jnp.argsort(chosen.ravel(), stable=True)
+    token = order // per_token
+    sizes = jnp.bincount(chosen.ravel(), length=gate.shape[0])
+    rows = x[token]
+    inner = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    out = jax.lax.ragged_dot(inner, down, sizes) * share.ravel()[order, None].astype(x.dtype)
+    return jnp.zeros_like(x).at[token].add(out)
+
+
+def load_balancing_loss(
+    router_logits: Float[Array, "layers tokens experts"],
+    real: Bool[Array, " tokens"],
+    per_token: int,
+) -> Float[Array, ""]:
+    """How unevenly the experts are used: `experts` x the sum of share x mean probability.
+
+    From Switch Transformers (arXiv 2101.03961, equation 4), over all layers together as
+    in transformers; `per_token` if the use is even.
+
+    Args:
+      router_logits: of every layer.
+      real: tokens that count.
+      per_token: experts a token goes to.
+    """
+    layers, _, experts = router_logits.shape
+    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    _, chosen = jax.lax.top_k(probabilities, per_token)
+    weights = real.astype(jnp.float32) / (layers * jnp.maximum(real.sum(), 1))
+    share = jnp.einsum("t,ltke->e", weights, jax.nn.one_hot(chosen, experts))
+    return experts * jnp.sum(share * jnp.einsum("t,lte->e", weights, probabilities))

@@ -1,0 +1,446 @@
+"""Models from Hugging Face directories, and back into them.
+
+Each of our parameters is a view of one of their tensors, transposed and reshaped, so that
+one function, `_as_ours`, serves both ways: reading takes what the view holds, writing
+fills a tensor through it.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.tree_util import DictKey
+
+from jaxpref import sharding
+from jaxpref.errors import UserError
+from jaxpref.models import safetensors
+from jaxpref.models.decoder import Decoder, DecoderConfig
+from jaxpref.models.families import FAMILIES, Family, Reader
+from jaxpref.models.safetensors import TensorFiles
+
+# Leading axes of a matrix that are inputs; what is not here is no matrix.
+_INPUTS = {"out": 2} | dict.fromkeys(
+    ("query", "key", "value", "gate", "up", "down", "router", "project_in", "project_out"), 1
+)
+_TENSORS = "tensors.json"
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template*")
+_NOT_COPIED = {safetensors.INDEX, "pytorch_model.bin.index.json", _TENSORS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The Hugging Face directory that a model was read from, or a copy without the weights.
+
+    Attributes:
+      directory: holds `config.json`, tokenizer files, and the weights or `tensors.json`.
+      architecture: a key of `FAMILIES`.
+    """
+
+    directory: str
+    architecture: str
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return FAMILIES[self.architecture]
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every tensor, by name and in the files' order."""
+        kept = Path(self.directory) / _TENSORS
+        if kept.exists():
+            return {
+                name: (tuple(shape), dtype)
+                for name, (shape, dtype) in json.loads(kept.read_text()).items()
+            }
+        stored = TensorFiles(Path(self.directory)).stored
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}
+
+    def copy(self, directory: Path, *, tensors: bool) -> "Origin":
+        """Copies everything but the weights.
+
+        Args:
+          directory: receives the files; may be the origin's own.
+          tensors: write what the weights' headers say too, so that the copy is an origin.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        source = Path(self.directory)
+        if tensors:
+            (directory / _TENSORS).write_text(json.dumps(self.tensors(), indent=1))
+        for pattern in _SMALL_FILES:
+            for path in source.glob(pattern):
+                if path.name not in _NOT_COPIED and path.parent != directory:
+                    shutil.copyfile(path, directory / path.name)
+        return dataclasses.replace(self, directory=str(directory))
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    max_length: int = 0,
+    ignore: Sequence[str] = (),
+    **numerics: Any,
+) -> tuple[Decoder, Any]:
+    """A model and its parameters from a Hugging Face directory or hub name.
+
+        model, params = jaxpref.models.from_pretrained("Qwen/Qwen3-0.6B")
+        logits = model.apply({"params": params}, tokens)
+
+    The weights go tensor by tensor from the files into their places on the devices.
+
+    Args:
+      source: a directory with `config.json` and safetensors files, or a hub name.
+      dtype: of activations and products.
+      param_dtype: of the parameters; by default `dtype`.
+      mesh: shards the parameters over this mesh (`jaxpref.sharding.make_mesh`); by
+        default they go to the first device.
+      max_length: of the sequences that the model will see; it only matters to models whose
+        positions are scaled by LongRoPE (Phi-3).
+      ignore: keys of `config.json` to ignore where this library does not know them.
+      numerics: other fields of `DecoderConfig`: `remat`, `attention_block`.
+
+    Raises:
+      UserError: the model cannot be found, is of a family that is not known, asks for
+        something that is not supported, or its weights do not fit its config.
+    """
+    numerics = {"dtype": dtype, "param_dtype": param_dtype or dtype, **numerics}
+    model = read_model(locate(source), max_length=max_length, ignore=ignore, **numerics)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        where = jax.tree.map(lambda _: device, nn.meta.unbox(boxed))
+    else:
+        where = sharding.shardings(mesh, boxed)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        nn.meta.unbox(boxed),
+        where,
+    )
+    return model, load_params(model, abstract)
+
+
+def locate(source: str | Path) -> Path:
+    """The directory itself, or the local copy of what the hub has under that name.
+
+    Raises:
+      UserError: it is neither.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{path}: is no Hugging Face model: it has no config.json.")
+        return path
+    if path.is_absolute() or str(source).count("/") != 1 or path.exists():
+        raise UserError(f"{source}: is neither a directory nor a hub name (owner/model).")
+    import huggingface_hub
+
+    try:
+        files = [*_SMALL_FILES, "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files))
+    except Exception as error:  # The hub's client raises many kinds, none of them ours.
+        raise UserError(
+            f"{source}: no such directory here, and the hub could not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Without a network, download "
+            "the model elsewhere and give the path of its directory."
+        ) from error
+
+
+def read_model(
+    directory: Path, *, max_length: int = 0, ignore: Sequence[str] = (), **numerics: Any
+) -> Decoder:
+    """The model that a directory's `config.json` describes; no weights are read.
+
+    Raises:
+      UserError: the family or a feature is not supported.
+    """
+    raw = json.loads((directory / "config.json").read_text())
+    names = [name for name in raw.get("architectures") or [] if name in FAMILIES]
+    if not names:
+        raise UserError(
+            f"{directory}: its architecture is {raw.get('architectures')}; jaxpref knows "
+            f"{', '.join(FAMILIES)}."
+        )
+    origin = Origin(str(directory), names[0])
+    values, defaults = _with_defaults(directory)
+    read = Reader(values, defaults, f"{directory}/config.json", max_length)
+    fields = origin.family.read(read)
+    read.finish(set(ignore))
+    try:
+        return Decoder(DecoderConfig(**{**fields, **numerics}), origin)
+    except ValueError as error:
+        raise UserError(f"{directory}/config.json: {error}") from error
+
+
+def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config with what it leaves out, in transformers' newest spelling, and its defaults."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    defaults = type(config)().to_dict()
+    return config.to_dict(), defaults
+
+
+class _Part(NamedTuple):
+    """A parameter in a tensor.
+
+    Attributes:
+      path: of our parameter.
+      shape: its shape, without the stack.
+      begin: where its outputs begin among the tensor's.
+      total: the outputs of all parameters in the tensor.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    begin: int
+    total: int
+
+    @property
+    def inputs(self) -> int:
+        """Leading axes that are inputs of a product."""
+        return _INPUTS.get(self.path.rpartition("/")[2], 0)
+
+    @property
+    def outputs(self) -> int:
+        """Size of what is output."""
+        return int(np.prod(self.shape[self.inputs :]))
+
+
+class _Place(NamedTuple):
+    """A tensor of theirs: its name, its shape, the parameters in it, and where in the stack."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[_Part, ...]
+    entry: tuple[int, ...]
+
+
+def _places(model: Decoder, family: Family) -> Iterator[_Place]:
+    """Every tensor that the model's parameters lie in."""
+    config = model.config
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    leaves = {_path(path): leaf for path, leaf in _leaves(boxed)}
+    seen = set()
+    for paths, name in family.tensors.items():
+        paths = (paths,) if isinstance(paths, str) else paths
+        if not set(paths) <= set(leaves):
+            continue
+        seen |= set(paths)
+        stack = name.count("{")
+        sizes = [config.layers, config.experts][:stack]
+        total, parts = 0, []
+        for path in paths:
+            part = _Part(path, leaves[path].value.shape[stack:], total, 0)
+            total += part.outputs
+            parts.append(part)
+        parts = [part._replace(total=total) for part in parts]
+        shape = _their_shape(parts[0], family)
+        for index in np.ndindex(*sizes):
+            numbers = dict(zip(("layer", "expert"), index, strict=False))
+            yield _Place(name.format(**numbers), shape, tuple(parts), index)
+    assert seen == set(leaves), f"{family.architecture} has no tensors for {set(leaves) - seen}"
+
+
+def _their_shape(part: _Part, family: Family) -> tuple[int, ...]:
+    if not part.inputs:
+        return (part.total,) if part.path.endswith("bias") else part.shape
+    inputs = int(np.prod(part.shape[: part.inputs]))
+    return (inputs, part.total) if family.conv1d else (part.total, inputs)
+
+
+def _as_ours(tensor: np.ndarray, part: _Part, family: Family) -> np.ndarray:
+    """The view of their tensor that has the shape and order of our parameter."""
+    if not part.inputs and tensor.shape == part.shape:
+        return tensor
+    inputs, outputs = part.shape[: part.inputs], part.shape[part.inputs :]
+    if part.inputs and not family.conv1d:
+        tensor = tensor.T
+    tensor = tensor.reshape(*inputs, part.total)
+    if family.interleaved and part.total > part.outputs:
+        # Head by head the parts lie side by side.
+        heads, head_dim = outputs
+        tensor = tensor.reshape(*inputs, heads, part.total // heads)
+        begin = part.begin // heads
+        return tensor[..., begin : begin + head_dim]
+    return tensor[..., part.begin : part.begin + part.outputs].reshape(*inputs, *outputs)
+
+
+def load_params(model: Decoder, abstract: Any) -> Any:
+    """The parameters of the model's origin, into the shapes and shardings of abstract arrays.
+
+    Every process reads what its devices hold; one tensor is in host memory at a time.
+
+    Raises:
+      UserError: tensors are missing, too many or of another shape, or a file is damaged.
+    """
+    family, files = model.origin.family, TensorFiles(Path(model.origin.directory))
+    places = list(_places(model, family))
+    names = _match(places, set(files.stored), family, model)
+    wrong = [
+        f"{names[place.name]} is {files.stored[names[place.name]].shape}, not {place.shape}"
+        for place in places
+        if files.stored[names[place.name]].shape != place.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{model.origin.directory}: the weights do not fit config.json: {_some(wrong)}."
+        )
+    leaves = {_path(path): leaf for path, leaf in _leaves(abstract)}
+    params: dict[str, jax.Array] = {}
+    for place in sorted(places, key=lambda place: files.stored[names[place.name]].start):
+        tensor = files.view(names[place.name])
+        for part in place.parts:
+            leaf = leaves[part.path]
+            value = _read(_as_ours(tensor, part, family), leaf, len(place.entry))
+            if not place.entry:
+                params[part.path] = value
+                continue
+            if part.path not in params:
+                params[part.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
+            index = np.asarray(place.entry, np.int32)
+            params[part.path] = _put(leaf.sharding)(params[part.path], value, index)
+    return jax.tree_util.tree_map_with_path(lambda path, _: params[_path(path)], abstract)
+
+
+def _read(view: np.ndarray, leaf: jax.ShapeDtypeStruct, stack: int) -> jax.Array:
+    """One entry of a stack, in the sharding of the stack without its leading axes."""
+    return jax.make_array_from_callback(
+        leaf.shape[stack:],
+        _unstacked(leaf.sharding, stack),
+        # A copy: the devices may take over the memory that they are given.
+        lambda index: np.array(view[index], dtype=leaf.dtype, order="C"),
+    )
+
+
+def _unstacked(where: Sharding, stack: int) -> Sharding:
+    if not isinstance(where, NamedSharding):
+        return where
+    return NamedSharding(where.mesh, PartitionSpec(*where.spec[stack:]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, where: Sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
+
+
+@functools.cache
+def _put(where: Sharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """Puts a value into a stack, in the stack's own memory."""
+
+    def put(stacked: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
+        starts = (*index, *(0,) * value.ndim)
+        return jax.lax.dynamic_update_slice(stacked, value[(None,) * len(index)], starts)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=where)
+
+
+def _match(
+    places: Sequence[_Place], stored: set[str], family: Family, model: Decoder
+) -> dict[str, str]:
+    """The names in the files of the tensors that are needed; refuses missing and extra ones."""
+    # Checkpoints of the bare model lack the prefix.
+    bare = not any(name.startswith(family.prefix) for name in stored)
+    names = {
+        place.name: place.name.removeprefix(family.prefix) if bare else place.name
+        for place in places
+    }
+    missing = sorted(set(names.values()) - stored)
+    extra = sorted(
+        name
+        for name in stored - set(names.values())
+        if not any(part in name for part in family.buffers)
+        and not (model.config.tied_head and name == family.tensors["head"])
+    )
+    if missing or extra:
+        parts = [f"lacks {_some(missing)}"] if missing else []
+        parts += [f"has {_some(extra)} that its config.json does not call for"] if extra else []
+        raise UserError(f"{model.origin.directory}: {' and '.join(parts)}.")
+    return names
+
+
+def save_pretrained(model: Decoder, params: Any, directory: str | Path, **options: Any) -> None:
+    """Writes the model in Hugging Face's layout, as transformers, vLLM and others read it.
+
+    Tensors get the names and dtypes that they had where the model came from, and its
+    config, generation config and tokenizer files go along, unchanged.
+
+    Args:
+      model: from `from_pretrained`.
+      params: its parameters, however they are sharded.
+      directory: receives the files; made if needed.
+      options: `dtype` (of safetensors: F32, BF16, F16) for all tensors; `shard_bytes`.
+
+    Raises:
+      UserError: the model has no origin, or the directory cannot be written.
+    """
+    directory = Path(directory)
+    if model.origin is None:
+        raise UserError("save_pretrained: the model was not read from a Hugging Face directory.")
+    family, dtype = model.origin.family, options.pop("dtype", None)
+    places = list(_places(model, family))
+    there = model.origin.tensors()
+    names = _match(places, set(there), family, model)
+    by_name = {names[place.name]: place for place in places}
+    head = family.tensors["head"]
+    if head in there and head not in by_name:
+        # Stored twice, though it is the embedding.
+        by_name[head] = by_name[names[family.tensors["embedding"]]]
+    tensors = {
+        name: (place_shape, dtype or stored)
+        for name, (place_shape, stored) in there.items()
+        if name in by_name
+    }
+    leaves = {_path(path): leaf for path, leaf in _leaves(params)}
+
+    def get(name: str) -> np.ndarray:
+        place = by_name[name]
+        tensor = None
+        for part in place.parts:
+            value = _gather(leaves[part.path], place.entry)
+            if tensor is None:
+                tensor = np.empty(place.shape, value.dtype)
+            _as_ours(tensor, part, family)[...] = value
+        assert tensor is not None
+        return tensor
+
+    writer = jax.process_index() == 0
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if writer:
+            model.origin.copy(directory, tensors=False)
+        safetensors.write(directory, tensors, get, writer=writer, **options)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}).") from error
+
+
+def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
+    """One entry of a stack, whole, on every process."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return np.asarray(leaf[index])
+    assert isinstance(leaf.sharding, NamedSharding)
+    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return np.asarray(jax.jit(lambda x: x[index], out_shardings=whole)(leaf))
+
+
+def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+    boxes = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=boxes)[0]
+
+
+def _path(path: tuple) -> str:
+    return "/".join(key.key for key in path if isinstance(key, DictKey))
+
+
+def _some(things: Sequence[str]) -> str:
+    shown = ", ".join(things[:5])
+    return shown if len(things) <= 5 else f"{shown} and {len(things) - 5} more"

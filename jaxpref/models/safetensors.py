@@ -1,0 +1,204 @@
+"""Tensors in safetensors files, read and written one at a time.
+
+The format (https://huggingface.co/docs/safetensors) is the length of a header in eight
+bytes, the header in JSON, then the tensors. The library of that name knows no bfloat16 in
+NumPy and holds a whole file in memory to write it; here a tensor is a view of the file,
+of which only what is asked for is read, and a file is written tensor by tensor.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SHARD_BYTES = 5 * 10**9
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes:
+      file: its name.
+      shape: of the tensor.
+      dtype: as safetensors names it.
+      start: its first byte.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files, by name and in their order."""
+
+    def __init__(self, directory: Path):
+        """Reads the headers.
+
+        Raises:
+          UserError: there is no such file, or one is damaged or not there.
+        """
+        self._directory = directory
+        self.stored: dict[str, Stored] = {}
+        for name in self._files():
+            self.stored.update(_header(directory / name))
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor as a read-only view of its file."""
+        stored = self.stored[name]
+        dtype = _DTYPES.get(stored.dtype)
+        path = self._directory / stored.file
+        if dtype is None:
+            raise UserError(f"{path}: {name} has dtype {stored.dtype}; only {', '.join(_DTYPES)}.")
+        if 0 in stored.shape:
+            return np.zeros(stored.shape, dtype)
+        return np.memmap(path, dtype, mode="r", offset=stored.start, shape=stored.shape)
+
+    def _files(self) -> list[str]:
+        index, single = self._directory / INDEX, self._directory / SINGLE
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError) as error:
+                raise UserError(
+                    f"{index}: not an index of safetensors files ({error!r})."
+                ) from error
+            missing = [name for name in names if not (self._directory / name).exists()]
+            if missing:
+                raise UserError(
+                    f"{self._directory}: {INDEX} names {', '.join(missing)}, which "
+                    f"{'is' if len(missing) == 1 else 'are'} not there; download again."
+                )
+            return names
+        if single.exists():
+            return [SINGLE]
+        pickles = [*self._directory.glob("*.bin"), *self._directory.glob("*.pt")]
+        pickles += self._directory.glob("*.pth")
+        if pickles:
+            raise UserError(
+                f"{self._directory}: holds weights as {pickles[0].name}, a pickle, which can run "
+                "any code when it is read. Convert it to safetensors where you trust it: load it "
+                "with transformers and save_pretrained it."
+            )
+        raise UserError(f"{self._directory}: holds neither {SINGLE} nor {INDEX}.")
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    size = path.stat().st_size
+
+    def damaged(why: str) -> UserError:
+        return UserError(f"{path}: {why}; the file is damaged or cut off. Download it again.")
+
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise damaged(f"its header should have {length} bytes, but the file has {size}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise damaged(f"its header is no JSON ({error})") from error
+    header.pop("__metadata__", None)
+    stored = {}
+    # In the order of the bytes, which is the order to read and to write in.
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise damaged(f"{name} should end at byte {8 + length + end}, but the file has {size}")
+        itemsize = _DTYPES[entry["dtype"]].itemsize if entry["dtype"] in _DTYPES else None
+        if itemsize and end - start != int(np.prod(entry["shape"])) * itemsize:
+            raise damaged(f"{name} of shape {entry['shape']} has {end - start} bytes")
+        shape = tuple(entry["shape"])
+        stored[name] = Stored(path.name, shape, entry["dtype"], 8 + length + start)
+    return stored
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def write(
+    directory: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], str]],
+    get: Callable[[str], np.ndarray],
+    *,
+    shard_bytes: int = _SHARD_BYTES,
+    writer: bool = True,
+) -> None:
+    """Writes tensors, one in memory at a time, to one file or to several with an index.
+
+    Args:
+      directory: receives the files.
+      tensors: shape and dtype of each, in the order to write them.
+      get: gives a tensor by name, in any dtype.
+      shard_bytes: a file that would be larger is split.
+      writer: whether this process writes; `get` is called in any case, so that all
+        processes of a pod take part in gathering the tensors.
+    """
+    shards: list[list[str]] = [[]]
+    sizes = [0]
+    for name, (shape, dtype) in tensors.items():
+        size = int(np.prod(shape)) * _DTYPES[dtype].itemsize
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += size
+    count = len(shards)
+    names = [
+        SINGLE if count == 1 else f"model-{i:05}-of-{count:05}.safetensors"
+        for i in range(1, count + 1)
+    ]
+    for file, shard in zip(names, shards, strict=True):
+        _write_file(directory / file, {name: tensors[name] for name in shard}, get, writer)
+    if writer and count > 1:
+        weight_map = {
+            name: file for file, shard in zip(names, shards, strict=True) for name in shard
+        }
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(
+    path: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], str]],
+    get: Callable[[str], np.ndarray],
+    writer: bool,
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + int(np.prod(shape)) * _DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") if writer else open(os.devnull, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (shape, dtype) in tensors.items():
+            tensor = np.ascontiguousarray(get(name), _DTYPES[dtype])
+            assert tensor.shape == shape, (name, tensor.shape, shape)
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+    if writer:
+        os.replace(temporary, path)

@@ -1,0 +1,142 @@
+"""Where a run's model, its tokenizer and its first weights come from.
+
+`model.init_from` names nothing (random weights), a jaxpref workdir, or a Hugging Face
+directory or hub name. A run that goes back to Hugging Face, at once or through other
+workdirs, keeps the model's small files in `workdir/huggingface/`, so that neither
+resuming nor exporting needs anything but the workdir.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxpref import checkpoint, config as config_lib, models
+from jaxpref.errors import UserError
+from jaxpref.metrics import console
+from jaxpref.models import Decoder, huggingface
+
+_KEPT = "huggingface"
+# What a config says of a model with random weights; any other has its own.
+_SHAPE = (
+    *("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward"),
+    *("rope_theta", "norm_epsilon", "tied_head"),
+)
+
+
+class Source(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+      workdir: the jaxpref workdir that the first weights come from, if any.
+      pretrained: the directory with the Hugging Face model's files, if any.
+    """
+
+    workdir: Path | None
+    pretrained: Path | None
+
+    @property
+    def tokenizer(self) -> str:
+        """What `tokenizer.name` "auto" means."""
+        return str(self.pretrained) if self.pretrained else "bytes"
+
+
+def find(config: ConfigDict, workdir: Path) -> Source:
+    """Where this run begins; a run that has begun needs only its workdir.
+
+    Raises:
+      UserError: the weights cannot be loaded, or belong to a model of another shape.
+    """
+    kept = workdir / _KEPT
+    if checkpoint.latest_step(workdir) is not None:
+        source = Source(None, kept if kept.is_dir() else None)
+    elif not config.model.init_from:
+        source = Source(None, None)
+    elif (there := checkpoint.read_run(Path(config.model.init_from))) is not None:
+        source = _workdir(config, there)
+    else:
+        source = Source(None, huggingface.locate(config.model.init_from))
+    if source.pretrained:
+        _refuse_shape(config)
+    return source
+
+
+def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
+    path = Path(config.model.init_from)
+    if checkpoint.latest_step(path) is None:
+        raise UserError(f"model.init_from={path}: that run has no complete checkpoint yet.")
+    kept = path / _KEPT
+    pretrained = kept if kept.is_dir() else None
+    for key in ["tokenizer.name", *([] if pretrained else (f"model.{name}" for name in _SHAPE))]:
+        if there.get(key) != config_lib.get(config, key):
+            raise UserError(
+                f"model.init_from={path}: {key} is {there.get(key)!r} there and "
+                f"{config_lib.get(config, key)!r} here; give --config.{key}={there.get(key)}."
+            )
+    return Source(path, pretrained)
+
+
+def _refuse_shape(config: ConfigDict) -> None:
+    default = config_lib.default(config.algorithm.name).model
+    changed = [name for name in _SHAPE if config.model[name] != default[name]]
+    if changed:
+        raise UserError(
+            f"model.{changed[0]} is {config.model[changed[0]]!r}, but the model of "
+            f"model.init_from={config.model.init_from} has a shape of its own; leave it out."
+        )
+
+
+def build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Decoder:
+    """The model, before any weights are read.
+
+    Args:
+      config: a whole config.
+      source: from `find`.
+      tokenizer_size: ids that the tokenizer can give.
+
+    Raises:
+      UserError: its shape is impossible, or too small for the tokenizer or for the data's
+        lengths.
+    """
+    if source.pretrained is None:
+        return models.build(config.model, tokenizer_size)
+    numerics = ("dtype", "param_dtype", "remat", "attention_block")
+    model = huggingface.read_model(
+        source.pretrained,
+        max_length=config.data.max_length,
+        ignore=config.model.ignore_keys,
+        **{name: config.model[name] for name in numerics},
+    )
+    rows, longest = model.config.vocabulary_size, model.config.max_length
+    if rows < tokenizer_size:
+        raise UserError(
+            f"{source.pretrained}: its embedding has {rows} rows, but the tokenizer gives ids up "
+            f"to {tokenizer_size - 1} ({tokenizer_size} in all): they do not belong together."
+        )
+    if longest and longest < config.data.max_length:
+        raise UserError(
+            f"data.max_length is {config.data.max_length}, but {source.pretrained} knows only "
+            f"{longest} positions."
+        )
+    return model
+
+
+def keep(source: Source, model: Decoder, workdir: Path) -> None:
+    """Keeps the small files of a Hugging Face model in the workdir."""
+    if source.pretrained is not None and jax.process_index() == 0:
+        model.origin.copy(workdir / _KEPT, tensors=True)
+
+
+def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> Any:
+    """The first weights, into the shapes and shardings of abstract arrays."""
+    if source.workdir is not None:
+        params, step = checkpoint.restore_params(source.workdir, abstract)
+        console.print(f"weights from {source.workdir}, step {step}")
+        return params
+    if source.pretrained is not None:
+        console.print(f"weights from {config.model.init_from}")
+        return huggingface.load_params(model, abstract)
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    init = jax.jit(lambda key: models.init_params(model, key), out_shardings=where)
+    return init(jax.random.key(config.seed))
