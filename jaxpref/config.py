@@ -313,6 +313,15 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
+def from_flat(values: dict[str, Any]) -> ConfigDict:
+    """The config that `flatten` gave these values for; keys that are not there keep defaults."""
+    config = default(values["algorithm.name"])
+    known = {key: values[key] for key, _ in flatten(config) if key in values}
+    tuples = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
+    config.update_from_flattened_dict({**known, **tuples})
+    return config
+
+
 def get(config: ConfigDict, key: str) -> Any:
     """The value under a dotted key."""
     for part in key.split("."):

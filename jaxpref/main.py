@@ -7,12 +7,12 @@ import ast
 import runpy
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib
+from jaxpref.commands import fail, quiet
 from jaxpref.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
@@ -24,16 +24,14 @@ _WORKDIR = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Hands the config to the train loop."""
     if len(argv) > 1:
-        _fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
+        fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
     if _CONFIG.value is None:
         print(_recipes())
         sys.exit(2)
     workdir = _WORKDIR.value
     if not workdir:
-        _fail("--workdir is missing: the directory for checkpoints and measurements.")
-    # Orbax tells every step of every save at the level of information.
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+        fail("--workdir is missing: the directory for checkpoints and measurements.")
+    quiet()
     try:
         config_lib.check(_CONFIG.value)
         # JAX loads here, so that everything above answers at once.
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> None:
 
         train.run(_CONFIG.value, workdir)
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt as interrupt:
         print(interrupt or "interrupted", file=sys.stderr)
         sys.exit(130)
@@ -60,25 +58,25 @@ def parse_flags(argv: list[str]) -> list[str]:
         config = _load_recipe(recipe)
         for key in keys:
             if message := config_lib.unknown_key(config, key):
-                _fail(message)
+                fail(message)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _fail(str(error).strip().splitlines()[-1])
+        fail(str(error).strip().splitlines()[-1])
 
 
 def _load_recipe(recipe: str) -> ConfigDict:
     """The config of `path` or `path:argument`, with errors a user can act on."""
     path, _, argument = recipe.partition(":")
     if not Path(path).is_file():
-        _fail(f"--config={path}: no such recipe.\n{_recipes()}")
+        fail(f"--config={path}: no such recipe.\n{_recipes()}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
-            _fail(f"--config={path}: a recipe needs a function get_config.")
+            fail(f"--config={path}: a recipe needs a function get_config.")
         return get_config(argument) if argument else get_config()
     except Exception as error:  # A recipe is the user's code and may raise anything.
-        _fail(f"--config={recipe}: {error}")
+        fail(f"--config={recipe}: {error}")
 
 
 def _recipes() -> str:
@@ -95,11 +93,6 @@ def _recipes() -> str:
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
         lines.append(f"  {path!s:28} {summary}")
     return "\n".join(lines)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"jaxpref: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

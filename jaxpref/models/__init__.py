@@ -1,6 +1,7 @@
 """Decoders in Flax Linen: pure functions of their parameters."""
 
 import dataclasses
+import json
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 from jaxpref.errors import UserError
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Rope, empty_cache
 from jaxpref.models.families import make_rope
-from jaxpref.models.huggingface import from_pretrained, save_pretrained
+from jaxpref.models.huggingface import Origin, from_pretrained, save_pretrained
 
 __all__ = [
     "Cache",
@@ -52,9 +53,32 @@ def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
     shape |= {"vocabulary_size": size}
     rope = make_rope(config.head_dim, rope_theta=config.rope_theta)
     try:
-        return Decoder(DecoderConfig(**shape, rope=(rope,)))
+        return Decoder(DecoderConfig(**shape, rope=(rope,)), _as_llama(config, size))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _as_llama(config: ConfigDict, vocabulary_size: int) -> Origin:
+    """The same shape as a Llama's `config.json`, for export."""
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocabulary_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.feed_forward,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        # As older readers spell it.
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tied_head,
+        "dtype": config.param_dtype,
+    }
+    return Origin("LlamaForCausalLM", config=json.dumps(fields, indent=2) + "\n")
 
 
 def init_params(model: Decoder, key: jax.Array, *, boxed: bool = False) -> Any:

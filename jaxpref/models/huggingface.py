@@ -41,12 +41,15 @@ class Origin:
     """The Hugging Face directory that a model was read from, or a copy without the weights.
 
     Attributes:
-      directory: holds `config.json`, tokenizer files, and the weights or `tensors.json`.
       architecture: a key of `FAMILIES`.
+      directory: holds `config.json`, tokenizer files, and the weights or `tensors.json`;
+        empty for a model with random weights.
+      config: the text of `config.json`, for a model without a directory.
     """
 
-    directory: str
     architecture: str
+    directory: str = ""
+    config: str = ""
 
     @property
     def family(self) -> Family:
@@ -54,7 +57,9 @@ class Origin:
         return FAMILIES[self.architecture]
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of every tensor, by name and in the files' order."""
+        """Shape and dtype of every tensor, by name and in the files' order; empty if unknown."""
+        if not self.directory:
+            return {}
         kept = Path(self.directory) / _TENSORS
         if kept.exists():
             return {
@@ -72,6 +77,9 @@ class Origin:
           tensors: write what the weights' headers say too, so that the copy is an origin.
         """
         directory.mkdir(parents=True, exist_ok=True)
+        if not self.directory:
+            (directory / "config.json").write_text(self.config)
+            return self
         source = Path(self.directory)
         if tensors:
             (directory / _TENSORS).write_text(json.dumps(self.tensors(), indent=1))
@@ -116,18 +124,26 @@ def from_pretrained(
     """
     numerics = {"dtype": dtype, "param_dtype": param_dtype or dtype, **numerics}
     model = read_model(locate(source), max_length=max_length, ignore=ignore, **numerics)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return model, load_params(model, abstract_params(model, mesh))
+
+
+def abstract_params(model: Decoder, mesh: Mesh | None = None) -> Any:
+    """Shapes, dtypes and shardings of the parameters; without a mesh, on the first device."""
+    boxed = _boxed(model)
+    unboxed = nn.meta.unbox(boxed)
     if mesh is None:
         device = SingleDeviceSharding(jax.devices()[0])
-        where = jax.tree.map(lambda _: device, nn.meta.unbox(boxed))
+        where = jax.tree.map(lambda _: device, unboxed)
     else:
         where = sharding.shardings(mesh, boxed)
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        nn.meta.unbox(boxed),
-        where,
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), unboxed, where
     )
-    return model, load_params(model, abstract)
+
+
+def _boxed(model: Decoder) -> Any:
+    """Shapes of the parameters, in boxes with their logical axis names."""
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def locate(source: str | Path) -> Path:
@@ -171,7 +187,7 @@ def read_model(
             f"{directory}: its architecture is {raw.get('architectures')}; jaxpref knows "
             f"{', '.join(FAMILIES)}."
         )
-    origin = Origin(str(directory), names[0])
+    origin = Origin(names[0], str(directory))
     values, defaults = _with_defaults(directory)
     read = Reader(values, defaults, f"{directory}/config.json", max_length)
     fields = origin.family.read(read)
@@ -229,8 +245,7 @@ class _Place(NamedTuple):
 def _places(model: Decoder, family: Family) -> Iterator[_Place]:
     """Every tensor that the model's parameters lie in."""
     config = model.config
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    leaves = {_path(path): leaf for path, leaf in _leaves(boxed)}
+    leaves = {_path(path): leaf for path, leaf in _leaves(_boxed(model))}
     seen = set()
     for paths, name in family.tensors.items():
         paths = (paths,) if isinstance(paths, str) else paths
@@ -368,36 +383,51 @@ def _match(
     return names
 
 
-def save_pretrained(model: Decoder, params: Any, directory: str | Path, **options: Any) -> None:
+def save_pretrained(
+    model: Decoder,
+    params: Any,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    **options: Any,
+) -> None:
     """Writes the model in Hugging Face's layout, as transformers, vLLM and others read it.
 
     Tensors get the names and dtypes that they had where the model came from, and its
-    config, generation config and tokenizer files go along, unchanged.
+    config, generation config and tokenizer files go along, unchanged. A model with random
+    weights is written as the Llama that it is.
 
     Args:
-      model: from `from_pretrained`.
+      model: the model.
       params: its parameters, however they are sharded.
       directory: receives the files; made if needed.
-      options: `dtype` (of safetensors: F32, BF16, F16) for all tensors; `shard_bytes`.
+      tokenizer: saved too; needed if the model's origin has no tokenizer.
+      dtype: of all tensors (float32, bfloat16, float16), instead of those of the origin.
+      options: `shard_bytes`, the size beyond which a file is split.
 
     Raises:
-      UserError: the model has no origin, or the directory cannot be written.
+      UserError: the model belongs to no family, or the directory cannot be written.
     """
-    directory = Path(directory)
-    if model.origin is None:
-        raise UserError("save_pretrained: the model was not read from a Hugging Face directory.")
-    family, dtype = model.origin.family, options.pop("dtype", None)
+    directory, origin = Path(directory), model.origin
+    if origin is None:
+        raise UserError(
+            "save_pretrained: the model has no origin that says which family it is of; make it "
+            "with jaxpref.models.from_pretrained or jaxpref.models.build."
+        )
+    family = origin.family
     places = list(_places(model, family))
-    there = model.origin.tensors()
+    there = origin.tensors() or {place.name: (place.shape, "F32") for place in places}
     names = _match(places, set(there), family, model)
     by_name = {names[place.name]: place for place in places}
     head = family.tensors["head"]
     if head in there and head not in by_name:
         # Stored twice, though it is the embedding.
         by_name[head] = by_name[names[family.tensors["embedding"]]]
+    all_dtype = None if dtype is None else safetensors.dtype_name(jnp.dtype(dtype))
     tensors = {
-        name: (place_shape, dtype or stored)
-        for name, (place_shape, stored) in there.items()
+        name: (shape, all_dtype or stored)
+        for name, (shape, stored) in there.items()
         if name in by_name
     }
     leaves = {_path(path): leaf for path, leaf in _leaves(params)}
@@ -417,10 +447,21 @@ def save_pretrained(model: Decoder, params: Any, directory: str | Path, **option
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if writer:
-            model.origin.copy(directory, tensors=False)
+            origin.copy(directory, tensors=False)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(directory)
+            if all_dtype is not None:
+                _say_dtype(directory / "config.json", jnp.dtype(dtype).name)
         safetensors.write(directory, tensors, get, writer=writer, **options)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}).") from error
+
+
+def _say_dtype(path: Path, dtype: str) -> None:
+    """Has `config.json` say which dtype the weights are in."""
+    config = json.loads(path.read_text())
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")
 
 
 def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:

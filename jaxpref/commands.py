@@ -1,0 +1,19 @@
+"""What the commands share."""
+
+import sys
+from typing import NoReturn
+
+from absl import flags, logging
+
+
+def fail(message: str) -> NoReturn:
+    """Ends a command with a message and the exit status of wrong usage."""
+    print(f"jaxpref: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def quiet() -> None:
+    """Leaves warnings and errors in the log, unless `--verbosity` asks for more."""
+    # Orbax tells every step of every save at the level of information.
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)

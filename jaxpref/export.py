@@ -1,0 +1,75 @@
+"""Writes a run's model for everybody else: `python -m jaxpref.export --workdir=W --output=DIR`.
+
+DIR is in Hugging Face's layout: transformers, vLLM and llama.cpp read it.
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+
+from jaxpref import config as config_lib
+from jaxpref.commands import fail, quiet
+from jaxpref.errors import UserError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run whose last checkpoint is written.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write; new or empty.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "Of all weights. By default those that they had where the run began, else float32.",
+)
+
+
+def main(argv: list[str]) -> None:
+    """Hands the flags to `run`."""
+    if len(argv) > 1:
+        fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
+    if not _WORKDIR.value or not _OUTPUT.value:
+        fail("give --workdir=W, a run's workdir, and --output=DIR, the directory to write.")
+    quiet()
+    try:
+        run(_WORKDIR.value, _OUTPUT.value, _DTYPE.value)
+    except UserError as error:
+        fail(str(error))
+
+
+def run(workdir: str | Path, output: str | Path, dtype: str | None = None) -> None:
+    """Writes the model of a workdir's last checkpoint in Hugging Face's layout.
+
+    Args:
+      workdir: of a run.
+      output: the directory; must not hold anything yet.
+      dtype: of all weights; by default as where the run began.
+
+    Raises:
+      UserError: there is no checkpoint, or the output is not empty or cannot be written.
+    """
+    # JAX loads here, so that wrong flags answer at once.
+    from jaxpref import checkpoint, data, sharding, weights
+    from jaxpref.metrics import console
+    from jaxpref.models import huggingface
+
+    workdir, output = Path(workdir), Path(output)
+    described = checkpoint.read_run(workdir)
+    if described is None or checkpoint.latest_step(workdir) is None:
+        raise UserError(f"--workdir={workdir}: holds no run with a complete checkpoint.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output={output}: is not empty; give a new directory.")
+    config = config_lib.from_flat(described)
+    source = weights.find(config, workdir)
+    name = config.tokenizer.name
+    tokenizer = data.load_tokenizer(source.tokenizer if name == "auto" else name)
+    model = weights.build_model(config, source, len(tokenizer))
+    mesh = sharding.make_mesh(data=1, fsdp=-1)
+    params, step = checkpoint.restore_params(workdir, huggingface.abstract_params(model, mesh))
+    # A model's own tokenizer files go along as they are.
+    own = source.pretrained is not None and name == "auto"
+    huggingface.save_pretrained(
+        model, params, output, tokenizer=None if own else tokenizer, dtype=dtype
+    )
+    console.print(f"{workdir}, step {step}: written to {output} as {model.origin.architecture}")
+
+
+if __name__ == "__main__":
+    app.run(main)

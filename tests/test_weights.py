@@ -1,0 +1,221 @@
+"""Runs that begin with a Hugging Face model, and their way back out."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from jaxpref import checkpoint, config as config_lib, export, metrics, models, train
+from jaxpref.errors import UserError
+from jaxpref.models import huggingface
+from jaxpref.models.huggingface import Origin
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 384,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 100,
+}
+
+
+def write_model(directory, config, *, dtype=None):
+    """A Hugging Face directory with random weights and the tokenizer of bytes."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    model = huggingface.read_model(directory)
+    text = json.dumps(config, indent=2)
+    model = model.clone(origin=Origin(config["architectures"][0], config=text))
+    params = models.init_params(model, jax.random.key(3))
+    tokenizer = transformers.ByT5Tokenizer()
+    models.save_pretrained(model, params, directory, tokenizer=tokenizer, dtype=dtype)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face model in bfloat16, SFT from it, and DPO from that."""
+    folder = tmp_path_factory.mktemp("weights")
+    write_model(folder / "hf", QWEN3, dtype="bfloat16")
+    train.run(small("sft", folder / "hf"), folder / "sft")
+    train.run(small("dpo", folder / "sft"), folder / "dpo")
+    return folder
+
+
+def small(algorithm, source, **changes):
+    config = config_lib.default(algorithm)
+    config.update_from_flattened_dict(
+        {
+            "model.init_from": str(source),
+            "data.format": "synthetic",
+            "data.synthetic_pairs": 40,
+            "data.eval_fraction": 0.2,
+            "data.batch_size": 8,
+            "data.max_length": 128,
+            "data.max_prompt_length": 64,
+            "optimizer.learning_rate": 1e-2,
+            "train.steps": 2,
+            "train.log_every": 1,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+    )
+    return config
+
+
+def weights_of(directory):
+    return jax.tree.map(np.asarray, models.from_pretrained(directory)[1])
+
+
+def test_a_run_begins_with_the_models_weights_and_shape(folder):
+    """Before the first update the reference is what the directory holds."""
+    model = huggingface.read_model(folder / "hf")
+    abstract = huggingface.abstract_params(model)
+    reference = checkpoint.restore_reference(folder / "dpo", abstract)
+    trained, _ = checkpoint.restore_params(folder / "sft", abstract)
+    for ours, theirs in zip(jax.tree.leaves(reference), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    begun = weights_of(folder / "hf")
+    assert {key: value.shape for key, value in begun["layers"].items() if key == "query"} == {
+        "query": (2, 16, 2, 8)
+    }
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(begun), jax.tree.leaves(trained), strict=True)
+    ]
+    assert all(changed)
+
+
+def test_the_last_checkpoint_is_exported_with_names_dtypes_and_files(folder, tmp_path):
+    export.run(folder / "dpo", tmp_path / "out")
+    before = huggingface.Origin("Qwen3ForCausalLM", str(folder / "hf"))
+    after = huggingface.Origin("Qwen3ForCausalLM", str(tmp_path / "out"))
+    assert after.tensors() == before.tensors()
+    assert {dtype for _, dtype in after.tensors().values()} == {"BF16"}
+    names = {path.name for path in (folder / "hf").iterdir()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    for name in names - {"model.safetensors"}:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / "hf" / name).read_bytes()
+    model = huggingface.read_model(folder / "hf")
+    trained, _ = checkpoint.restore_params(folder / "dpo", huggingface.abstract_params(model))
+    for ours, written in zip(
+        jax.tree.leaves(trained), jax.tree.leaves(weights_of(tmp_path / "out")), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(ours.astype("bfloat16"), np.float32), written)
+
+
+def test_an_export_in_another_dtype_says_so(folder, tmp_path):
+    export.run(folder / "dpo", tmp_path, dtype="float32")
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    model = huggingface.read_model(folder / "hf")
+    trained, _ = checkpoint.restore_params(folder / "dpo", huggingface.abstract_params(model))
+    for ours, written in zip(
+        jax.tree.leaves(trained), jax.tree.leaves(weights_of(tmp_path)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, written)
+
+
+def test_resuming_and_exporting_need_only_the_workdir(folder, tmp_path):
+    source, workdir = tmp_path / "hf", tmp_path / "run"
+    shutil.copytree(folder / "hf", source)
+    train.run(small("dpo", source), workdir)
+    source.rename(tmp_path / "moved")
+    train.run(small("dpo", source, train__steps=3), workdir)
+    assert [line["step"] for line in metrics.read(workdir / "metrics.jsonl")][-1] == 3
+    export.run(workdir, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def test_a_model_from_scratch_is_exported_as_a_llama(tmp_path):
+    config = small("sft", "", model__width=16, model__heads=2, model__kv_heads=1)
+    config.model.update(head_dim=8, feed_forward=24, layers=1, rope_theta=500.0, norm_epsilon=1e-5)
+    train.run(config, tmp_path / "run")
+    export.run(tmp_path / "run", tmp_path / "out")
+    model, params = models.from_pretrained(tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
+    ours = models.build(config.model, 384)
+    assert model.config == ours.config
+    trained, _ = checkpoint.restore_params(tmp_path / "run", huggingface.abstract_params(ours))
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_reads_the_llama_from_scratch(tmp_path):
+    import torch
+
+    config = config_lib.default("sft").model
+    config.update(width=16, heads=2, kv_heads=1, head_dim=8, feed_forward=24, layers=2)
+    config.update(rope_theta=500.0, tied_head=False)
+    model = models.build(config, 384)
+    params = models.init_params(model, jax.random.key(0))
+    models.save_pretrained(model, params, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = np.arange(20, dtype=np.int32)[None]
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(tokens.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, atol=1e-5)
+
+
+def test_a_shape_beside_a_model_that_has_one_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match=r"model.width is 64, but the model of .* of its own"):
+        train.run(small("dpo", folder / "hf", model__width=64), tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    write_model(tmp_path / "hf", {**QWEN3, "vocab_size": 300})
+    with pytest.raises(UserError, match=r"has 300 rows, but the tokenizer .* 383 \(384 in all\)"):
+        train.run(small("sft", tmp_path / "hf"), tmp_path / "run")
+
+
+def test_sequences_longer_than_the_table_of_positions_are_refused(tmp_path):
+    write_model(tmp_path / "hf", GPT2)
+    with pytest.raises(UserError, match=r"max_length is 128, but .* knows only 100 positions"):
+        train.run(small("sft", tmp_path / "hf"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --workdir=W, a run's workdir, and --output=DIR"),
+        (["--workdir=nowhere", "--output=out"], "--workdir=nowhere: holds no run"),
+        (["--workdir=a", "--output=b", "c"], "unexpected arguments: c"),
+    ],
+)
+def test_the_command_says_what_is_wrong(flags, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxpref.export", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.search(re.escape(message), done.stderr)
+
+
+def test_an_output_that_is_not_empty_is_left_alone(folder, tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(UserError, match="is not empty"):
+        export.run(folder / "dpo", tmp_path)
