@@ -29,6 +29,15 @@ QWEN3 = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
+MIXTURE = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "router_aux_loss_coef": 0.5,
+}
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -176,6 +185,19 @@ def test_transformers_reads_the_llama_from_scratch(tmp_path):
     with torch.no_grad():
         expected = theirs(torch.as_tensor(tokens.astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, atol=1e-5)
+
+
+def test_a_mixture_of_experts_trains_its_router_evenly_too(tmp_path):
+    """The router's loss, which is 2 for an even use, is part of the loss and logged."""
+    write_model(tmp_path / "hf", MIXTURE)
+    for name, micro in (("dpo", 1), ("sft", 4)):
+        config = small(name, tmp_path / "hf", train__micro_batches=micro)
+        train.run(config, tmp_path / name)
+        first = metrics.read(tmp_path / name / "metrics.jsonl")[1]
+        assert 0.5 * 1.9 < first["router_loss"] < 0.5 * 4
+        if name == "dpo":
+            np.testing.assert_allclose(first["loss"], np.log(2) + first["router_loss"], rtol=1e-5)
+    assert "eval/router_loss" in metrics.read(tmp_path / "sft" / "metrics.jsonl")[0]
 
 
 def test_a_shape_beside_a_model_that_has_one_is_refused(folder, tmp_path):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import Algorithm, Objective, Params, response_logps
+from jaxpref.algorithms.base import Algorithm, Objective, Params, response_logps, score
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
@@ -27,7 +27,8 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         return dataclasses.replace(batch, extras={**batch.extras, "reference_logps": logps})
 
     def loss(params: Params, batch: PackedBatch) -> Objective:
-        policy = response_logps(model, params, batch)
+        scores = score(model, params, batch)
+        policy = scores.logps
         reference = (
             (None, None) if mode == "free" else jnp.asarray(batch.extras["reference_logps"]).T
         )
@@ -52,6 +53,6 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
             "logps/rejected": policy[:, 1],
         }
         metrics = {name: Metric(value, present) for name, value in values.items()}
-        return Objective(Metric(output.losses, present), metrics)
+        return scores.complete(Objective(Metric(output.losses, present), metrics))
 
     return Algorithm(lambda example: example, prepare, loss)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import Algorithm, Objective, Params, response_logps
+from jaxpref.algorithms.base import Algorithm, Objective, Params, score
 from jaxpref.data.examples import Example
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
@@ -25,12 +25,14 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         return dataclasses.replace(example, responses=example.responses[:1], scores=scores)
 
     def loss(params: Params, batch: PackedBatch) -> Objective:
-        logps = response_logps(model, params, batch)[:, 0]
+        scores = score(model, params, batch)
+        logps = scores.logps[:, 0]
         # Weighted by its tokens, a response's mean loss per token adds up to the mean
         # over all tokens of the step, however they are spread over micro-batches.
         tokens = jnp.asarray(batch.lengths)[:, 0].astype(logps.dtype)
         per_token = losses.nll(logps) / jnp.maximum(tokens, 1)
         present = (tokens > 0).astype(logps.dtype)
-        return Objective(Metric(per_token, tokens), {"logps/chosen": Metric(logps, present)})
+        metrics = {"logps/chosen": Metric(logps, present)}
+        return scores.complete(Objective(Metric(per_token, tokens), metrics))
 
     return Algorithm(select, lambda reference, batch: batch, loss)

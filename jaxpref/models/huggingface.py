@@ -324,7 +324,10 @@ def load_params(model: Decoder, abstract: Any) -> Any:
             if part.path not in params:
                 params[part.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
             index = np.asarray(place.entry, np.int32)
-            params[part.path] = _put(leaf.sharding)(params[part.path], value, index)
+            # Awaited, since what is on its way to a device is in host memory.
+            params[part.path] = jax.block_until_ready(
+                _put(leaf.sharding)(params[part.path], value, index)
+            )
     return jax.tree_util.tree_map_with_path(lambda path, _: params[_path(path)], abstract)
 
 
