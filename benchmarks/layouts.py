@@ -133,7 +133,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     stream = data.BatchStream(dataset, batch_size=BATCH_SIZE, budget=budget, planner=planner)
     mesh = sharding.make_mesh()
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
-    abstract = train.abstract_state(model, optimizer, mesh)
+    abstract, _ = train.abstract_state(model, optimizer, mesh)
     params = weights.load(config, weights.Source(None, None), model, abstract.params)
     state = train.initial_state(params, optimizer, abstract)
     with sharding.use(mesh):
@@ -147,15 +147,15 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
         compiled = {}
         for batch in put:
             if batch.tokens.shape not in compiled:
-                compiled[batch.tokens.shape] = update.lower(state, reference, batch).compile()
+                compiled[batch.tokens.shape] = update.lower(state, {}, reference, batch).compile()
         forget_peak()
         # Warm up on the first batch, then time every batch once.
-        state, first = compiled[put[0].tokens.shape](state, reference, put[0])
+        state, first = compiled[put[0].tokens.shape](state, {}, reference, put[0])
         jax.block_until_ready(state)
         elapsed = 0.0
         for batch in put:
             began = time.perf_counter()
-            state, _ = compiled[batch.tokens.shape](state, reference, batch)
+            state, _ = compiled[batch.tokens.shape](state, {}, reference, batch)
             jax.block_until_ready(state)
             elapsed += time.perf_counter() - began
     peak = peak_bytes()
@@ -220,7 +220,7 @@ def _with_full_logits(algorithm: Any, config: Any, model: Any) -> Any:
         logps = response_logps(reference, batch)
         return dataclasses.replace(batch, extras={"reference_logps": logps})
 
-    def loss(params: Any, batch: Any) -> Any:
+    def loss(params: Any, batch: Any, key: Any) -> Any:
         policy = response_logps(params, batch)
         reference = batch.extras["reference_logps"]
         out = losses.dpo(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])

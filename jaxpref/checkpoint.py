@@ -3,8 +3,10 @@
 A workdir holds
 
     run.json        the config and the data's fingerprint
-    checkpoints/N/  after update N: items `params` and `rest` (optimizer state, step)
-    reference/      the frozen reference's parameters, or
+    checkpoints/N/  after update N: items `params` (what is trained) and `rest` (optimizer
+                    state, step)
+    frozen/         the parameters that are not trained, if any
+    reference/      the frozen reference's parameters, where they are not those of `frozen`, or
     reference_logps.npz  its log-probs, if they are precomputed (see jaxpref.reference)
 
 Orbax writes a checkpoint beside its place and renames it when complete, so a process
@@ -22,8 +24,10 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
+from jaxpref.trainable import merge, partition
 
-_RUN, _CHECKPOINTS, _REFERENCE = "run.json", "checkpoints", "reference"
+_RUN, _CHECKPOINTS = "run.json", "checkpoints"
+_REFERENCE, _FROZEN = "reference", "frozen"
 _ABSENT = "(no such key)"
 
 
@@ -77,17 +81,33 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     """The parameters of a workdir's last checkpoint, into `params`' shapes and shardings.
 
     Returns:
-      The parameters and their step.
+      All parameters, trained and frozen, and the step.
 
     Raises:
       UserError: there is no checkpoint.
     """
     folder = (workdir / _CHECKPOINTS).absolute()
-    step = latest_step(workdir)
-    if step is None:
+    step, run = latest_step(workdir), read_run(workdir)
+    if step is None or run is None:
         raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
+    trained, frozen = partition(params, config_lib.trainable(config_lib.from_flat(run)))
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / str(step) / "params", params), step
+        trained = checkpointer.restore(folder / str(step) / "params", trained)
+    return merge(trained, restore_frozen(workdir, frozen)), step
+
+
+def save_frozen(workdir: Path, params: Any) -> None:
+    """Keeps the parameters that are not trained with the run."""
+    _save(workdir / _FROZEN, params)
+
+
+def restore_frozen(workdir: Path, params: Any) -> Any:
+    """Reads the parameters that are not trained, if there are any.
+
+    Raises:
+      UserError: the workdir has none.
+    """
+    return _restore(workdir / _FROZEN, params, "parameters that are not trained")
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -99,8 +119,7 @@ def latest_step(workdir: Path) -> int | None:
 
 def save_reference(workdir: Path, params: Any) -> None:
     """Keeps the frozen reference with the run, so that resuming needs nothing else."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((workdir / _REFERENCE).absolute(), params, force=True)
+    _save(workdir / _REFERENCE, params)
 
 
 def restore_reference(workdir: Path, params: Any) -> Any:
@@ -109,13 +128,25 @@ def restore_reference(workdir: Path, params: Any) -> Any:
     Raises:
       UserError: the workdir has none.
     """
-    if not (workdir / _REFERENCE).is_dir():
+    return _restore(workdir / _REFERENCE, params, "frozen reference")
+
+
+def _save(folder: Path, params: Any) -> None:
+    if jax.tree.leaves(params):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), params, force=True)
+
+
+def _restore(folder: Path, params: Any, what: str) -> Any:
+    if not jax.tree.leaves(params):
+        return params
+    if not folder.is_dir():
         raise UserError(
-            f"{workdir / _REFERENCE}: the frozen reference of this run is missing, so it cannot be "
-            "resumed; put it back, or start again in another --workdir."
+            f"{folder}: the {what} of this run cannot be found, so it cannot be resumed; put the "
+            "folder back, or start again in another --workdir."
         )
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((workdir / _REFERENCE).absolute(), params)
+        return checkpointer.restore(folder.absolute(), params)
 
 
 def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that a command line is checked at once.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -51,6 +52,8 @@ _LOWEST: dict[str, float] = {
             "algorithm.label_smoothing",
             "data.row_length",
             "data.scored_length",
+            "model.lora.dropout",
+            "model.lora.rank",
             "eval.max_examples",
             "model.vocabulary_size",
             "optimizer.clip_norm",
@@ -115,6 +118,13 @@ def default(algorithm: str) -> ConfigDict:
     config.model.remat = "dots"
     # Queries a block of attention.
     config.model.attention_block = 128
+    # Low-rank adapters (LoRA), which alone are trained. Rank 0: none.
+    config.model.lora = ConfigDict()
+    config.model.lora.rank = 0
+    config.model.lora.alpha = 16.0
+    # Products that have one: query, key, value, out, gate, up, down.
+    config.model.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")
+    config.model.lora.dropout = 0.0
 
     config.tokenizer = ConfigDict()
     # "auto" (that of model.init_from, else "bytes"), "bytes" (ByT5's, needs no files), a
@@ -159,8 +169,11 @@ def default(algorithm: str) -> ConfigDict:
     config.algorithm = ConfigDict({"name": algorithm, **algorithm_knobs(algorithm)})
 
     config.reference = ConfigDict()
-    # live (a frozen copy of the initial policy), precomputed (its log-probs, once), free (none).
+    # live (a frozen copy of the initial policy), precomputed (its log-probs, once), adapter (the
+    # policy with its adapters off), free (none).
     config.reference.mode = "free" if algorithm == "sft" else "live"
+    # Of the live copy: float32 or bfloat16.
+    config.reference.dtype = "float32"
 
     config.optimizer = ConfigDict()
     # adamw or rmsprop.
@@ -189,6 +202,9 @@ def default(algorithm: str) -> ConfigDict:
     # Updates in all. 0: train.epochs passes over the data.
     config.train.steps = 0
     config.train.epochs = 1.0
+    # Parameters to train, as a regular expression for paths such as layers/query. Empty: the
+    # adapters if there are any, else all.
+    config.train.trainable = ""
     # Parts of a batch whose gradients are added up before the update.
     config.train.micro_batches = 1
     config.train.log_every = 10
@@ -238,7 +254,8 @@ def check(config: ConfigDict) -> None:
         "data.on_empty": ("error", "skip"),
         "data.on_long_prompt": ("error", "truncate"),
         "tokenizer.bos": ("auto", "always", "never"),
-        "reference.mode": ("live", "precomputed", "free"),
+        "reference.mode": ("live", "precomputed", "adapter", "free"),
+        "reference.dtype": ("float32", "bfloat16"),
         "optimizer.name": ("adamw", "rmsprop"),
         "optimizer.schedule": ("constant", "linear", "cosine"),
         "model.remat": ("none", "dots", "full"),
@@ -253,6 +270,24 @@ def check(config: ConfigDict) -> None:
             f"reference.mode is {config.reference.mode!r}, but sft compares with no reference: "
             "leave it at 'free'."
         )
+    if config.reference.mode == "adapter" and not config.model.lora.rank:
+        raise UserError(
+            "reference.mode 'adapter' is the policy with its adapters off; give it some with "
+            "--config.model.lora.rank=16, or use another mode."
+        )
+    if config.reference.mode == "adapter" and config.train.trainable:
+        raise UserError(
+            "reference.mode 'adapter' needs a base that is not trained: leave train.trainable empty."
+        )
+    if config.model.lora.dropout >= 1:
+        raise UserError(f"model.lora.dropout should be below 1; got {config.model.lora.dropout}.")
+    try:
+        re.compile(config.train.trainable)
+    except re.error as error:
+        raise UserError(
+            f"train.trainable is {config.train.trainable!r}, which is no regular expression "
+            f"({error})."
+        ) from error
     for key, value in flatten(config):
         lowest = _LOWEST.get(key)
         if lowest is not None and not value >= lowest:
@@ -320,6 +355,11 @@ def from_flat(values: dict[str, Any]) -> ConfigDict:
     tuples = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
     config.update_from_flattened_dict({**known, **tuples})
     return config
+
+
+def trainable(config: ConfigDict) -> str:
+    """The regular expression for the paths of the parameters that are trained."""
+    return config.train.trainable or (r"_lora_[ab]$" if config.model.lora.rank else "")
 
 
 def get(config: ConfigDict, key: str) -> Any:

@@ -20,6 +20,10 @@ _DTYPE = flags.DEFINE_enum(
     "Of all weights. By default those that they had where the run began, else float32.",
 )
 
+_ADAPTERS = flags.DEFINE_bool(
+    "adapters", False, "Write the adapters alone, in PEFT's format, rather than merged weights."
+)
+
 
 def main(argv: list[str]) -> None:
     """Hands the flags to `run`."""
@@ -29,24 +33,31 @@ def main(argv: list[str]) -> None:
         fail("give --workdir=W, a run's workdir, and --output=DIR, the directory to write.")
     quiet()
     try:
-        run(_WORKDIR.value, _OUTPUT.value, _DTYPE.value)
+        run(_WORKDIR.value, _OUTPUT.value, _DTYPE.value, adapters=_ADAPTERS.value)
     except UserError as error:
         fail(str(error))
 
 
-def run(workdir: str | Path, output: str | Path, dtype: str | None = None) -> None:
+def run(
+    workdir: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    *,
+    adapters: bool = False,
+) -> None:
     """Writes the model of a workdir's last checkpoint in Hugging Face's layout.
 
     Args:
       workdir: of a run.
       output: the directory; must not hold anything yet.
       dtype: of all weights; by default as where the run began.
+      adapters: write the adapters alone, in PEFT's format, instead of merging them.
 
     Raises:
       UserError: there is no checkpoint, or the output is not empty or cannot be written.
     """
     # JAX loads here, so that wrong flags answer at once.
-    from jaxpref import checkpoint, data, sharding, weights
+    from jaxpref import checkpoint, data, models, sharding, weights
     from jaxpref.metrics import console
     from jaxpref.models import huggingface
 
@@ -63,6 +74,11 @@ def run(workdir: str | Path, output: str | Path, dtype: str | None = None) -> No
     model = weights.build_model(config, source, len(tokenizer))
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     params, step = checkpoint.restore_params(workdir, huggingface.abstract_params(model, mesh))
+    if adapters:
+        models.save_adapters(model, params, output)
+        console.print(f"{workdir}, step {step}: adapters written to {output}")
+        return
+    model, params = models.merge_adapters(model, params)
     # A model's own tokenizer files go along as they are.
     own = source.pretrained is not None and name == "auto"
     huggingface.save_pretrained(

@@ -34,6 +34,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("positions", None),
     ("embedding", None),
     ("experts", None),
+    ("rank", None),
     ("layers", None),
 )
 

@@ -35,6 +35,7 @@ from jaxpref.errors import UserError
 from jaxpref.metrics import Metric, console
 from jaxpref.models import Decoder
 from jaxpref.packing import Budget, PackedBatch
+from jaxpref.trainable import merge, partition, path_of
 
 
 class State(NamedTuple):
@@ -82,7 +83,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     checkpoint.check_same_run(workdir, identity)
 
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
-    abstract = abstract_state(model, optimizer, mesh)
+    trainable = config_lib.trainable(config)
+    abstract, abstract_frozen = abstract_state(model, optimizer, mesh, trainable)
     with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
         start = checkpoints.latest or 0
         if start > steps:
@@ -94,24 +96,31 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
             params, rest = checkpoints.restore(start, abstract.params, rest)
             state = State(params=params, **rest)
+            frozen = checkpoint.restore_frozen(workdir, abstract_frozen)
         else:
-            params = weights.load(config, source, model, abstract.params)
+            whole = merge(abstract.params, abstract_frozen)
+            params, frozen = partition(weights.load(config, source, model, whole), trainable)
             state = initial_state(params, optimizer, abstract)
+            checkpoint.save_frozen(workdir, frozen)
         with sharding.use(mesh):
-            reference, tables = _reference(config, workdir, mesh, model, data, state, abstract)
+            reference, tables = _reference(
+                config, workdir, mesh, model, data, state, frozen, abstract
+            )
             train_stream, held_out_stream = _streams(config, mesh, data, tables)
-            _describe(config, mesh, abstract, data, train_stream, start, steps)
+            _describe(config, mesh, state, frozen, data, train_stream, start, steps)
             if not start:
                 weights.keep(source, model, workdir)
                 checkpoint.write_run(workdir, identity)
-            update = make_update(algorithm, optimizer, schedule)
+            update = make_update(algorithm, optimizer, schedule, seed=config.seed)
             score = make_score(algorithm)
 
             def evaluate(state: State, step: int) -> dict[str, float]:
                 if held_out_stream is None or data.held_out is None:
                     return {}
                 results = evaluation.evaluate(
-                    lambda batch: score(state.params, reference, sharding.put_batch(mesh, batch)),
+                    lambda batch: score(
+                        state.params, frozen, reference, sharding.put_batch(mesh, batch)
+                    ),
                     held_out_stream.once(),
                     data.held_out.scores,
                 )
@@ -129,7 +138,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
                     log.dispatching(step, batch)
                     batch = sharding.put_batch(mesh, batch)
-                    state, measured = update(state, reference, batch)
+                    state, measured = update(state, frozen, reference, batch)
                     log.dispatched(step, measured)
                     # Asked once a step: what is saved and what stops must agree.
                     last, stop = step == steps, interrupted()
@@ -140,7 +149,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                     if last or stop or _due(step, config.train.save_every):
                         log.flush(step)
                         # Only weights that still give finite losses become the last good ones.
-                        loss = score(state.params, reference, batch).loss.values.sum()
+                        loss = score(state.params, frozen, reference, batch).loss.values.sum()
                         metrics_lib.require_finite(step, {"loss after the update": float(loss)})
                         rest = {"step": state.step, "optimizer_state": state.optimizer_state}
                         checkpoints.save(step, state.params, rest)
@@ -156,18 +165,38 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     _report(workdir, config)
 
 
-def abstract_state(model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
+def abstract_state(
+    model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, trainable: str = ""
+) -> tuple[State, Any]:
     """Shapes, dtypes and shardings of the state, without computing anything.
 
     Like `initial_state` it is called outside `sharding.use`: where parameters go is said
     by their own shardings, and the rules for activations do not fit one row of tokens.
+
+    Args:
+      model: the model.
+      optimizer: its state belongs to what is trained alone.
+      mesh: where the arrays go.
+      trainable: a regular expression for the paths of the parameters that are trained.
+
+    Returns:
+      The state, and the parameters that are not trained.
+
+    Raises:
+      UserError: no parameter is trained.
     """
 
-    def init(key: jax.Array) -> State:
-        params = models.init_params(model, key, boxed=True)
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    def init(key: jax.Array) -> tuple[State, Any]:
+        params, frozen = partition(models.init_params(model, key, boxed=True), trainable)
+        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params)), frozen
 
     boxed = jax.eval_shape(init, jax.random.key(0))
+    if not boxed[0].params:
+        names = sorted({path_of(path) for path, _ in jax.tree.leaves_with_path(boxed[1])})
+        raise UserError(
+            f"train.trainable is {trainable!r}, which is no part of any parameter's path; there "
+            f"are {', '.join(names)}."
+        )
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         nn.meta.unbox(boxed),
@@ -186,16 +215,22 @@ def make_update(
     algorithm: Algorithm,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[Any], Any],
-) -> Callable[[State, Any, PackedBatch], tuple[State, dict[str, Metric]]]:
-    """The jitted update `(state, reference, batch)` to a new state and what it measured.
+    *,
+    seed: int = 0,
+) -> Callable[[State, Any, Any, PackedBatch], tuple[State, dict[str, Metric]]]:
+    """The jitted update `(state, frozen, reference, batch)` to a new state and measurements.
 
     The batch has a leading axis of micro-batches. Each measurement is a sum of weighted
     values and the sum of their weights; the gradient is of the loss's sum, divided once
-    by its weight, so that it does not depend on how the batch was cut.
+    by its weight, so that it does not depend on how the batch was cut. Only the state's
+    parameters have gradients and optimizer state; `frozen` holds the others.
     """
 
-    def weighted_loss(params: Any, reference: Any, batch: PackedBatch) -> tuple[Any, dict]:
-        objective = algorithm.loss(params, algorithm.prepare(reference, batch))
+    def weighted_loss(
+        params: Any, frozen: Any, reference: Any, batch: PackedBatch, key: jax.Array
+    ) -> tuple[Any, dict]:
+        batch = algorithm.prepare(_whole(frozen, reference), batch)
+        objective = algorithm.loss(merge(params, frozen), batch, key)
         sums = {
             name: Metric(_weighted_sum(metric), metric.weights.sum())
             for name, metric in {"loss": objective.loss, **objective.metrics}.items()
@@ -204,9 +239,12 @@ def make_update(
 
     gradient = jax.grad(weighted_loss, has_aux=True)
 
-    def update(state: State, reference: Any, batch: PackedBatch) -> tuple[State, dict[str, Metric]]:
+    def update(
+        state: State, frozen: Any, reference: Any, batch: PackedBatch
+    ) -> tuple[State, dict[str, Metric]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         gradients, sums = _over_micro_batches(
-            lambda micro: gradient(state.params, reference, micro), batch
+            lambda micro, key: gradient(state.params, frozen, reference, micro, key), batch, key
         )
         gradients = jax.tree.map(lambda g: g / sums["loss"].weights, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
@@ -222,14 +260,19 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def make_score(algorithm: Algorithm) -> Callable[[Any, Any, PackedBatch], Objective]:
-    """The jitted `(params, reference, batch)` to per-example losses and metrics."""
+def make_score(algorithm: Algorithm) -> Callable[[Any, Any, Any, PackedBatch], Objective]:
+    """The jitted `(params, frozen, reference, batch)` to per-example losses and metrics."""
 
-    def score(params: Any, reference: Any, batch: PackedBatch) -> Objective:
-        batch = jax.tree.map(lambda x: x[0], batch)
-        return algorithm.loss(params, algorithm.prepare(reference, batch))
+    def score(params: Any, frozen: Any, reference: Any, batch: PackedBatch) -> Objective:
+        batch = algorithm.prepare(_whole(frozen, reference), jax.tree.map(lambda x: x[0], batch))
+        return algorithm.loss(merge(params, frozen), batch, None)
 
     return jax.jit(score)
+
+
+def _whole(frozen: Any, reference: Any) -> Any:
+    """The reference's parameters: what the policy shares with it, and its own."""
+    return None if reference is None else merge(frozen, reference)
 
 
 def _weighted_sum(metric: Metric) -> jax.Array:
@@ -237,17 +280,21 @@ def _weighted_sum(metric: Metric) -> jax.Array:
     return jnp.where(metric.weights > 0, metric.values * metric.weights, 0).sum()
 
 
-def _over_micro_batches(function: Callable[[PackedBatch], Any], batch: PackedBatch) -> Any:
+def _over_micro_batches(
+    function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch, key: jax.Array
+) -> Any:
     """The sum of `function` over the leading axis."""
     first = jax.tree.map(lambda x: x[0], batch)
-    if batch.tokens.shape[0] == 1:
-        return function(first)
+    count = batch.tokens.shape[0]
+    if count == 1:
+        return function(first, key)
 
-    def add(total: Any, micro: PackedBatch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(micro)), None
+    def add(total: Any, micro: tuple[PackedBatch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*micro)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-    return jax.lax.scan(add, zeros, batch)[0]
+    shapes = jax.eval_shape(function, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (batch, jax.random.split(key, count)))[0]
 
 
 def _reference(
@@ -257,26 +304,36 @@ def _reference(
     model: Decoder,
     data: Data,
     state: State,
+    frozen: Any,
     abstract: State,
 ) -> tuple[Any, dict[str, np.ndarray]]:
-    """The frozen parameters, if they are needed live, and the precomputed log-probs, if any.
+    """The reference's own parameters, if it is needed live, and its log-probs, if precomputed.
 
-    Before the first update they come from the policy, and are kept in the workdir; when a
-    run resumes they come from there, so that nothing else has to be where it was.
+    What the policy does not train, the reference shares with it. Before the first update
+    the rest comes from the policy, and is kept in the workdir; when a run resumes it comes
+    from there, so that nothing else has to be where it was.
     """
     mode, resuming = config.reference.mode, int(state.step) > 0
     if mode == "free":
         return None, {}
+    if mode == "adapter":
+        # All that it needs is shared: the base.
+        return {}, {}
     if mode == "live":
+        dtype = jnp.dtype(config.reference.dtype)
         if resuming:
-            return checkpoint.restore_reference(workdir, abstract.params), {}
-        checkpoint.save_reference(workdir, state.params)
+            kept = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract.params
+            )
+            return checkpoint.restore_reference(workdir, kept), {}
         # A copy, since the update takes over the policy's buffers.
-        return jax.tree.map(jnp.copy, state.params), {}
+        reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), state.params)
+        checkpoint.save_reference(workdir, reference)
+        return reference, {}
     sides = {"train": data.train, "held_out": data.held_out}
     present = {name: dataset for name, dataset in sides.items() if dataset is not None}
     data_fingerprint = "-".join(dataset.fingerprint() for dataset in present.values())
-    digest = None if resuming else reference_lib.digest(state.params)
+    digest = None if resuming else reference_lib.digest(merge(state.params, frozen))
     tables = reference_lib.load_table(workdir, data_fingerprint, digest)
     if tables is not None:
         return None, tables
@@ -287,11 +344,11 @@ def _reference(
     logps = jax.jit(
         lambda params, batch: response_logps(model, params, jax.tree.map(lambda x: x[0], batch))
     )
-    tables = {}
+    params, tables = merge(state.params, frozen), {}
     for name, dataset in present.items():
         with console.status("reference") as status:
             tables[name] = reference_lib.precompute(
-                lambda batch: logps(state.params, sharding.put_batch(mesh, batch)),
+                lambda batch: logps(params, sharding.put_batch(mesh, batch)),
                 _stream(config, mesh, data, dataset, training=False).once(),
                 len(dataset),
                 lambda done: status.update(f"reference log-probs: {done} examples"),
@@ -373,16 +430,24 @@ def _due(step: int, every: int) -> bool:
 def _describe(
     config: ConfigDict,
     mesh: Mesh,
-    abstract: State,
+    state: State,
+    frozen: Any,
     data: Data,
     stream: BatchStream,
     start: int,
     steps: int,
 ) -> None:
-    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    parameters = trained + sum(x.size for x in jax.tree.leaves(frozen))
+    optimizer_bytes = sum(x.nbytes for x in jax.tree.leaves(state.optimizer_state))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
     console.print(f"model: {parameters / 1e6:.1f}M parameters; mesh: {axes} ({jax.devices()[0]})")
+    if trained < parameters:
+        console.print(
+            f"trained: {trained:,} of {parameters:,} parameters, with "
+            f"{optimizer_bytes / 1e6:.1f} MB of optimizer state"
+        )
     console.print(f"data: {counts}")
     console.print(
         f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples, rows of "

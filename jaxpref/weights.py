@@ -6,6 +6,7 @@ workdirs, keeps the model's small files in `workdir/huggingface/`, so that neith
 resuming nor exporting needs anything but the workdir.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from ml_collections import ConfigDict
 from jaxpref import checkpoint, config as config_lib, models
 from jaxpref.errors import UserError
 from jaxpref.metrics import console
-from jaxpref.models import Decoder, huggingface
+from jaxpref.models import Decoder, huggingface, without_adapters
+from jaxpref.models.adapters import ADAPTERS
+from jaxpref.trainable import merge, partition, path_of
 
 _KEPT = "huggingface"
 # What a config says of a model with random weights; any other has its own.
@@ -68,11 +71,16 @@ def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
         raise UserError(f"model.init_from={path}: that run has no complete checkpoint yet.")
     kept = path / _KEPT
     pretrained = kept if kept.is_dir() else None
-    for key in ["tokenizer.name", *([] if pretrained else (f"model.{name}" for name in _SHAPE))]:
-        if there.get(key) != config_lib.get(config, key):
+    shape = [] if pretrained else [f"model.{name}" for name in _SHAPE]
+    if there.get("model.lora.rank"):
+        # Its adapters go on, or are merged beforehand by exporting.
+        shape += ["model.lora.rank", "model.lora.alpha", "model.lora.targets"]
+    ours = checkpoint.describe_run(config)
+    for key in ["tokenizer.name", *shape]:
+        if there.get(key) != ours[key]:
             raise UserError(
                 f"model.init_from={path}: {key} is {there.get(key)!r} there and "
-                f"{config_lib.get(config, key)!r} here; give --config.{key}={there.get(key)}."
+                f"{ours[key]!r} here; give --config.{key}={there.get(key)}."
             )
     return Source(path, pretrained)
 
@@ -106,6 +114,7 @@ def build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Deco
         source.pretrained,
         max_length=config.data.max_length,
         ignore=config.model.ignore_keys,
+        lora=models.lora(config.model),
         **{name: config.model[name] for name in numerics},
     )
     rows, longest = model.config.vocabulary_size, model.config.max_length
@@ -130,13 +139,27 @@ def keep(source: Source, model: Decoder, workdir: Path) -> None:
 
 def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> Any:
     """The first weights, into the shapes and shardings of abstract arrays."""
+    if source.workdir is None and source.pretrained is None:
+        return _random(config, model, abstract)
+    adapters, base = partition(abstract, ADAPTERS)
     if source.workdir is not None:
-        params, step = checkpoint.restore_params(source.workdir, abstract)
+        there = checkpoint.read_run(source.workdir) or {}
+        if there.get("model.lora.rank"):
+            adapters, base = {}, abstract
+        params, step = checkpoint.restore_params(source.workdir, base)
         console.print(f"weights from {source.workdir}, step {step}")
-        return params
-    if source.pretrained is not None:
+    else:
         console.print(f"weights from {config.model.init_from}")
-        return huggingface.load_params(model, abstract)
-    where = jax.tree.map(lambda x: x.sharding, abstract)
-    init = jax.jit(lambda key: models.init_params(model, key), out_shardings=where)
+        params = huggingface.load_params(without_adapters(model), base)
+    return merge(params, _random(config, model, adapters)) if adapters else params
+
+
+def _random(config: ConfigDict, model: Decoder, abstract: Any) -> Any:
+    """Random values for those parameters that are in `abstract`."""
+    wanted = {path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    pattern = "^(" + "|".join(map(re.escape, sorted(wanted))) + ")$"
+    init = jax.jit(
+        lambda key: partition(models.init_params(model, key), pattern)[0],
+        out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+    )
     return init(jax.random.key(config.seed))

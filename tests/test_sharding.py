@@ -42,7 +42,7 @@ def three_steps(sizes):
     model = Decoder(TINY)
     algorithm = algorithms.build(config, model)
     optimizer, schedule = optimizer_lib.build(config.optimizer, STEPS)
-    abstract = train.abstract_state(model, optimizer, mesh)
+    abstract, _ = train.abstract_state(model, optimizer, mesh)
     params = weights.load(config, weights.Source(None, None), model, abstract.params)
     state = train.initial_state(params, optimizer, abstract)
     with sharding.use(mesh):
@@ -50,7 +50,7 @@ def three_steps(sizes):
         update = train.make_update(algorithm, optimizer, schedule)
         measured = []
         for step in range(STEPS):
-            state, metrics = update(state, reference, batch_of(mesh, step))
+            state, metrics = update(state, {}, reference, batch_of(mesh, step))
             measured.append({k: float(m.values) / float(m.weights) for k, m in metrics.items()})
     return state, measured
 
@@ -76,7 +76,7 @@ def test_eight_devices_equal_one(name, one_device):
 def test_parameters_and_optimizer_state_are_split_as_the_rules_say():
     mesh = mesh_of((2, 2, 2))
     optimizer, _ = optimizer_lib.build(config_lib.default("dpo").optimizer, 1)
-    abstract = train.abstract_state(Decoder(TINY), optimizer, mesh)
+    abstract, _ = train.abstract_state(Decoder(TINY), optimizer, mesh)
     query = abstract.params["layers"]["query"]
     assert query.shape == (2, 16, 4, 4)
     # layers whole, width over fsdp, heads over tensor, head_dim whole.

@@ -166,7 +166,7 @@ def test_a_missing_reference_or_fewer_steps_are_errors(finished, tmp_path):
     with pytest.raises(UserError, match=r"already at step 4, beyond train.steps = 2"):
         train.run(small(train__steps=2), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "reference")
-    with pytest.raises(UserError, match="frozen reference of this run is missing"):
+    with pytest.raises(UserError, match="frozen reference of this run cannot be found"):
         train.run(small(train__steps=6), tmp_path / "run")
 
 
@@ -287,12 +287,12 @@ def test_nan_later_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """Weights that turn bad at step 3 are never saved, and the save of step 2 is awaited."""
     original = train.make_update
 
-    def make_update(*args):
-        update = original(*args)
+    def make_update(*args, **options):
+        update = original(*args, **options)
 
-        def breaks(state, reference, batch):
+        def breaks(state, *inputs):
             step = int(state.step) + 1
-            state, measured = update(state, reference, batch)
+            state, measured = update(state, *inputs)
             if step == 3:
                 state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
             return state, measured
@@ -332,8 +332,8 @@ def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
     def frozen(config, model):
         algorithm = original(config, model)
 
-        def loss(params, batch):
-            return algorithm.loss(jax.tree.map(jax.lax.stop_gradient, params), batch)
+        def loss(params, batch, key):
+            return algorithm.loss(jax.tree.map(jax.lax.stop_gradient, params), batch, key)
 
         return algorithm._replace(loss=loss)
 
@@ -349,7 +349,7 @@ def test_update_divides_once_by_the_weight_of_all_micro_batches():
 
     from jaxpref.packing import PackedBatch
 
-    def loss(params, batch):
+    def loss(params, batch, key):
         weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
         return Objective(Metric(params["w"] * weights, weights), {})
 
@@ -359,7 +359,7 @@ def test_update_divides_once_by_the_weight_of_all_micro_batches():
     nothing = np.zeros((2, 1, 1), np.int32)
     batch = PackedBatch(*[nothing] * 7, lengths, {})
     state = train.State(jnp.int32(0), {"w": jnp.float32(2.0)}, optax.sgd(1.0).init(2.0))
-    state, measured = update(state, None, batch)
+    state, measured = update(state, {}, None, batch)
     mean = (1 + 4 + 9 + 100) / 16
     np.testing.assert_allclose(measured["loss"].values / measured["loss"].weights, 2 * mean)
     np.testing.assert_allclose(state.params["w"], 2 - mean)

@@ -30,12 +30,13 @@ class Algorithm(NamedTuple):
     Attributes:
       select: the part of an example that the method trains on.
       prepare: adds what the frozen reference says of a batch; `(reference, batch)`.
-      loss: `(params, batch)` to per-example losses and metrics.
+      loss: `(params, batch, key)` to per-example losses and metrics; the key, if not None,
+        is for dropout.
     """
 
     select: Callable[[Example], Example]
     prepare: Callable[[Params, PackedBatch], PackedBatch]
-    loss: Callable[[Params, PackedBatch], Objective]
+    loss: Callable[[Params, PackedBatch, Array | None], Objective]
 
 
 class Scores(NamedTuple):
@@ -62,8 +63,8 @@ class Scores(NamedTuple):
         )
 
 
-def score(model: Decoder, params: Params, batch: PackedBatch) -> Scores:
-    """Scores every response of a packed batch."""
+def score(model: Decoder, params: Params, batch: PackedBatch, key: Array | None = None) -> Scores:
+    """Scores every response of a packed batch, with dropout if there is a key."""
     variables = {"params": params}
     hidden, sown = model.apply(
         variables,
@@ -72,6 +73,7 @@ def score(model: Decoder, params: Params, batch: PackedBatch) -> Scores:
         packing.attention_mask(batch),
         method="hidden_states",
         mutable=["intermediates"],
+        rngs=None if key is None else {"dropout": key},
     )
     scored = packing.gather_sources(hidden, batch)
     logps = token_logprobs(

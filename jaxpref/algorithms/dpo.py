@@ -3,12 +3,13 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
 from jaxpref.algorithms.base import Algorithm, Objective, Params, response_logps, score
 from jaxpref.metrics import Metric
-from jaxpref.models import Decoder
+from jaxpref.models import Decoder, without_adapters
 from jaxpref.packing import PackedBatch
 
 
@@ -16,18 +17,19 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
     """DPO, with the reference that `config.reference.mode` asks for.
 
     The reference's log-probs come from `extras["reference_logps"]`, which `prepare`
-    fills in from the frozen parameters, or the data stream from a precomputed table.
+    fills in from the reference's parameters, or the data stream from a precomputed table.
     """
     knobs, mode = config.algorithm, config.reference.mode
+    frozen = without_adapters(model) if mode == "adapter" else model
 
     def prepare(reference: Params, batch: PackedBatch) -> PackedBatch:
-        if mode != "live":
+        if mode not in ("live", "adapter"):
             return batch
-        logps = response_logps(model, reference, batch)
+        logps = response_logps(frozen, reference, batch)
         return dataclasses.replace(batch, extras={**batch.extras, "reference_logps": logps})
 
-    def loss(params: Params, batch: PackedBatch) -> Objective:
-        scores = score(model, params, batch)
+    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
+        scores = score(model, params, batch, key)
         policy = scores.logps
         reference = (
             (None, None) if mode == "free" else jnp.asarray(batch.extras["reference_logps"]).T

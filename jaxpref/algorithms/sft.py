@@ -7,6 +7,7 @@ On preference pairs this is the Preferred-FT baseline of the DPO paper (arXiv
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
@@ -24,8 +25,8 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         scores = example.scores and example.scores[:1]
         return dataclasses.replace(example, responses=example.responses[:1], scores=scores)
 
-    def loss(params: Params, batch: PackedBatch) -> Objective:
-        scores = score(model, params, batch)
+    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
+        scores = score(model, params, batch, key)
         logps = scores.logps[:, 0]
         # Weighted by its tokens, a response's mean loss per token adds up to the mean
         # over all tokens of the step, however they are spread over micro-batches.

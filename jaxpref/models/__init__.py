@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
-from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Rope, empty_cache
+from jaxpref.models.adapters import merge_adapters, save_adapters, without_adapters
+from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
 from jaxpref.models.families import make_rope
 from jaxpref.models.huggingface import Origin, from_pretrained, save_pretrained
 
@@ -18,13 +19,17 @@ __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
+    "Lora",
     "Rope",
     "build",
     "empty_cache",
     "from_pretrained",
     "init_params",
     "make_rope",
+    "merge_adapters",
+    "save_adapters",
     "save_pretrained",
+    "without_adapters",
 ]
 
 
@@ -50,10 +55,24 @@ def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
         raise UserError(f"model.head_dim must be even for rotary; got {config.head_dim}.")
     names = {field.name for field in dataclasses.fields(DecoderConfig)}
     shape = {name: value for name, value in config.items() if name in names}
-    shape |= {"vocabulary_size": size}
+    shape |= {"vocabulary_size": size, "lora": lora(config)}
     rope = make_rope(config.head_dim, rope_theta=config.rope_theta)
     try:
         return Decoder(DecoderConfig(**shape, rope=(rope,)), _as_llama(config, size))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def lora(config: ConfigDict) -> Lora | None:
+    """The adapters that the group `model` of a config asks for.
+
+    Raises:
+      UserError: a target is none.
+    """
+    if not config.lora.rank:
+        return None
+    try:
+        return Lora(**{**config.lora, "targets": tuple(config.lora.targets)})
     except ValueError as error:
         raise UserError(str(error)) from error
 

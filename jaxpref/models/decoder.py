@@ -77,6 +77,39 @@ class Rope:
         return jnp.where(within, cos, jnp.nan), jnp.where(within, sin, jnp.nan)
 
 
+# What can have an adapter.
+ADAPTABLE = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): `x W + alpha / rank * dropout(x) A B`.
+
+    Attributes:
+      rank: of A B.
+      alpha: see there.
+      targets: the products that have one, of `ADAPTABLE`.
+      dropout: share of the adapters' inputs that are set to 0 in training.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ADAPTABLE
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied with."""
+        return self.alpha / self.rank
+
+    def __post_init__(self) -> None:
+        unknown = set(self.targets) - set(ADAPTABLE)
+        if unknown or not self.targets:
+            raise ValueError(
+                f"model.lora.targets should be some of {', '.join(ADAPTABLE)}; got {self.targets}."
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and numerics of a decoder.
@@ -117,6 +150,7 @@ class DecoderConfig:
       tied_head: use the embedding table as the LM head.
       head_bias: bias of the LM head.
       logit_soft_cap: bound of the logits; None for none.
+      lora: low-rank adapters; None for none.
       dtype: of activations and products.
       param_dtype: of parameters.
       remat: a key of `REMAT_POLICIES`.
@@ -156,6 +190,7 @@ class DecoderConfig:
     tied_head: bool = True
     head_bias: bool = False
     logit_soft_cap: float | None = None
+    lora: Lora | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "dots"
@@ -187,6 +222,10 @@ class DecoderConfig:
         for name in ("layer_rope", "windows"):
             if len(getattr(self, name)) not in (0, self.layers):
                 raise ValueError(f"{name} needs one entry a layer ({self.layers}), or none.")
+        if self.experts and self.lora and {"gate", "up", "down"} & set(self.lora.targets):
+            raise ValueError(
+                "model.lora.targets: experts have no adapters; leave out gate, up and down."
+            )
         for rope in self.rope:
             if 2 * len(rope.frequencies) > self.head_dim:
                 raise ValueError(
@@ -430,11 +469,35 @@ class Block(nn.Module):
         fan_in = math.prod(shape[:inputs])
         weight = self._weight(name, axes, *shape, fan_in=fan_in * depth)
         out = x @ weight.reshape(fan_in, -1)
+        if self.config.lora and name in self.config.lora.targets:
+            out += self._adapter(x, name, axes, shape, inputs)
         if bias:
             zeros = nn.initializers.zeros
             b = _param(self, f"{name}_bias", zeros, axes[inputs:], *shape[inputs:])
             out += jnp.broadcast_to(b.astype(out.dtype).reshape(-1), out.shape)
         return out
+
+    def _adapter(
+        self, x: Array, name: str, axes: tuple[str, ...], shape: tuple[int, ...], inputs: int
+    ) -> Array:
+        lora = self.config.lora
+        assert lora is not None
+        fan_in = math.prod(shape[:inputs])
+        bound = fan_in**-0.5
+
+        def uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        a_axes, b_axes = (*axes[:inputs], "rank"), ("rank", *axes[inputs:])
+        a = _param(self, f"{name}_lora_a", uniform, a_axes, *shape[:inputs], lora.rank)
+        zeros = nn.initializers.zeros
+        b = _param(self, f"{name}_lora_b", zeros, b_axes, lora.rank, *shape[inputs:])
+        if lora.dropout and self.has_rng("dropout"):
+            keep = 1 - lora.dropout
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+            x = jnp.where(kept, x / keep, 0).astype(x.dtype)
+        a, b = a.astype(x.dtype).reshape(fan_in, -1), b.astype(x.dtype).reshape(lora.rank, -1)
+        return (x @ a) @ b * lora.scale
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int, fan_in: int) -> Array:
         initializer = nn.initializers.normal(stddev=fan_in**-0.5)
@@ -498,7 +561,7 @@ class Decoder(nn.Module):
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -1,7 +1,7 @@
 """Models from Hugging Face directories, and back into them.
 
 Each of our parameters is a view of one of their tensors, transposed and reshaped, so that
-one function, `_as_ours`, serves both ways: reading takes what the view holds, writing
+one function, `as_ours`, serves both ways: reading takes what the view holds, writing
 fills a tensor through it.
 """
 
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jax.tree_util import DictKey
 
 from jaxpref import sharding
 from jaxpref.errors import UserError
@@ -26,6 +25,7 @@ from jaxpref.models import safetensors
 from jaxpref.models.decoder import Decoder, DecoderConfig
 from jaxpref.models.families import FAMILIES, Family, Reader
 from jaxpref.models.safetensors import TensorFiles
+from jaxpref.trainable import path_of
 
 # Leading axes of a matrix that are inputs; what is not here is no matrix.
 _INPUTS = {"out": 2} | dict.fromkeys(
@@ -207,7 +207,7 @@ def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config.to_dict(), defaults
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A parameter in a tensor.
 
     Attributes:
@@ -225,7 +225,7 @@ class _Part(NamedTuple):
     @property
     def inputs(self) -> int:
         """Leading axes that are inputs of a product."""
-        return _INPUTS.get(self.path.rpartition("/")[2], 0)
+        return _INPUTS.get(weight_of(self), 0)
 
     @property
     def outputs(self) -> int:
@@ -233,19 +233,24 @@ class _Part(NamedTuple):
         return int(np.prod(self.shape[self.inputs :]))
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A tensor of theirs: its name, its shape, the parameters in it, and where in the stack."""
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     entry: tuple[int, ...]
 
 
-def _places(model: Decoder, family: Family) -> Iterator[_Place]:
+def weight_of(part: Part) -> str:
+    """The name of a parameter without the folders it is in."""
+    return part.path.rpartition("/")[2]
+
+
+def places(model: Decoder, family: Family) -> Iterator[Place]:
     """Every tensor that the model's parameters lie in."""
     config = model.config
-    leaves = {_path(path): leaf for path, leaf in _leaves(_boxed(model))}
+    leaves = {path_of(path): leaf for path, leaf in _leaves(_boxed(model))}
     seen = set()
     for paths, name in family.tensors.items():
         paths = (paths,) if isinstance(paths, str) else paths
@@ -256,25 +261,25 @@ def _places(model: Decoder, family: Family) -> Iterator[_Place]:
         sizes = [config.layers, config.experts][:stack]
         total, parts = 0, []
         for path in paths:
-            part = _Part(path, leaves[path].value.shape[stack:], total, 0)
+            part = Part(path, leaves[path].value.shape[stack:], total, 0)
             total += part.outputs
             parts.append(part)
         parts = [part._replace(total=total) for part in parts]
         shape = _their_shape(parts[0], family)
         for index in np.ndindex(*sizes):
             numbers = dict(zip(("layer", "expert"), index, strict=False))
-            yield _Place(name.format(**numbers), shape, tuple(parts), index)
+            yield Place(name.format(**numbers), shape, tuple(parts), index)
     assert seen == set(leaves), f"{family.architecture} has no tensors for {set(leaves) - seen}"
 
 
-def _their_shape(part: _Part, family: Family) -> tuple[int, ...]:
+def _their_shape(part: Part, family: Family) -> tuple[int, ...]:
     if not part.inputs:
         return (part.total,) if part.path.endswith("bias") else part.shape
     inputs = int(np.prod(part.shape[: part.inputs]))
     return (inputs, part.total) if family.conv1d else (part.total, inputs)
 
 
-def _as_ours(tensor: np.ndarray, part: _Part, family: Family) -> np.ndarray:
+def as_ours(tensor: np.ndarray, part: Part, family: Family) -> np.ndarray:
     """The view of their tensor that has the shape and order of our parameter."""
     if not part.inputs and tensor.shape == part.shape:
         return tensor
@@ -300,24 +305,24 @@ def load_params(model: Decoder, abstract: Any) -> Any:
       UserError: tensors are missing, too many or of another shape, or a file is damaged.
     """
     family, files = model.origin.family, TensorFiles(Path(model.origin.directory))
-    places = list(_places(model, family))
-    names = _match(places, set(files.stored), family, model)
+    needed = list(places(model, family))
+    names = _match(needed, set(files.stored), family, model)
     wrong = [
         f"{names[place.name]} is {files.stored[names[place.name]].shape}, not {place.shape}"
-        for place in places
+        for place in needed
         if files.stored[names[place.name]].shape != place.shape
     ]
     if wrong:
         raise UserError(
             f"{model.origin.directory}: the weights do not fit config.json: {_some(wrong)}."
         )
-    leaves = {_path(path): leaf for path, leaf in _leaves(abstract)}
+    leaves = {path_of(path): leaf for path, leaf in _leaves(abstract)}
     params: dict[str, jax.Array] = {}
-    for place in sorted(places, key=lambda place: files.stored[names[place.name]].start):
+    for place in sorted(needed, key=lambda place: files.stored[names[place.name]].start):
         tensor = files.view(names[place.name])
         for part in place.parts:
             leaf = leaves[part.path]
-            value = _read(_as_ours(tensor, part, family), leaf, len(place.entry))
+            value = _read(as_ours(tensor, part, family), leaf, len(place.entry))
             if not place.entry:
                 params[part.path] = value
                 continue
@@ -328,7 +333,7 @@ def load_params(model: Decoder, abstract: Any) -> Any:
             params[part.path] = jax.block_until_ready(
                 _put(leaf.sharding)(params[part.path], value, index)
             )
-    return jax.tree_util.tree_map_with_path(lambda path, _: params[_path(path)], abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, _: params[path_of(path)], abstract)
 
 
 def _read(view: np.ndarray, leaf: jax.ShapeDtypeStruct, stack: int) -> jax.Array:
@@ -363,14 +368,14 @@ def _put(where: Sharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Ar
 
 
 def _match(
-    places: Sequence[_Place], stored: set[str], family: Family, model: Decoder
+    needed: Sequence[Place], stored: set[str], family: Family, model: Decoder
 ) -> dict[str, str]:
     """The names in the files of the tensors that are needed; refuses missing and extra ones."""
     # Checkpoints of the bare model lack the prefix.
     bare = not any(name.startswith(family.prefix) for name in stored)
     names = {
         place.name: place.name.removeprefix(family.prefix) if bare else place.name
-        for place in places
+        for place in needed
     }
     missing = sorted(set(names.values()) - stored)
     extra = sorted(
@@ -418,11 +423,16 @@ def save_pretrained(
             "save_pretrained: the model has no origin that says which family it is of; make it "
             "with jaxpref.models.from_pretrained or jaxpref.models.build."
         )
+    if model.config.lora is not None:
+        raise UserError(
+            "save_pretrained: the model has adapters; call jaxpref.models.merge_adapters first, or "
+            "write them by themselves with jaxpref.models.save_adapters."
+        )
     family = origin.family
-    places = list(_places(model, family))
-    there = origin.tensors() or {place.name: (place.shape, "F32") for place in places}
-    names = _match(places, set(there), family, model)
-    by_name = {names[place.name]: place for place in places}
+    needed = list(places(model, family))
+    there = origin.tensors() or {place.name: (place.shape, "F32") for place in needed}
+    names = _match(needed, set(there), family, model)
+    by_name = {names[place.name]: place for place in needed}
     head = family.tensors["head"]
     if head in there and head not in by_name:
         # Stored twice, though it is the embedding.
@@ -433,7 +443,7 @@ def save_pretrained(
         for name, (shape, stored) in there.items()
         if name in by_name
     }
-    leaves = {_path(path): leaf for path, leaf in _leaves(params)}
+    leaves = {path_of(path): leaf for path, leaf in _leaves(params)}
 
     def get(name: str) -> np.ndarray:
         place = by_name[name]
@@ -442,7 +452,7 @@ def save_pretrained(
             value = _gather(leaves[part.path], place.entry)
             if tensor is None:
                 tensor = np.empty(place.shape, value.dtype)
-            _as_ours(tensor, part, family)[...] = value
+            as_ours(tensor, part, family)[...] = value
         assert tensor is not None
         return tensor
 
@@ -479,10 +489,6 @@ def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
     boxes = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=boxes)[0]
-
-
-def _path(path: tuple) -> str:
-    return "/".join(key.key for key in path if isinstance(key, DictKey))
 
 
 def _some(things: Sequence[str]) -> str:

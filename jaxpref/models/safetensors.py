@@ -171,7 +171,7 @@ def write(
         for i in range(1, count + 1)
     ]
     for file, shard in zip(names, shards, strict=True):
-        _write_file(directory / file, {name: tensors[name] for name in shard}, get, writer)
+        write_file(directory / file, {name: tensors[name] for name in shard}, get, writer=writer)
     if writer and count > 1:
         weight_map = {
             name: file for file, shard in zip(names, shards, strict=True) for name in shard
@@ -180,12 +180,14 @@ def write(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(
+def write_file(
     path: Path,
     tensors: Mapping[str, tuple[tuple[int, ...], str]],
     get: Callable[[str], np.ndarray],
-    writer: bool,
+    *,
+    writer: bool = True,
 ) -> None:
+    """Writes one file; see `write`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in tensors.items():

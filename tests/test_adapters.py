@@ -1,0 +1,254 @@
+"""LoRA and freezing: what is trained, what it costs, what it is equal to, and how it is saved."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pretrained
+import pytest
+from test_weights import QWEN3, small, write_model
+
+from jaxpref import checkpoint, config as config_lib, export, metrics, models, train
+from jaxpref.errors import UserError
+from jaxpref.models import Lora, huggingface
+from jaxpref.models.adapters import ADAPTERS
+from jaxpref.trainable import merge, partition
+
+# One of each way in which products share a tensor on the other side.
+CASES = ["gpt2", "pythia", "llama_biases", "gemma3", "phi3", "opt_post_norm"]
+TOKENS = np.random.default_rng(5).integers(3, 40, (2, 12)).astype(np.int32)
+
+
+def adapted(name, **settings):
+    """A fixture with adapters that are not at zero any more."""
+    lora = Lora(**{"rank": 3, "alpha": 6.0, **settings})
+    model = huggingface.read_model(pretrained.FIXTURES / name, lora=lora)
+    _, base = models.from_pretrained(pretrained.FIXTURES / name)
+    adapters, _ = partition(models.init_params(model, jax.random.key(0)), ADAPTERS)
+    noise = jax.random.key(1)
+    adapters = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(noise, x.shape), adapters)
+    return model, merge(base, adapters), base
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_merge_into_the_weights(name):
+    model, params, base = adapted(name)
+    plain = models.without_adapters(model)
+    merged_model, merged = models.merge_adapters(model, params)
+    assert merged_model == plain
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    ours = model.apply({"params": params}, TOKENS)
+    np.testing.assert_allclose(ours, plain.apply({"params": merged}, TOKENS), atol=2e-5)
+    assert np.abs(ours - plain.apply({"params": base}, TOKENS)).max() > 0.01
+
+
+def test_fresh_adapters_change_nothing():
+    model = huggingface.read_model(pretrained.FIXTURES / "llama3", lora=Lora(rank=2))
+    plain, base = models.from_pretrained(pretrained.FIXTURES / "llama3")
+    adapters, _ = partition(models.init_params(model, jax.random.key(0)), ADAPTERS)
+    ours = model.apply({"params": merge(base, adapters)}, TOKENS)
+    np.testing.assert_array_equal(ours, plain.apply({"params": base}, TOKENS))
+
+
+def test_the_adapter_is_its_formula():
+    """`x W + alpha / rank * x A B`, in the product of the feed-forward's end."""
+    model, params, _ = adapted("llama3", targets=("down",))
+    layers = params["layers"]
+    a, b = layers["down_lora_a"], layers["down_lora_b"]
+    assert set(partition(params, ADAPTERS)[0]["layers"]) == {"down_lora_a", "down_lora_b"}
+    assert a.shape == (2, 24, 3)
+    assert b.shape == (2, 3, 16)
+    moved = {**layers, "down": layers["down"] + 6 / 3 * jnp.einsum("lir,lro->lio", a, b)}
+    moved["down_lora_b"] = jnp.zeros_like(b)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, TOKENS),
+        model.apply({"params": {**params, "layers": moved}}, TOKENS),
+        atol=2e-5,
+    )
+
+
+def test_dropout_is_off_without_a_key_and_keeps_the_mean():
+    model, params, _ = adapted("llama3", dropout=0.5, targets=("query",))
+    variables = {"params": params}
+    still = models.Decoder(dataclasses.replace(model.config, lora=Lora(3, 6.0, ("query",))))
+    off = model.apply(variables, TOKENS)
+    np.testing.assert_array_equal(off, still.apply(variables, TOKENS))
+    apply = jax.jit(lambda key: model.apply(variables, TOKENS, rngs={"dropout": key}))
+    first, again, other = (apply(jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    assert np.abs(first - off).max() > 1e-3
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_peft_reads_the_adapters(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+
+    model, params, _ = adapted(name)
+    models.save_adapters(model, params, tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        pretrained.FIXTURES / name, attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(TOKENS.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(model.apply({"params": params}, TOKENS), expected, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, two DPO runs with adapters: the reference a copy, and the base."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_model(folder / "hf", QWEN3)
+    for mode in ("live", "adapter"):
+        config = lora_run(folder / "hf", reference__mode=mode, model__lora__dropout=0.1)
+        train.run(config, folder / mode)
+    return folder
+
+
+def lora_run(source, algorithm="dpo", **changes):
+    return small(algorithm, source, model__lora__rank=2, **changes)
+
+
+def lines_of(workdir):
+    return metrics.read(workdir / "metrics.jsonl")
+
+
+def test_only_adapters_are_trained_saved_and_have_optimizer_state(folder, capsys):
+    config = lora_run(folder / "hf")
+    model = models.build(config.model, 400)
+    adapters = sum(x.size for x in jax.tree.leaves(huggingface.abstract_params(model)))
+    optimizer, _ = train.optimizer_lib.build(config.optimizer, 1)
+    mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+    state, frozen = train.abstract_state(model, optimizer, mesh, config_lib.trainable(config))
+    assert set(state.params) == {"layers"}
+    names = set(state.params["layers"])
+    assert names == {f"{p}_lora_{ab}" for p in models.decoder.ADAPTABLE for ab in "ab"}
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    moments = sum(x.size for x in jax.tree.leaves(state.optimizer_state) if x.ndim)
+    assert moments == 2 * trained
+    assert trained + sum(x.size for x in jax.tree.leaves(frozen)) == adapters
+    # The base in the workdir is what it was.
+    base = huggingface.abstract_params(models.without_adapters(the_model(folder)))
+    kept = checkpoint.restore_frozen(folder / "live", base)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(read(folder / "hf")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def the_model(folder):
+    return huggingface.read_model(folder / "hf", lora=Lora(2))
+
+
+def read(directory):
+    return models.from_pretrained(directory)[1]
+
+
+def test_the_base_is_the_reference_without_a_second_copy(folder):
+    """Fresh adapters are off anyway, so both references say the same; one keeps nothing."""
+    live, adapter = lines_of(folder / "live"), lines_of(folder / "adapter")
+    assert len(live) == len(adapter) == 4
+    for one, other in zip(live, adapter, strict=True):
+        # Ranks of margins that are 0 but for rounding say nothing.
+        keys = {key for key in one if "perf" not in key and "rank" not in key}
+        assert {key: one[key] for key in keys} == pytest.approx(
+            {key: other[key] for key in keys}, rel=1e-4, abs=1e-5
+        )
+    assert live[-1]["eval/rewards/margins"] != 0
+    assert not (folder / "adapter" / "reference").exists()
+    kept, _ = partition(huggingface.abstract_params(the_model(folder)), ADAPTERS)
+    assert jax.tree.leaves(checkpoint.restore_reference(folder / "live", kept))
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit(folder, tmp_path):
+    """Dropout's masks depend on seed and step alone."""
+    whole = lora_run(folder / "hf", model__lora__dropout=0.3, train__steps=4)
+    train.run(whole, tmp_path / "whole")
+    source = shutil.copytree(folder / "hf", tmp_path / "hf")
+    part = lora_run(source, model__lora__dropout=0.3, train__steps=2)
+    train.run(part, tmp_path / "parts")
+    shutil.rmtree(source)
+    part.train.steps = 4
+    train.run(part, tmp_path / "parts")
+    abstract = huggingface.abstract_params(the_model(folder))
+    (one, _), (other, _) = (
+        checkpoint.restore_params(tmp_path / name, abstract) for name in ("whole", "parts")
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_export_merges_or_writes_the_adapters(folder, tmp_path):
+    export.run(folder / "adapter", tmp_path / "merged")
+    export.run(folder / "adapter", tmp_path / "adapters", adapters=True)
+    names = {path.name for path in (tmp_path / "adapters").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    model = the_model(folder)
+    params, _ = checkpoint.restore_params(folder / "adapter", huggingface.abstract_params(model))
+    merged, weights = models.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(
+        merged.apply({"params": weights}, TOKENS),
+        model.apply({"params": params}, TOKENS),
+        atol=1e-5,
+    )
+
+
+def test_adapters_go_on_from_another_run(folder, tmp_path):
+    """SFT's adapters are DPO's first policy, and a copy of them its live reference."""
+    train.run(lora_run(folder / "hf", "sft"), tmp_path / "sft")
+    train.run(lora_run(tmp_path / "sft"), tmp_path / "dpo")
+    first = lines_of(tmp_path / "dpo")[0]
+    assert first["eval/loss"] == pytest.approx(np.log(2), rel=1e-5)
+    train.run(lora_run(tmp_path / "sft", reference__mode="adapter"), tmp_path / "far")
+    assert lines_of(tmp_path / "far")[0]["eval/loss"] != pytest.approx(np.log(2), rel=1e-3)
+    with pytest.raises(UserError, match=r"model.lora.rank is 2 there and 0 here"):
+        train.run(small("dpo", tmp_path / "sft"), tmp_path / "other")
+
+
+def test_any_part_can_be_trained_by_a_pattern(folder, tmp_path):
+    config = small("sft", folder / "hf", train__trainable="norm/scale|^embedding")
+    train.run(config, tmp_path / "run")
+    model = huggingface.read_model(folder / "hf")
+    after, _ = checkpoint.restore_params(tmp_path / "run", huggingface.abstract_params(model))
+    before = read(folder / "hf")
+    trained, frozen = partition(after, config.train.trainable)
+    was_trained, was_frozen = partition(before, config.train.trainable)
+    for a, b in zip(jax.tree.leaves(frozen), jax.tree.leaves(was_frozen), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(was_trained), strict=True):
+        assert not np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__trainable": "no_such"}, "no part of any parameter's path; there are embedding"),
+        ({"train__trainable": "("}, "no regular expression"),
+        ({"reference__mode": "adapter"}, "give it some with --config.model.lora.rank=16"),
+        ({"model__lora__rank": 2, "model__lora__dropout": 1.0}, "dropout should be below 1"),
+        (
+            {"model__lora__rank": 2, "reference__mode": "adapter", "train__trainable": "norm"},
+            "leave train.trainable empty",
+        ),
+        ({"model__lora__rank": 2, "model__lora__targets": ("q_proj",)}, "some of query, key"),
+    ],
+)
+def test_what_cannot_be_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        train.run(small("dpo", folder / "hf", **changes), tmp_path)
+
+
+def test_a_bfloat16_reference_takes_half_the_room(folder, tmp_path):
+    train.run(small("dpo", folder / "hf", reference__dtype="bfloat16"), tmp_path)
+    model = huggingface.read_model(folder / "hf", param_dtype="bfloat16")
+    reference = checkpoint.restore_reference(tmp_path, huggingface.abstract_params(model))
+    for ours, exact in zip(
+        jax.tree.leaves(reference), jax.tree.leaves(read(folder / "hf")), strict=True
+    ):
+        np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+    assert lines_of(tmp_path)[0]["eval/loss"] == pytest.approx(np.log(2), rel=1e-2)
