@@ -277,7 +277,8 @@ def check(config: ConfigDict) -> None:
         )
     if config.reference.mode == "adapter" and config.train.trainable:
         raise UserError(
-            "reference.mode 'adapter' needs a base that is not trained: leave train.trainable empty."
+            "reference.mode 'adapter' needs a base that is not trained; leave "
+            "train.trainable empty."
         )
     if config.model.lora.dropout >= 1:
         raise UserError(f"model.lora.dropout should be below 1; got {config.model.lora.dropout}.")

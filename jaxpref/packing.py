@@ -48,7 +48,7 @@ class Group(NamedTuple):
 
 
 # The fields of a batch that have a row for each row of tokens.
-ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "target", "response")
+ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "place", "target", "response")
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +65,7 @@ class PackedBatch:
       branch: 0 for a prompt, k for the k-th response of the group.
       source: which token's hidden state predicts, counted over the shard's rows laid
         end to end.
+      place: where the scored token itself is, counted alike.
       target: the token to predict.
       response: `g * K + k` for the k-th response (from 0) of the batch's g-th group;
         `groups * K` is padding.
@@ -78,6 +79,7 @@ class PackedBatch:
     group: Int[Array | np.ndarray, "*micro rows length"]
     branch: Int[Array | np.ndarray, "*micro rows length"]
     source: Int[Array | np.ndarray, "*micro rows scored"]
+    place: Int[Array | np.ndarray, "*micro rows scored"]
     target: Int[Array | np.ndarray, "*micro rows scored"]
     response: Int[Array | np.ndarray, "*micro rows scored"]
     lengths: Int[Array | np.ndarray, "*micro groups responses"]
@@ -104,11 +106,31 @@ def gather_sources(
     hidden: Float[Array, "rows length width"], batch: PackedBatch
 ) -> Float[Array, "rows scored width"]:
     """The hidden states that predict the scored tokens; a gather within each shard."""
+    return _gather(hidden, batch, batch.source)
+
+
+def gather_places(
+    hidden: Float[Array, "rows length width"], batch: PackedBatch
+) -> Float[Array, "rows scored width"]:
+    """The hidden states of the scored tokens themselves."""
+    return _gather(hidden, batch, batch.place)
+
+
+def _gather(hidden: Array, batch: PackedBatch, places: Array | np.ndarray) -> Array:
     rows, length, width = hidden.shape
     by_shard = hidden.reshape(batch.shards, rows // batch.shards * length, width)
-    source = jnp.asarray(batch.source)
-    index = source.reshape(batch.shards, -1)
-    return jnp.take_along_axis(by_shard, index[..., None], axis=1).reshape(*source.shape, width)
+    places = jnp.asarray(places)
+    index = places.reshape(batch.shards, -1)
+    return jnp.take_along_axis(by_shard, index[..., None], axis=1).reshape(*places.shape, width)
+
+
+def is_last(batch: PackedBatch) -> Bool[Array, "rows scored"]:
+    """Which scored tokens are the last of their response."""
+    response = jnp.asarray(batch.response)
+    by_shard = response.reshape(batch.shards, -1)
+    padding = jnp.full((batch.shards, 1), batch.lengths.size, by_shard.dtype)
+    following = jnp.concatenate([by_shard[:, 1:], padding], axis=1)
+    return ((by_shard != following) & (by_shard < batch.lengths.size)).reshape(response.shape)
 
 
 def sum_by_response(
@@ -305,7 +327,7 @@ def materialise(
     batch_size = batch_size or len(groups)
     tokens, positions, group_ids, branch = np.zeros((4, rows, budget.row_length), np.int32)
     table = (shards, rows // shards * budget.scored_length)
-    source, target = np.zeros((2, *table), np.int32)
+    source, place, target = np.zeros((3, *table), np.int32)
     response = np.full(table, batch_size * responses, np.int32)
     lengths = np.zeros((batch_size, responses), np.int32)
     filled = [0] * shards
@@ -332,6 +354,7 @@ def materialise(
                 # Each token is predicted from the one before it, the first from the prompt.
                 source[shard, scored] = np.arange(start - 1, end - 1) + first_of_row
                 source[shard, scored.start] = last_of_prompt
+                place[shard, scored] = np.arange(start, end) + first_of_row
                 target[shard, scored] = ids
                 response[shard, scored] = part.group * responses + k
                 lengths[part.group, k] = len(ids)
@@ -342,6 +365,7 @@ def materialise(
         group=group_ids,
         branch=branch,
         source=source.reshape(by_row),
+        place=place.reshape(by_row),
         target=target.reshape(by_row),
         response=response.reshape(by_row),
         lengths=lengths,

@@ -35,6 +35,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("embedding", None),
     ("experts", None),
     ("rank", None),
+    ("scalar", None),
     ("layers", None),
 )
 

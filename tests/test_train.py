@@ -357,7 +357,7 @@ def test_update_divides_once_by_the_weight_of_all_micro_batches():
     update = train.make_update(algorithm, optax.sgd(1.0), lambda step: 1.0)
     lengths = np.array([1, 2, 3, 10], np.int32).reshape(2, 2, 1)
     nothing = np.zeros((2, 1, 1), np.int32)
-    batch = PackedBatch(*[nothing] * 7, lengths, {})
+    batch = PackedBatch(*[nothing] * 8, lengths, {})
     state = train.State(jnp.int32(0), {"w": jnp.float32(2.0)}, optax.sgd(1.0).init(2.0))
     state, measured = update(state, {}, None, batch)
     mean = (1 + 4 + 9 + 100) / 16

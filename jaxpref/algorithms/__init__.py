@@ -5,10 +5,10 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from jaxpref.algorithms import dpo, sft
-from jaxpref.algorithms.base import Algorithm, Objective, response_logps
+from jaxpref.algorithms.base import Algorithm, Objective, response_logps, response_scalars
 from jaxpref.models import Decoder
 
-__all__ = ["Algorithm", "Objective", "build", "response_logps"]
+__all__ = ["Algorithm", "Objective", "build", "response_logps", "response_scalars"]
 
 _BUILDERS: dict[str, Callable[[ConfigDict, Decoder], Algorithm]] = {
     "dpo": dpo.build,

@@ -94,3 +94,21 @@ def response_logps(
 ) -> Float[Array, "groups responses"]:
     """Summed log-probability of every response of a packed batch, in nats."""
     return score(model, params, batch).logps
+
+
+def response_scalars(
+    model: Decoder, params: Params, batch: PackedBatch
+) -> Float[Array, "groups responses"]:
+    """What a scalar head says at the last token of every response of a packed batch."""
+    variables = {"params": params}
+    hidden = model.apply(
+        variables,
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.positions),
+        packing.attention_mask(batch),
+        method="hidden_states",
+    )
+    places = packing.gather_places(hidden, batch)
+    scalars = model.apply(variables, places, method="scalars_of")
+    # Not a product with the mask, which a NaN in padding would survive.
+    return packing.sum_by_response(jnp.where(packing.is_last(batch), scalars, 0), batch)

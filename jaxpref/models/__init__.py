@@ -13,7 +13,7 @@ from jaxpref.errors import UserError
 from jaxpref.models.adapters import merge_adapters, save_adapters, without_adapters
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
 from jaxpref.models.families import make_rope
-from jaxpref.models.huggingface import Origin, from_pretrained, save_pretrained
+from jaxpref.models.huggingface import Origin, from_pretrained, save_pretrained, with_scalar_head
 
 __all__ = [
     "Cache",
@@ -29,6 +29,7 @@ __all__ = [
     "merge_adapters",
     "save_adapters",
     "save_pretrained",
+    "with_scalar_head",
     "without_adapters",
 ]
 
@@ -108,5 +109,7 @@ def init_params(model: Decoder, key: jax.Array, *, boxed: bool = False) -> Any:
       key: a random key.
       boxed: keep the logical axis names, in `flax.linen.LogicallyPartitioned` boxes.
     """
-    params = model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    # Every parameter is declared in setup, whatever the method.
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = model.init(key, tokens, method="hidden_states")["params"]
     return params if boxed else nn.meta.unbox(params)

@@ -149,6 +149,8 @@ class DecoderConfig:
       router_loss: weight of the router's load-balancing loss.
       tied_head: use the embedding table as the LM head.
       head_bias: bias of the LM head.
+      scalar_head: a head that gives one number a token instead of the LM head (reward and
+        value models).
       logit_soft_cap: bound of the logits; None for none.
       lora: low-rank adapters; None for none.
       dtype: of activations and products.
@@ -189,6 +191,7 @@ class DecoderConfig:
     router_loss: float = 0.0
     tied_head: bool = True
     head_bias: bool = False
+    scalar_head: bool = False
     logit_soft_cap: float | None = None
     lora: Lora | None = None
     dtype: str = "float32"
@@ -547,9 +550,13 @@ class Decoder(nn.Module):
             axes_in, axes_out = ("embedding", "width"), ("width", "embedding")
             self.project_in = _param(self, "project_in", normal, axes_in, narrow, config.width)
             self.project_out = _param(self, "project_out", normal, axes_out, config.width, narrow)
-        if not config.tied_head:
+        if config.scalar_head:
+            # As in Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1.
+            initializer = nn.initializers.normal((narrow + 1) ** -0.5)
+            self.score = _param(self, "score", initializer, ("scalar", "width"), 1, narrow)
+        elif not config.tied_head:
             self.head_kernel = _param(self, "head", normal, axes, *table)
-        if config.head_bias:
+        if config.head_bias and not config.scalar_head:
             size = config.vocabulary_size
             zeros = nn.initializers.zeros
             self.head_bias = _param(self, "head_bias", zeros, ("vocabulary",), size)
@@ -594,6 +601,19 @@ class Decoder(nn.Module):
         if seen.router_logits is not None:
             self.sow("intermediates", "router_logits", seen.router_logits)
         return x
+
+    def scalars(
+        self,
+        tokens: Int[Array | np.ndarray, "rows length"],
+        positions: Int[Array | np.ndarray, "rows length"] | None = None,
+        mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
+    ) -> Float[Array, "rows length"]:
+        """What a scalar head says at each token, in float32."""
+        return self.scalars_of(self.hidden_states(tokens, positions, mask))
+
+    def scalars_of(self, hidden: Float[Array, "*batch features"]) -> Float[Array, "*batch"]:
+        """What a scalar head says of hidden states, in float32."""
+        return hidden.astype(jnp.float32) @ self.score[0].astype(jnp.float32)
 
     def extend(
         self,
@@ -667,6 +687,8 @@ class Decoder(nn.Module):
     def lm_head(self) -> LMHead:
         """The head in the compute dtype: `model.apply(variables, method="lm_head")`."""
         config = self.config
+        if config.scalar_head:
+            raise ValueError("a model with a scalar head has no LM head; ask for its scalars.")
         kernel = self._gathered(self.embedding if config.tied_head else self.head_kernel)
         bias = self.head_bias.astype(jnp.dtype(config.dtype)) if config.head_bias else None
         return LMHead(kernel, bias, config.logit_soft_cap)

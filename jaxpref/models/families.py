@@ -134,6 +134,12 @@ class Family(NamedTuple):
     conv1d: bool = False
     interleaved: bool = False
 
+    @property
+    def classifier(self) -> str:
+        """The architecture with a classification head, of which one label is a scalar head."""
+        stem = self.architecture.partition("For")[0].removesuffix("LMHeadModel")
+        return f"{stem}ForSequenceClassification"
+
 
 def _plain_frequencies(head_dim: int, rope: Fields) -> np.ndarray:
     turning = int(head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -559,6 +565,9 @@ def _experts(block: str, gate: str, up: str, down: str) -> Tensors:
         "layers/down": f"{place}experts.{{expert}}.{down}.weight",
     }
 
+
+# The head of a classifier with one label.
+SCORE = {"score": "score.weight"}
 
 FAMILIES = {
     family.architecture: family

@@ -10,6 +10,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.models import safetensors
 from jaxpref.models.decoder import Decoder, DecoderConfig
-from jaxpref.models.families import FAMILIES, Family, Reader
+from jaxpref.models.families import FAMILIES, SCORE, Family, Reader
 from jaxpref.models.safetensors import TensorFiles
 from jaxpref.trainable import path_of
 
@@ -31,6 +32,7 @@ from jaxpref.trainable import path_of
 _INPUTS = {"out": 2} | dict.fromkeys(
     ("query", "key", "value", "gate", "up", "down", "router", "project_in", "project_out"), 1
 )
+_SCALAR_HEAD: dict[str, Any] = {"scalar_head": True, "tied_head": True, "head_bias": False}
 _TENSORS = "tensors.json"
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template*")
 _NOT_COPIED = {safetensors.INDEX, "pytorch_model.bin.index.json", _TENSORS}
@@ -143,7 +145,8 @@ def abstract_params(model: Decoder, mesh: Mesh | None = None) -> Any:
 
 def _boxed(model: Decoder) -> Any:
     """Shapes of the parameters, in boxes with their logical axis names."""
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    init = partial(model.init, method="hidden_states")
+    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def locate(source: str | Path) -> Path:
@@ -181,16 +184,27 @@ def read_model(
       UserError: the family or a feature is not supported.
     """
     raw = json.loads((directory / "config.json").read_text())
-    names = [name for name in raw.get("architectures") or [] if name in FAMILIES]
+    classifiers = {family.classifier: name for name, family in FAMILIES.items()}
+    given = raw.get("architectures") or []
+    scalar = any(name in classifiers for name in given)
+    names = [name for name in (classifiers.get(name, name) for name in given) if name in FAMILIES]
     if not names:
         raise UserError(
             f"{directory}: its architecture is {raw.get('architectures')}; jaxpref knows "
-            f"{', '.join(FAMILIES)}."
+            f"{', '.join(FAMILIES)}, and the same ForSequenceClassification with one label."
         )
     origin = Origin(names[0], str(directory))
     values, defaults = _with_defaults(directory)
     read = Reader(values, defaults, f"{directory}/config.json", max_length)
     fields = origin.family.read(read)
+    if scalar:
+        labels = len(values.get("id2label") or {}) or values.get("num_labels", 2)
+        if labels != 1:
+            raise UserError(
+                f"{directory}/config.json: is a classifier with {labels} labels; only one label, a "
+                "reward or value model, is supported."
+            )
+        fields |= _SCALAR_HEAD
     read.finish(set(ignore))
     try:
         return Decoder(DecoderConfig(**{**fields, **numerics}), origin)
@@ -252,7 +266,7 @@ def places(model: Decoder, family: Family) -> Iterator[Place]:
     config = model.config
     leaves = {path_of(path): leaf for path, leaf in _leaves(_boxed(model))}
     seen = set()
-    for paths, name in family.tensors.items():
+    for paths, name in (*family.tensors.items(), *SCORE.items()):
         paths = (paths,) if isinstance(paths, str) else paths
         if not set(paths) <= set(leaves):
             continue
@@ -431,6 +445,11 @@ def save_pretrained(
     family = origin.family
     needed = list(places(model, family))
     there = origin.tensors() or {place.name: (place.shape, "F32") for place in needed}
+    if model.config.scalar_head and SCORE["score"] not in there:
+        # Grown on a language model: its head goes, this one comes, in the same dtype.
+        head_names = (family.tensors["head"], family.tensors.get("head_bias"))
+        there = {name: tensor for name, tensor in there.items() if name not in head_names}
+        there[SCORE["score"]] = ((1, _features(model)), next(iter(there.values()))[1])
     names = _match(needed, set(there), family, model)
     by_name = {names[place.name]: place for place in needed}
     head = family.tensors["head"]
@@ -464,17 +483,44 @@ def save_pretrained(
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
             if all_dtype is not None:
-                _say_dtype(directory / "config.json", jnp.dtype(dtype).name)
+                _say(directory / "config.json", dtype=jnp.dtype(dtype).name)
+            if model.config.scalar_head:
+                labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+                architectures = [family.classifier]
+                _say(directory / "config.json", architectures=architectures, **labels)
         safetensors.write(directory, tensors, get, writer=writer, **options)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}).") from error
 
 
-def _say_dtype(path: Path, dtype: str) -> None:
-    """Has `config.json` say which dtype the weights are in."""
+def with_scalar_head(model: Decoder, params: Any, key: jax.Array) -> tuple[Decoder, Any]:
+    """A reward or value model that begins as a language model with a new head.
+
+    Args:
+      model: with an LM head.
+      params: of the model; what the two have in common is shared, not copied.
+      key: for the new head's random weights.
+    """
+    config = dataclasses.replace(model.config, **_SCALAR_HEAD)
+    scalar = model.clone(config=config)
+    width = _features(model)
+    score = jax.random.normal(key, (1, width), jnp.dtype(config.param_dtype)) * (width + 1) ** -0.5
+    body = {name: part for name, part in params.items() if name not in ("head", "head_bias")}
+    return scalar, {**body, "score": score}
+
+
+def _features(model: Decoder) -> int:
+    """Size of the hidden states that a head sees."""
+    return model.config.embedding_width or model.config.width
+
+
+def _say(path: Path, **changes: Any) -> None:
+    """Changes what `config.json` says; writes nothing if it says so already."""
     config = json.loads(path.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    path.write_text(json.dumps({**config, key: dtype}, indent=2) + "\n")
+    if "dtype" in changes and "torch_dtype" in config:
+        changes["torch_dtype"] = changes.pop("dtype")
+    if any(config.get(key) != value for key, value in changes.items()):
+        path.write_text(json.dumps({**config, **changes}, indent=2) + "\n")
 
 
 def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:

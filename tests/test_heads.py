@@ -1,0 +1,122 @@
+"""Scalar heads: grown on a language model, read at a response's last token, saved and loaded."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pretrained
+import pytest
+
+from jaxpref import models, packing
+from jaxpref.algorithms import response_scalars
+from jaxpref.errors import UserError
+
+# Plain, one with a bias in its LM head, one with narrow embeddings, one with soft caps.
+CASES = ["gpt2", "gptj", "pythia", "opt_post_norm", "llama3", "qwen2", "gemma2", "qwen3_moe"]
+
+
+def grown(name):
+    model, params = models.from_pretrained(pretrained.FIXTURES / name)
+    return models.with_scalar_head(model, params, jax.random.key(0))
+
+
+def random_groups(seed, count=4):
+    rng = np.random.default_rng(seed)
+
+    def ids(longest):
+        return rng.integers(3, 40, rng.integers(1, longest), dtype=np.int32)
+
+    # Responses of one token too, whose last token is their first.
+    return [packing.Group(ids(6), [ids(5), ids(3), ids(2)]) for _ in range(count)]
+
+
+@pytest.mark.parametrize("planner", [packing.plan_tree, packing.plan_padded])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_places_and_last_tokens(planner, shards):
+    groups = random_groups(0)
+    batch = packing.pack(groups, row_length=24, scored_length=24, shards=shards, planner=planner)
+    flat = np.asarray(batch.tokens).reshape(shards, -1)
+    places = np.asarray(batch.place).reshape(shards, -1)
+    response = np.asarray(batch.response)
+    found = np.take_along_axis(flat, places, axis=1).reshape(response.shape)
+    real = response < batch.lengths.size
+    np.testing.assert_array_equal(found[real], np.asarray(batch.target)[real])
+    last = np.asarray(packing.is_last(batch))
+    assert last.sum() == batch.lengths.size
+    ends = dict(zip(response[last].tolist(), found[last].tolist(), strict=True))
+    expected = [r[-1] for group in groups for r in group.responses]
+    assert [ends[i] for i in range(len(expected))] == expected
+
+
+def test_a_reward_is_what_the_head_says_at_the_last_token():
+    model, params = grown("llama3")
+    groups = random_groups(1)
+    batch = packing.pack(groups, row_length=24, scored_length=24)
+    rewards = response_scalars(model, params, batch)
+    assert rewards.shape == (4, 3)
+    for g, group in enumerate(groups):
+        for k, response in enumerate(group.responses):
+            tokens = np.concatenate([group.prompt, response])[None]
+            alone = model.apply({"params": params}, tokens, method="scalars")
+            np.testing.assert_allclose(rewards[g, k], alone[0, -1], rtol=1e-5, atol=1e-5)
+
+
+def test_the_body_is_shared_and_only_the_head_is_new():
+    model, params = models.from_pretrained(pretrained.FIXTURES / "pythia")
+    scalar, grown_params = models.with_scalar_head(model, params, jax.random.key(0))
+    assert "head" in params
+    assert "head" not in grown_params
+    assert grown_params["layers"]["query"] is params["layers"]["query"]
+    assert grown_params["score"].shape == (1, 16)
+    with pytest.raises(ValueError, match="has no LM head"):
+        scalar.apply({"params": grown_params}, method="lm_head")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_and_loaded_it_is_the_same(name, tmp_path):
+    model, params = grown(name)
+    models.save_pretrained(model, params, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"][0].endswith("ForSequenceClassification")
+    again, loaded = models.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # Once more, now with an origin that has this head already.
+    models.save_pretrained(again, loaded, tmp_path / "twice")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_says_the_same(name, tmp_path):
+    import torch
+    import transformers
+
+    model, params = grown(name)
+    models.save_pretrained(model, params, tmp_path)
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = np.load(pretrained.FIXTURES / name / "said.npz")["tokens"][:1]
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(tokens.astype(np.int64))).logits.numpy()
+    assert expected.shape == (1, 1)
+    ours = model.apply({"params": params}, jnp.asarray(tokens), method="scalars")
+    np.testing.assert_allclose(ours[:, -1:], expected, atol=2e-5)
+
+
+def test_more_labels_than_one_are_refused(tmp_path):
+    model, params = grown("llama3")
+    models.save_pretrained(model, params, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is a classifier with 2 labels; only one label"):
+        models.from_pretrained(tmp_path)
