@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
-from jaxpref.trainable import merge, partition
+from jaxpref.trainable import as_abstract, merge, partition, store_frozen
 
 _RUN, _CHECKPOINTS = "run.json", "checkpoints"
 _REFERENCE, _FROZEN = "reference", "frozen"
@@ -81,7 +81,7 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     """The parameters of a workdir's last checkpoint, into `params`' shapes and shardings.
 
     Returns:
-      All parameters, trained and frozen, and the step.
+      All parameters, trained and frozen, these as the run keeps them, and the step.
 
     Raises:
       UserError: there is no checkpoint.
@@ -90,7 +90,9 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     step, run = latest_step(workdir), read_run(workdir)
     if step is None or run is None:
         raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
-    trained, frozen = partition(params, config_lib.trainable(config_lib.from_flat(run)))
+    config = config_lib.from_flat(run)
+    trained, frozen = partition(params, config_lib.trainable(config))
+    frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         trained = checkpointer.restore(folder / str(step) / "params", trained)
     return merge(trained, restore_frozen(workdir, frozen)), step

@@ -114,6 +114,9 @@ def default(algorithm: str) -> ConfigDict:
     # Of activations and products; parameters have a dtype of their own.
     config.model.dtype = "float32"
     config.model.param_dtype = "float32"
+    # Of parameters that are not trained: float32, bfloat16, nf4 (four bits a weight in the
+    # layers' matrices, QLoRA).
+    config.model.frozen_dtype = "float32"
     # What the backward pass computes again: none, dots (all but products with weights), full.
     config.model.remat = "dots"
     # Queries a block of attention.
@@ -260,6 +263,7 @@ def check(config: ConfigDict) -> None:
         "optimizer.schedule": ("constant", "linear", "cosine"),
         "model.remat": ("none", "dots", "full"),
         "model.dtype": ("float32", "bfloat16"),
+        "model.frozen_dtype": ("float32", "bfloat16", "nf4"),
         # In bfloat16 a small update leaves most parameters where they were.
         "model.param_dtype": ("float32",),
     }.items():

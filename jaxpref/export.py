@@ -78,7 +78,7 @@ def run(
         models.save_adapters(model, params, output)
         console.print(f"{workdir}, step {step}: adapters written to {output}")
         return
-    model, params = models.merge_adapters(model, params)
+    model, params = models.merge_adapters(model, models.dequantize(params))
     # A model's own tokenizer files go along as they are.
     own = source.pretrained is not None and name == "auto"
     huggingface.save_pretrained(

@@ -35,7 +35,14 @@ from jaxpref.errors import UserError
 from jaxpref.metrics import Metric, console
 from jaxpref.models import Decoder
 from jaxpref.packing import Budget, PackedBatch
-from jaxpref.trainable import merge, partition, path_of
+from jaxpref.trainable import (
+    as_abstract,
+    as_array,
+    merge,
+    partition,
+    path_of,
+    store_frozen,
+)
 
 
 class State(NamedTuple):
@@ -96,10 +103,14 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
             params, rest = checkpoints.restore(start, abstract.params, rest)
             state = State(params=params, **rest)
-            frozen = checkpoint.restore_frozen(workdir, abstract_frozen)
+            stored = store_frozen(abstract_frozen, config.model.frozen_dtype, convert=as_abstract)
+            frozen = checkpoint.restore_frozen(workdir, stored)
         else:
-            whole = merge(abstract.params, abstract_frozen)
+            read_as = "float32" if config.model.frozen_dtype == "float32" else "bfloat16"
+            whole = store_frozen(abstract_frozen, read_as, convert=as_abstract)
+            whole = merge(abstract.params, whole)
             params, frozen = partition(weights.load(config, source, model, whole), trainable)
+            frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_array)
             state = initial_state(params, optimizer, abstract)
             checkpoint.save_frozen(workdir, frozen)
         with sharding.use(mesh):
@@ -107,7 +118,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 config, workdir, mesh, model, data, state, frozen, abstract
             )
             train_stream, held_out_stream = _streams(config, mesh, data, tables)
-            _describe(config, mesh, state, frozen, data, train_stream, start, steps)
+            _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
             if not start:
                 weights.keep(source, model, workdir)
                 checkpoint.write_run(workdir, identity)

@@ -1,10 +1,16 @@
 """Which parameters are trained: a tree in two parts, and back together."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey
+
+from jaxpref import nf4
+
+_MATRICES = "layers/(query|key|value|out|gate|up|down)"
 
 
 def path_of(path: tuple) -> str:
@@ -46,6 +52,34 @@ def merge(one: Any, other: Any) -> Any:
     for name, part in other.items():
         merged[name] = merge(merged[name], part) if name in merged else part
     return dict(sorted(merged.items()))
+
+
+def store_frozen(frozen: Any, dtype: str, *, convert: Callable[[Any, str], Any]) -> Any:
+    """Frozen parameters as `model.frozen_dtype` has them kept.
+
+    Args:
+      frozen: nested dictionaries of arrays, or of abstract ones.
+      dtype: float32, bfloat16 or nf4; nf4 is for the layers' matrices, beside bfloat16.
+      convert: `(array, dtype)` to the array in it.
+    """
+
+    def store(path: tuple, x: Any) -> Any:
+        matrix = re.fullmatch(_MATRICES, path_of(path)) and nf4.fits(x.shape)
+        return convert(x, "bfloat16" if dtype == "nf4" and not matrix else dtype)
+
+    return jax.tree_util.tree_map_with_path(store, frozen)
+
+
+def as_array(x: jax.Array, dtype: str) -> Any:
+    """An array in a dtype or in nf4."""
+    return nf4.quantize(x) if dtype == "nf4" else x.astype(dtype)
+
+
+def as_abstract(x: jax.ShapeDtypeStruct, dtype: str) -> Any:
+    """What `as_array` makes of such an array, with its sharding."""
+    if dtype == "nf4":
+        return nf4.abstract(x)
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
 
 
 def _is_leaf(x: Any) -> bool:

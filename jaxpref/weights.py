@@ -147,6 +147,7 @@ def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> A
         if there.get("model.lora.rank"):
             adapters, base = {}, abstract
         params, step = checkpoint.restore_params(source.workdir, base)
+        params = models.dequantize(params)
         console.print(f"weights from {source.workdir}, step {step}")
     else:
         console.print(f"weights from {config.model.init_from}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
-from jaxpref.models.adapters import merge_adapters, save_adapters, without_adapters
+from jaxpref.models.adapters import dequantize, merge_adapters, save_adapters, without_adapters
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
 from jaxpref.models.families import make_rope
 from jaxpref.models.huggingface import Origin, from_pretrained, save_pretrained, with_scalar_head
@@ -22,6 +22,7 @@ __all__ = [
     "Lora",
     "Rope",
     "build",
+    "dequantize",
     "empty_cache",
     "from_pretrained",
     "init_params",

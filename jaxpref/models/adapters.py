@@ -13,6 +13,7 @@ from jaxpref.errors import UserError
 from jaxpref.models import safetensors
 from jaxpref.models.decoder import Decoder, Lora
 from jaxpref.models.huggingface import as_ours, places, weight_of
+from jaxpref.nf4 import Nf4
 from jaxpref.trainable import partition
 
 ADAPTERS = r"_lora_[ab]$"
@@ -34,6 +35,7 @@ def merge_adapters(model: Decoder, params: Any) -> tuple[Decoder, Any]:
     if lora is None:
         return model, params
     adapters, base = partition(params, ADAPTERS)
+    base = dequantize(base)
     layers = dict(base["layers"])
     for name in _adapted(adapters):
         weight = layers[name]
@@ -43,6 +45,15 @@ def merge_adapters(model: Decoder, params: Any) -> tuple[Decoder, Any]:
         change = change.reshape(weight.shape) * lora.scale
         layers[name] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
     return without_adapters(model), {**base, "layers": layers}
+
+
+def dequantize(params: Any) -> Any:
+    """Parameters without four-bit ones, which become float32."""
+    return jax.tree.map(
+        lambda x: jax.jit(x.dequantize, static_argnums=0)("float32") if isinstance(x, Nf4) else x,
+        params,
+        is_leaf=lambda x: isinstance(x, Nf4),
+    )
 
 
 def _adapted(adapters: Any) -> list[str]:

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpref.logprobs import LMHead
 from jaxpref.models.attention import attention, rotary_angles, rotate
 from jaxpref.models.experts import mix_experts
+from jaxpref.nf4 import Nf4
 
 # What the backward pass computes again instead of keeping.
 REMAT_POLICIES: dict[str, Any] = {
@@ -503,6 +504,10 @@ class Block(nn.Module):
         return (x @ a) @ b * lora.scale
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int, fan_in: int) -> Array:
+        if self.has_variable("params", name):
+            stored = self.get_variable("params", name)
+            if isinstance(stored, Nf4):
+                return stored.dequantize(jnp.dtype(self.config.dtype))
         initializer = nn.initializers.normal(stddev=fan_in**-0.5)
         weight = _param(self, name, initializer, axes, *shape)
         return weight.astype(jnp.dtype(self.config.dtype))
