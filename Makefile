@@ -51,7 +51,7 @@ benchmark: .venv/installed
 	@touch $@
 
 .venv/installed-torch: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,torch]'
 	@touch $@
 
 clean:

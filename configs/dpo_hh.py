@@ -10,7 +10,7 @@ steps, one epoch. The default is its setting (Pythia-2.8B); `:tiny` goes on from
 
 On the 1,734 pairs of harmless-base's test split, `:tiny` took 2.8 minutes on two CPU cores
 (2026-11-21) and reached a preference accuracy of 0.63 on 86 held-out pairs (margin 0.16,
-loss 0.646). The paper's setting has not been run here: it waits for Hugging Face weights.
+loss 0.646). The paper's setting has not been run here: it needs accelerators.
 """
 
 from ml_collections import ConfigDict

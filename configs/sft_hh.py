@@ -9,7 +9,7 @@ scratch, for a laptop:
 
 On the 1,734 pairs of harmless-base's test split, `:tiny` took 1.6 minutes on two CPU cores
 (2026-11-21) and brought the held-out loss from 5.88 to 2.44 nats a byte. The paper's
-setting has not been run here: it waits for Hugging Face weights.
+setting has not been run here: it needs accelerators.
 """
 
 from ml_collections import ConfigDict

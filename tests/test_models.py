@@ -124,6 +124,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
         ({"kv_heads": 3}, "kv_heads must divide"),
         ({"head_dim": 2}, "turn 4 entries, but a head has 2"),
         ({"windows": (3,)}, "one entry a layer"),
+        ({"rope": ()}, "a decoder needs positions"),
         ({"norm": "batch"}, "one of rms, rms_plus_one, layer"),
         ({"remat": "some"}, "one of none, full, dots"),
     ],

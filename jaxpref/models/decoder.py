@@ -223,6 +223,11 @@ class DecoderConfig:
                 raise ValueError(
                     f"model.{name} should be one of {', '.join(known)}; got {value!r}."
                 )
+        if not self.rope and not self.learned_positions:
+            raise ValueError(
+                "a decoder needs positions: rope=(jaxpref.models.make_rope(head_dim),), or "
+                "learned_positions."
+            )
         for name in ("layer_rope", "windows"):
             if len(getattr(self, name)) not in (0, self.layers):
                 raise ValueError(f"{name} needs one entry a layer ({self.layers}), or none.")
