@@ -13,7 +13,7 @@ from jaxpref.algorithms import response_scalars
 from jaxpref.errors import UserError
 
 # Plain, one with a bias in its LM head, one with narrow embeddings, one with soft caps.
-CASES = ["gpt2", "gptj", "pythia", "opt_post_norm", "llama3", "qwen2", "gemma2", "qwen3_moe"]
+CASES = ["gpt2", "gptj", "pythia", "opt_post_norm", "llama3", "gemma2", "gemma3", "qwen3_moe"]
 
 
 def grown(name):
@@ -102,6 +102,8 @@ def test_transformers_says_the_same(name, tmp_path):
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, attn_implementation="eager", output_loading_info=True
     )
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [type(theirs).__name__]
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokens = np.load(pretrained.FIXTURES / name / "said.npz")["tokens"][:1]

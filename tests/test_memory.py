@@ -80,8 +80,8 @@ def test_two_gigabytes_are_read_and_written_within_the_largest_tensor(tmp_path, 
     )
     size, read, written = map(int, done.stdout.split())
     assert size > 2e9
-    # The view of a tensor in the file, and its copy, and what the allocator keeps.
-    constant = 2.5e8
+    # The view of a tensor in the file and its copy; the compiler, and what the allocator keeps.
+    constant = 4e8
     assert read < size + 2 * LARGEST + constant, (read - size) / LARGEST
     assert written < 2 * LARGEST + constant, written / LARGEST
 

@@ -138,6 +138,8 @@ class Family(NamedTuple):
     def classifier(self) -> str:
         """The architecture with a classification head, of which one label is a scalar head."""
         stem = self.architecture.partition("For")[0].removesuffix("LMHeadModel")
+        # The name without `Text` is that of the model that sees images too.
+        stem = "Gemma3Text" if stem == "Gemma3" else stem
         return f"{stem}ForSequenceClassification"
 
 
@@ -407,6 +409,8 @@ _GPT2: Tensors = {
 
 
 def _read_gptj(read: Reader) -> Fields:
+    read.require("rotary", True)
+    read.require("scale_attn_weights", True)
     width, heads = read("n_embd"), read("n_head")
     head_dim = width // heads
     share = read("rotary_dim", head_dim) / head_dim

@@ -165,8 +165,13 @@ def locate(source: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        files = [*_SMALL_FILES, "*.safetensors"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files))
+        folder = huggingface_hub.snapshot_download(
+            str(source),
+            allow_patterns=[*_SMALL_FILES, "*.safetensors"],
+            # The same weights once more, in other layouts.
+            ignore_patterns=["original/*", "consolidated*"],
+        )
+        return Path(folder)
     except Exception as error:  # The hub's client raises many kinds, none of them ours.
         raise UserError(
             f"{source}: no such directory here, and the hub could not give it "
@@ -183,7 +188,10 @@ def read_model(
     Raises:
       UserError: the family or a feature is not supported.
     """
-    raw = json.loads((directory / "config.json").read_text())
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{directory}/config.json: is no JSON ({error}).") from error
     classifiers = {family.classifier: name for name, family in FAMILIES.items()}
     given = raw.get("architectures") or []
     scalar = any(name in classifiers for name in given)
@@ -216,9 +224,11 @@ def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config with what it leaves out, in transformers' newest spelling, and its defaults."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(directory)
-    defaults = type(config)().to_dict()
-    return config.to_dict(), defaults
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        return config.to_dict(), type(config)().to_dict()
+    except Exception as error:  # Its checks raise many kinds.
+        raise UserError(f"{directory}/config.json: transformers cannot read it: {error}") from error
 
 
 class Part(NamedTuple):
@@ -332,7 +342,7 @@ def load_params(model: Decoder, abstract: Any) -> Any:
         )
     leaves = {path_of(path): leaf for path, leaf in _leaves(abstract)}
     params: dict[str, jax.Array] = {}
-    for place in sorted(needed, key=lambda place: files.stored[names[place.name]].start):
+    for place in sorted(needed, key=lambda place: files.stored[names[place.name]].place):
         tensor = files.view(names[place.name])
         for part in place.parts:
             leaf = leaves[part.path]

@@ -49,6 +49,11 @@ class Stored(NamedTuple):
     dtype: str
     start: int
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Sorts tensors in the order of the files."""
+        return self.file, self.start
+
 
 class TensorFiles:
     """The tensors of one or several safetensors files, by name and in their order."""
