@@ -55,4 +55,4 @@ benchmark: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .jax_cache runs

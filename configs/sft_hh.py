@@ -38,8 +38,6 @@ def get_config(size: str = "paper") -> ConfigDict:
         return config
     config.model.init_from = "EleutherAI/pythia-2.8b"
     config.model.dtype = "bfloat16"
-    # Pythia was trained without BOS.
-    config.tokenizer.bos = "never"
     config.data.path = "Anthropic/hh-rlhf"
     config.data.eval_split = "test"
     config.eval.max_examples = 256

@@ -133,15 +133,20 @@ def default(algorithm: str) -> ConfigDict:
     # "auto" (that of model.init_from, else "bytes"), "bytes" (ByT5's, needs no files), a
     # directory, or a hub name.
     config.tokenizer.name = "auto"
-    # Begin prompts with BOS: auto (if the tokenizer has one), always, never.
+    # Begin prompts with BOS: auto (where the tokenizer itself puts it before a text), always,
+    # never. A chat template's own BOS stays, and is never doubled.
     config.tokenizer.bos = "auto"
     # Read "</s>" and the like inside the data as special tokens rather than as text.
     config.tokenizer.parse_special_tokens = False
+    # How conversations read, in place of the tokenizer's own template: alpaca, hh, a Jinja file.
+    config.tokenizer.chat_template = ""
 
     config.data = ConfigDict()
     # A .jsonl, .jsonl.gz or .parquet file, or a name on the hub.
     config.data.path = ""
-    # How a record is read: explicit (prompt, chosen, rejected), hh, synthetic.
+    # How a record is read: explicit (prompt, chosen, rejected), implicit (chosen, rejected:
+    # conversations that begin alike), messages (one conversation, for sft), hh, synthetic. A
+    # prompt is a text or a list of messages.
     config.data.format = "explicit"
     # Of a hub data set: its folder and split.
     config.data.subset = ""
@@ -252,7 +257,7 @@ def check(config: ConfigDict) -> None:
             f"{name} rather than changing algorithm.name on the command line."
         )
     for key, known in {
-        "data.format": ("explicit", "hh", "synthetic"),
+        "data.format": ("explicit", "implicit", "messages", "hh", "synthetic"),
         "data.on_divergent": ("error", "skip"),
         "data.on_empty": ("error", "skip"),
         "data.on_long_prompt": ("error", "truncate"),
@@ -273,6 +278,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"reference.mode is {config.reference.mode!r}, but sft compares with no reference: "
             "leave it at 'free'."
+        )
+    if name != "sft" and config.data.format == "messages":
+        raise UserError(
+            f"data.format 'messages' has one response to a prompt, but {name} compares two: use "
+            "'explicit' or 'implicit', or algorithm sft."
         )
     if config.reference.mode == "adapter" and not config.model.lora.rank:
         raise UserError(

@@ -70,7 +70,9 @@ def run(
     config = config_lib.from_flat(described)
     source = weights.find(config, workdir)
     name = config.tokenizer.name
-    tokenizer = data.load_tokenizer(source.tokenizer if name == "auto" else name)
+    tokenizer = data.load_tokenizer(
+        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
+    )
     model = weights.build_model(config, source, len(tokenizer))
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     params, step = checkpoint.restore_params(workdir, huggingface.abstract_params(model, mesh))
@@ -84,6 +86,8 @@ def run(
     huggingface.save_pretrained(
         model, params, output, tokenizer=None if own else tokenizer, dtype=dtype
     )
+    if own and config.tokenizer.chat_template:
+        (output / "chat_template.jinja").write_text(tokenizer.chat_template)
     console.print(f"{workdir}, step {step}: written to {output} as {model.origin.architecture}")
 
 

@@ -73,7 +73,9 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
 
     name = config.tokenizer.name
-    tokenizer = data_lib.load_tokenizer(source.tokenizer if name == "auto" else name)
+    tokenizer = data_lib.load_tokenizer(
+        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
+    )
     model = weights.build_model(config, source, len(tokenizer))
     algorithm = algorithms.build(config, model)
     with console.status("tokenising") as status:

@@ -1,6 +1,7 @@
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ BAD_FILES = {
         "x.jsonl:1: no column 'rejected'; the record has 'prompt', 'chosen', 'reject'",
     ),
     "not text": (
-        b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}\n',
-        "x.jsonl:1: column 'prompt' should be text; got list",
+        b'{"prompt": {"role": "user"}, "chosen": "b", "rejected": "c"}\n',
+        "x.jsonl:1: column 'prompt' should be text; got dict",
     ),
     "empty response": (
         b'{"prompt": "a", "chosen": "b", "rejected": ""}\n',
@@ -260,13 +261,20 @@ def test_tokens_are_the_bytes_apart_at_the_boundary():
 def test_bos_policy():
     class Tokenizer:
         bos_token_id = None
+        puts_bos = False
 
-    assert begins_with_bos(Tokenizer, "auto") is None
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[3, 9] if self.puts_bos else [9])
+
+    tokenizer = Tokenizer()
+    assert begins_with_bos(tokenizer, "auto") is None
     with pytest.raises(UserError, match="has no BOS"):
-        begins_with_bos(Tokenizer, "always")
-    Tokenizer.bos_token_id = 3
-    assert begins_with_bos(Tokenizer, "auto") == begins_with_bos(Tokenizer, "always") == 3
-    assert begins_with_bos(Tokenizer, "never") is None
+        begins_with_bos(tokenizer, "always")
+    tokenizer.bos_token_id = 3
+    assert begins_with_bos(tokenizer, "auto") is None
+    tokenizer.puts_bos = True
+    assert begins_with_bos(tokenizer, "auto") == begins_with_bos(tokenizer, "always") == 3
+    assert begins_with_bos(tokenizer, "never") is None
 
 
 def test_dataset_gives_back_every_piece_and_knows_its_lengths():

@@ -133,6 +133,21 @@ def test_the_last_checkpoint_is_exported_with_names_dtypes_and_files(folder, tmp
         np.testing.assert_array_equal(np.asarray(ours.astype("bfloat16"), np.float32), written)
 
 
+def test_conversations_train_and_their_template_goes_along(folder, tmp_path):
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    config = small("sft", folder / "hf", data__path=str(tmp_path / "talk.jsonl"), train__steps=1)
+    config.data.format, config.data.eval_fraction = "messages", 0.0
+    with pytest.raises(UserError, match=r"talk.jsonl:1: .* no chat template"):
+        train.run(config, tmp_path / "refused")
+    config.tokenizer.chat_template = "hh"
+    train.run(config, tmp_path / "run")
+    export.run(tmp_path / "run", tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    read = tokenizer.apply_chat_template(talk, tokenize=False)
+    assert read == "\n\nHuman: Hello\n\nAssistant: Good day"
+
+
 def test_an_export_in_another_dtype_says_so(folder, tmp_path):
     export.run(folder / "dpo", tmp_path, dtype="float32")
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxpref.data.chat import Chat, ChatEncoder, read_template, special_names
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
 from jaxpref.packing import Group
@@ -27,7 +28,7 @@ class TokenizedDataset:
       pieces: where each piece starts, and the end.
       examples: the first piece of each example, and the end.
       scores: true rewards `[examples, responses]`, or None.
-      counts: what truncation did.
+      counts: what truncation did, and names of special tokens that stood in the texts.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -75,15 +76,23 @@ class TokenizedDataset:
         return digest.hexdigest()[:16]
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, chat_template: str = "") -> Any:
     """A `transformers` tokenizer.
 
     Args:
       name: "bytes" for ByT5's, which needs no files; a directory; or a hub name.
+      chat_template: see `read_template`; empty for the tokenizer's own.
 
     Raises:
       UserError: it cannot be loaded, or has no EOS token.
     """
+    tokenizer = _load_tokenizer(name)
+    if chat_template:
+        tokenizer.chat_template = read_template(chat_template)
+    return tokenizer
+
+
+def _load_tokenizer(name: str) -> Any:
     # Only tokenizers are used of transformers, which would else say that it misses torch.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
@@ -108,16 +117,17 @@ def begins_with_bos(tokenizer: Any, policy: str) -> int | None:
 
     Args:
       tokenizer: a `transformers` tokenizer.
-      policy: "auto" (BOS if the tokenizer has one), "always" or "never".
+      policy: "auto" (where the tokenizer itself puts BOS before a text), "always" or "never".
 
     Raises:
       UserError: "always", and the tokenizer has no BOS.
     """
     if policy == "never":
         return None
-    if policy == "always" and tokenizer.bos_token_id is None:
+    bos = tokenizer.bos_token_id
+    if policy == "always" and bos is None:
         raise UserError("tokenizer.bos is 'always', but the tokenizer has no BOS token.")
-    return tokenizer.bos_token_id
+    return bos if policy == "always" or tokenizer("a").input_ids[:1] == [bos] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +155,8 @@ def encode(
     limits: Limits,
     counts: Counter[str],
     where: str = "",
+    *,
+    turns_end: bool = False,
 ) -> list[Sequence[int]]:
     """Adds special tokens and truncates.
 
@@ -159,6 +171,7 @@ def encode(
       limits: the lengths and special tokens.
       counts: receives how many prompts and responses were cut.
       where: place of the example, for messages.
+      turns_end: the responses have their end-of-turn token and need no EOS.
 
     Returns:
       The prompt, then the responses; none is empty.
@@ -173,10 +186,11 @@ def encode(
             f"{where}: the prompt is empty, and the tokenizer has no BOS to predict the first "
             "token of the response from. Put something before the response."
         )
-    responses = [
-        response if response and response[-1] == limits.eos else [*response, limits.eos]
-        for response in responses
-    ]
+    if not turns_end:
+        responses = [
+            response if response and response[-1] == limits.eos else [*response, limits.eos]
+            for response in responses
+        ]
     longest = max(map(len, responses))
     if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
         if not limits.may_cut_prompts:
@@ -203,7 +217,7 @@ def tokenize(
     parse_special_tokens: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TokenizedDataset:
-    """Tokenises examples, each prompt and each response by itself.
+    """Tokenises examples: texts apart at the boundary, conversations through the chat template.
 
     Args:
       examples: at least one response each.
@@ -213,24 +227,41 @@ def tokenize(
       progress: called with the number of examples done so far.
 
     Raises:
-      UserError: see `encode`.
+      UserError: see `encode` and `ChatEncoder.encode`.
     """
-    counts: Counter[str] = Counter(prompts_cut=0, responses_cut=0)
+    counts: Counter[str] = Counter(prompts_cut=0, responses_cut=0, special_tokens_in_text=0)
     pieces: list[np.ndarray] = []
     piece_counts = [0]
+    chats = ChatEncoder(tokenizer, eos=limits.eos, parse_special_tokens=parse_special_tokens)
+    names = special_names(tokenizer)
     for chunk in _chunks(examples):
-        texts = [text for example in chunk for text in (example.prompt, *example.responses)]
+        texts = [
+            text
+            for example in chunk
+            if isinstance(example.prompt, str)
+            for text in (example.prompt, *example.responses)
+        ]
+        counts["special_tokens_in_text"] += sum(len(names.findall(text)) for text in texts)
+        # An empty list of texts is not a batch to every tokenizer.
         ids = iter(
             tokenizer(
                 texts, add_special_tokens=False, split_special_tokens=not parse_special_tokens
             ).input_ids
+            if texts
+            else ()
         )
         for example in chunk:
-            prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
-            encoded = encode(prompt, responses, limits, counts, example.where)
+            if isinstance(example.prompt, Chat):
+                turns_end = True
+                prompt, responses = chats.encode(example.prompt, example.responses, example.where)
+            else:
+                turns_end = False
+                prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
+            encoded = encode(prompt, responses, limits, counts, example.where, turns_end=turns_end)
             pieces += [np.asarray(piece, np.int32) for piece in encoded]
             piece_counts.append(len(pieces))
         progress(len(piece_counts) - 1)
+    counts["special_tokens_in_text"] += chats.special_names
     scores = [example.scores for example in examples]
     return TokenizedDataset(
         tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
