@@ -1,6 +1,77 @@
 """Losses as pure functions: one value per example, no reduction, nothing of the project inside."""
 
+from jaxpref.losses import divergences, weighting
 from jaxpref.losses.language_modeling import nll
-from jaxpref.losses.preference import DPOOutput, dpo
+from jaxpref.losses.preference import (
+    PreferenceOutput,
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco,
+    discopop,
+    dpo,
+    exo,
+    hinge,
+    ipo,
+    nca,
+    robust_dpo,
+    smoothed_logistic,
+    sppo_hard,
+)
+from jaxpref.losses.ranked import RankedOutput, all_pairs, plackett_luce_dpo, rrhf
+from jaxpref.losses.reference_free import cpo, orpo, simpo, slic_hf, unlikelihood
+from jaxpref.losses.reward import (
+    bradley_terry,
+    ensemble_mean,
+    ensemble_uncertainty,
+    plackett_luce,
+)
+from jaxpref.losses.unpaired import (
+    RunningMean,
+    UnpairedOutput,
+    bco_unpaired,
+    kto,
+    kto_kl,
+    update_mean,
+)
 
-__all__ = ["DPOOutput", "dpo", "nll"]
+__all__ = [
+    "PreferenceOutput",
+    "RankedOutput",
+    "RunningMean",
+    "UnpairedOutput",
+    "all_pairs",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco",
+    "bco_unpaired",
+    "bradley_terry",
+    "cpo",
+    "discopop",
+    "divergences",
+    "dpo",
+    "ensemble_mean",
+    "ensemble_uncertainty",
+    "exo",
+    "hinge",
+    "ipo",
+    "kto",
+    "kto_kl",
+    "nca",
+    "nll",
+    "orpo",
+    "plackett_luce",
+    "plackett_luce_dpo",
+    "robust_dpo",
+    "rrhf",
+    "simpo",
+    "slic_hf",
+    "smoothed_logistic",
+    "sppo_hard",
+    "unlikelihood",
+    "update_mean",
+    "weighting",
+]

@@ -1,18 +1,30 @@
-"""Losses on preference pairs: Direct Preference Optimization and its kin."""
+"""Losses on preference pairs against a frozen reference: DPO and its kin.
 
+All take the summed log-probability of the chosen and of the rejected response under the
+policy and under the reference, in nats and of one shape, as `dpo` describes; no gradient
+flows into the reference. All return one value per pair.
+"""
+
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpref.losses.divergences import reverse_kl
+from jaxpref.losses.inputs import check_smoothing, checked
+
+Scalar = float | Float[Array, ""]
 
 
-class DPOOutput(NamedTuple):
+class PreferenceOutput(NamedTuple):
     """What a pairwise preference loss returns, one value per pair.
 
     Attributes:
-      losses: the loss of each pair, in nats.
-      chosen_rewards: beta times the log-ratio of the chosen response; no gradient.
+      losses: the loss of each pair.
+      chosen_rewards: the implicit reward of the chosen response, for most losses beta
+        times its log-ratio; no gradient.
       rejected_rewards: the same for the rejected response; no gradient.
     """
 
@@ -27,10 +39,13 @@ def dpo(
     reference_chosen_logps: Float[Array, "*batch"] | None,
     reference_rejected_logps: Float[Array, "*batch"] | None,
     *,
-    beta: float | Float[Array, ""] = 0.1,
-    label_smoothing: float | Float[Array, ""] = 0.0,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 0.0,
     reference_free: bool = False,
-) -> DPOOutput:
+    divergence: Callable[[Array], Array] = reverse_kl,
+    chosen_lengths: Int[Array, "*batch"] | None = None,
+    rejected_lengths: Int[Array, "*batch"] | None = None,
+) -> PreferenceOutput:
     """Direct Preference Optimization: a logistic loss on the implicit reward margin.
 
     Formula, with $\\hat r(x, y) = \\beta \\log \\frac{\\pi_\\theta(y|x)}{\\pi_{ref}(y|x)}$,
@@ -38,7 +53,11 @@ def dpo(
     $L = -(1 - \\epsilon) \\log \\sigma(m) - \\epsilon \\log \\sigma(-m)$.
 
     Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7. Label smoothing is
-    conservative DPO: each label is wrong with probability $\\epsilon$.
+    conservative DPO: each label is wrong with probability $\\epsilon$. Another divergence
+    than the reverse KL is f-DPO (Wang et al. 2023, arXiv 2309.16240, theorem 1), where
+    $\\hat r = \\beta f'(\\pi_\\theta / \\pi_{ref})$. With lengths, each log-ratio is divided
+    by its response's length: the length-normalised form of Tulu 3 (arXiv 2411.15124,
+    equation 6).
 
     Args:
       policy_chosen_logps: summed log-probability of each chosen response under
@@ -52,14 +71,18 @@ def dpo(
       label_smoothing: probability that a label is wrong, from 0 to below 0.5.
       reference_free: drop the reference, as if it gave every response the same
         probability. The rewards are then beta times the policy's log-probability.
+      divergence: from log-ratios to $f'$, one of `losses.divergences`.
+      chosen_lengths: tokens of each chosen response, to divide by; None for sums.
+      rejected_lengths: the same for the rejected responses.
 
     Returns:
-      `DPOOutput(losses, chosen_rewards, rejected_rewards)`, in float32 (float64
-      stays float64), each shaped like the inputs. Finite, with finite gradients,
-      for any finite inputs.
+      `PreferenceOutput(losses, chosen_rewards, rejected_rewards)`, in float32 (float64
+      stays float64), each shaped like the inputs; losses in nats. Finite, with finite
+      gradients, for any finite inputs.
 
     Raises:
-      ValueError: the shapes differ, or the reference is missing.
+      ValueError: the shapes differ, the reference is missing, only one length is given,
+        or the label smoothing is out of range.
 
     >>> import jax.numpy as jnp
     >>> at_reference = jnp.array([-12.0])
@@ -74,29 +97,599 @@ def dpo(
             "dpo needs the reference's log-probs of both responses; got None. "
             "Pass them, or reference_free=True to do without a reference."
         )
-    inputs = {
-        "policy_chosen_logps": policy_chosen_logps,
-        "policy_rejected_logps": policy_rejected_logps,
-        "reference_chosen_logps": reference_chosen_logps,
-        "reference_rejected_logps": reference_rejected_logps,
-    }
-    _check_same_shape("dpo", inputs)
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = (
-        x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in inputs.values()
+    check_smoothing("dpo", label_smoothing)
+    chosen, rejected = _log_ratios(
+        "dpo",
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
     )
-    chosen_rewards = beta * (policy_chosen - jax.lax.stop_gradient(reference_chosen))
-    rejected_rewards = beta * (policy_rejected - jax.lax.stop_gradient(reference_rejected))
-    margins = chosen_rewards - rejected_rewards
-    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(
+    chosen, rejected = _per_token("dpo", chosen, rejected, chosen_lengths, rejected_lengths)
+    chosen, rejected = beta * divergence(chosen), beta * divergence(rejected)
+    return _output(smoothed_logistic(chosen - rejected, label_smoothing), chosen, rejected)
+
+
+def robust_dpo(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 0.1,
+) -> PreferenceOutput:
+    """Robust DPO: an unbiased estimate of DPO's loss from labels that are sometimes flipped.
+
+    Formula: $L = \\frac{-(1 - \\epsilon) \\log \\sigma(m) + \\epsilon \\log \\sigma(-m)}
+    {1 - 2 \\epsilon}$, whose mean over flips with probability $\\epsilon$ is DPO's loss.
+
+    Source: Ray Chowdhury et al. 2024 (arXiv 2403.00409), equation 12.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+      label_smoothing: the share of flipped labels, from 0 to below 0.5.
+
+    Returns:
+      See `dpo`; a loss may be negative.
+
+    Raises:
+      ValueError: the shapes differ, or the label smoothing is out of range.
+    """
+    check_smoothing("robust_dpo", label_smoothing)
+    chosen, rejected = _rewards(
+        "robust_dpo",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    margins = chosen - rejected
+    clean, flipped = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
+    losses = label_smoothing * flipped - (1 - label_smoothing) * clean
+    return _output(losses / (1 - 2 * label_smoothing), chosen, rejected)
+
+
+def ipo(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    chosen_lengths: Int[Array, "*batch"] | None = None,
+    rejected_lengths: Int[Array, "*batch"] | None = None,
+) -> PreferenceOutput:
+    """IPO: regresses the difference of log-ratios to a finite margin.
+
+    Formula, with $h = \\log \\frac{\\pi_\\theta(y_w|x) \\pi_{ref}(y_l|x)}
+    {\\pi_\\theta(y_l|x) \\pi_{ref}(y_w|x)}$: $L = (h - \\frac{1}{2 \\beta})^2$.
+
+    Source: Azar et al. 2023 (arXiv 2310.12036), equation 17, whose $\\tau$ is beta. The
+    paper's log-ratios are of whole responses; TRL divides each by its response's length,
+    which it says the authors confirmed, and which the lengths do here.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: regularisation; the target margin is one over twice it.
+      chosen_lengths: tokens of each chosen response, to divide by; None for the paper's form.
+      rejected_lengths: the same for the rejected responses.
+
+    Returns:
+      See `dpo`; losses in squared nats.
+
+    Raises:
+      ValueError: the shapes differ, or only one length is given.
+    """
+    chosen, rejected = _log_ratios(
+        "ipo",
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    chosen, rejected = _per_token("ipo", chosen, rejected, chosen_lengths, rejected_lengths)
+    losses = jnp.square(chosen - rejected - 1 / (2 * beta))
+    return _output(losses, beta * chosen, beta * rejected)
+
+
+def hinge(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+) -> PreferenceOutput:
+    """SLiC's hinge on the implicit reward margin: $L = \\max(0, 1 - m)$, $m$ as in `dpo`.
+
+    Source: Liu et al. 2023 (arXiv 2309.06657), equation 11 (hinge-norm), after SLiC-HF
+    (arXiv 2305.10425); `slic_hf` is the original, without a reference.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature; the margin of log-ratios wanted is one over it.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _rewards(
+        "hinge",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    return _output(jax.nn.relu(1 - (chosen - rejected)), chosen, rejected)
+
+
+def exo(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 1e-3,
+) -> PreferenceOutput:
+    """EXO: the reverse KL from the policy's preference to the smoothed label.
+
+    Formula, with $q = \\sigma(m)$, $m$ as in `dpo`:
+    $L = q \\log \\frac{q}{1 - \\epsilon} + (1 - q) \\log \\frac{1 - q}{\\epsilon}$.
+
+    Source: Ji et al. 2024 (arXiv 2402.00856), equation 16, for two responses.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+      label_smoothing: probability that a label is wrong, above 0 (where the divergence
+        is infinite) and below 0.5.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ, or the label smoothing is out of range.
+    """
+    check_smoothing("exo", label_smoothing, above=True)
+    chosen, rejected = _rewards(
+        "exo",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    margins = chosen - rejected
+    log_q, log_not_q = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
+    losses = jax.nn.sigmoid(margins) * (log_q - jnp.log1p(-label_smoothing))
+    losses += jax.nn.sigmoid(-margins) * (log_not_q - jnp.log(label_smoothing))
+    return _output(losses, chosen, rejected)
+
+
+def nca(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+) -> PreferenceOutput:
+    """Noise Contrastive Alignment of pairs, which keeps the chosen likelihood from falling.
+
+    Formula, with rewards as in `dpo`:
+    $L = -\\log \\sigma(\\hat r_w) - \\frac12 \\log \\sigma(-\\hat r_w)
+    - \\frac12 \\log \\sigma(-\\hat r_l)$.
+
+    Source: Chen et al. 2024 (arXiv 2402.05369), equation 12 with two responses.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _rewards(
+        "nca",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    noise = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
+    return _output(-jax.nn.log_sigmoid(chosen) - noise / 2, chosen, rejected)
+
+
+def sppo_hard(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+) -> PreferenceOutput:
+    """SPPO with win probabilities of 1 and 0: each log-ratio is regressed to its own target.
+
+    Formula, with log-ratios $\\rho$:
+    $L = (\\rho_w - \\frac{1}{2 \\beta})^2 + (\\rho_l + \\frac{1}{2 \\beta})^2$.
+
+    Source: Wu et al. 2024 (arXiv 2405.00675), equation 4.7, with $\\eta = 1 / \\beta$.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: one over the paper's step size.
+
+    Returns:
+      See `dpo`; losses in squared nats.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _log_ratios(
+        "sppo_hard",
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    target = 1 / (2 * beta)
+    losses = jnp.square(chosen - target) + jnp.square(rejected + target)
+    return _output(losses, beta * chosen, beta * rejected)
+
+
+def aot(
+    policy_chosen_logps: Float[Array, "*batch pairs"],
+    policy_rejected_logps: Float[Array, "*batch pairs"],
+    reference_chosen_logps: Float[Array, "*batch pairs"],
+    reference_rejected_logps: Float[Array, "*batch pairs"],
+    *,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 0.0,
+    where: Bool[Array, "*batch pairs"] | None = None,
+) -> PreferenceOutput:
+    """AOT for pairs: the policy's margins dominate the reference's, quantile by quantile.
+
+    Formula, with margins $h = \\log \\pi(y_w|x) - \\log \\pi(y_l|x)$ of a batch and
+    $h_{(k)}$ the k-th smallest: $L_{(k)} = -\\log \\sigma(\\beta (h_{\\theta (k)}
+    - h_{ref (k)}))$, smoothed as in `dpo`. A loss belongs to the pair that has the
+    policy's k-th margin.
+
+    Source: Melnyk et al. 2024 (arXiv 2406.05882), equation 8 (paired, logistic).
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow; the last axis is the
+        batch whose quantiles are compared.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature.
+      label_smoothing: probability that a label is wrong, from 0 to below 0.5.
+      where: True for the pairs that count; the others give loss 0.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ, or the label smoothing is out of range.
+    """
+    check_smoothing("aot", label_smoothing)
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = checked(
+        "aot",
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=jax.lax.stop_gradient(reference_chosen_logps),
+        reference_rejected_logps=jax.lax.stop_gradient(reference_rejected_logps),
+    )
+    differences = _quantile_differences(
+        policy_chosen - policy_rejected, reference_chosen - reference_rejected, where
+    )
+    losses = smoothed_logistic(beta * differences, label_smoothing)
+    return _output(
+        losses if where is None else jnp.where(where, losses, 0.0),
+        beta * (policy_chosen - reference_chosen),
+        beta * (policy_rejected - reference_rejected),
+    )
+
+
+def aot_unpaired(
+    policy_chosen_logps: Float[Array, "*batch pairs"],
+    policy_rejected_logps: Float[Array, "*batch pairs"],
+    reference_chosen_logps: Float[Array, "*batch pairs"],
+    reference_rejected_logps: Float[Array, "*batch pairs"],
+    *,
+    beta: Scalar = 0.1,
+    label_smoothing: Scalar = 0.0,
+    where: Bool[Array, "*batch pairs"] | None = None,
+) -> PreferenceOutput:
+    """AOT for unpaired data: chosen log-ratios dominate rejected ones, quantile by quantile.
+
+    Formula, with rewards as in `dpo`, sorted each for itself: $L_{(k)} =
+    -\\log \\sigma(\\hat r_{w (k)} - \\hat r_{l (k)})$. A loss belongs to the pair that has
+    the k-th chosen reward.
+
+    Source: Melnyk et al. 2024 (arXiv 2406.05882), equation 10 (unpaired, logistic).
+
+    Args:
+      policy_chosen_logps: see `aot`, as is all that follows.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+      label_smoothing: probability that a label is wrong, from 0 to below 0.5.
+      where: True for the pairs that count; the others give loss 0.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ, or the label smoothing is out of range.
+    """
+    check_smoothing("aot_unpaired", label_smoothing)
+    chosen, rejected = _rewards(
+        "aot_unpaired",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    losses = smoothed_logistic(_quantile_differences(chosen, rejected, where), label_smoothing)
+    losses = losses if where is None else jnp.where(where, losses, 0.0)
+    return _output(losses, chosen, rejected)
+
+
+def apo_zero(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+) -> PreferenceOutput:
+    """APO-zero: raises the chosen and lowers the rejected likelihood, each by itself.
+
+    For chosen responses that are better than what the model says. Formula, with rewards as
+    in `dpo`: $L = 1 - \\sigma(\\hat r_w) + \\sigma(\\hat r_l)$.
+
+    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+
+    Returns:
+      See `dpo`; losses from 0 to 2.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _rewards(
+        "apo_zero",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    return _output(jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), chosen, rejected)
+
+
+def apo_down(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.1,
+) -> PreferenceOutput:
+    """APO-down: lowers both likelihoods, the rejected one more.
+
+    For chosen responses that are worse than what the model says. Formula, with rewards as
+    in `dpo`: $L = \\sigma(\\hat r_w) + 1 - \\sigma(\\hat r_w - \\hat r_l)$.
+
+    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+
+    Returns:
+      See `dpo`; losses from 0 to 2.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _rewards(
+        "apo_down",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    losses = jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
+    return _output(losses, chosen, rejected)
+
+
+def discopop(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    beta: Scalar = 0.05,
+    temperature: Scalar = 0.05,
+) -> PreferenceOutput:
+    """DiscoPOP: the log-ratio modulated loss that an LLM found.
+
+    Formula, with $m$ as in `dpo` and $g = \\sigma(m / \\tau)$:
+    $L = -(1 - g) \\log \\sigma(m) + g \\exp(-m)$.
+
+    Source: Lu et al. 2024 (arXiv 2406.08414), equation 5.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      beta: inverse temperature of the implicit reward.
+      temperature: $\\tau$, below 1.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _rewards(
+        "discopop",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    margins = chosen - rejected
+    logistic = -jax.nn.log_sigmoid(margins) * jax.nn.sigmoid(-margins / temperature)
+    # One exponent, since at margins far below 0 the first factor is 0 and the second infinite.
+    exponential = jnp.exp(jax.nn.log_sigmoid(margins / temperature) - margins)
+    return _output(logistic + exponential, chosen, rejected)
+
+
+def bco(
+    policy_chosen_logps: Float[Array, "*batch"],
+    policy_rejected_logps: Float[Array, "*batch"],
+    reference_chosen_logps: Float[Array, "*batch"],
+    reference_rejected_logps: Float[Array, "*batch"],
+    *,
+    shift: Scalar,
+    beta: Scalar = 0.1,
+) -> PreferenceOutput:
+    """Binary Classifier Optimization of pairs: is a response a chosen or a rejected one?
+
+    Formula, with rewards as in `dpo`:
+    $L = -\\log \\sigma(\\hat r_w - \\delta) - \\log \\sigma(-(\\hat r_l - \\delta))$.
+
+    Source: Jung et al. 2024 (arXiv 2404.04656), equation 13. The paper's $\\delta$ is the
+    mean reward of chosen and rejected responses alike, tracked over the run by
+    `update_mean`; TRL's pairwise form has it at 0.
+
+    Args:
+      policy_chosen_logps: see `dpo`, as are the three that follow.
+      policy_rejected_logps: of the rejected responses.
+      reference_chosen_logps: under the reference.
+      reference_rejected_logps: under the reference.
+      shift: $\\delta$; no gradient flows into it.
+      beta: inverse temperature of the implicit reward.
+
+    Returns:
+      See `dpo`.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = _rewards(
+        "bco",
+        beta,
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+    )
+    shift = jax.lax.stop_gradient(shift)
+    losses = -jax.nn.log_sigmoid(chosen - shift) - jax.nn.log_sigmoid(shift - rejected)
+    return _output(losses, chosen, rejected)
+
+
+def smoothed_logistic(
+    margins: Float[Array, "*batch"], label_smoothing: Scalar = 0.0
+) -> Float[Array, "*batch"]:
+    """$-(1 - \\epsilon) \\log \\sigma(m) - \\epsilon \\log \\sigma(-m)$ of margins, in nats."""
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(
         margins
     ) - label_smoothing * jax.nn.log_sigmoid(-margins)
-    return DPOOutput(
-        losses, jax.lax.stop_gradient(chosen_rewards), jax.lax.stop_gradient(rejected_rewards)
+
+
+def _log_ratios(
+    loss: str, policy_chosen: Array, policy_rejected: Array, chosen: Array, rejected: Array
+) -> tuple[Array, Array]:
+    """Log-ratios of policy to reference, of the chosen and of the rejected responses."""
+    policy_chosen, policy_rejected, chosen, rejected = checked(
+        loss,
+        policy_chosen_logps=policy_chosen,
+        policy_rejected_logps=policy_rejected,
+        reference_chosen_logps=chosen,
+        reference_rejected_logps=rejected,
     )
+    stop = jax.lax.stop_gradient
+    return policy_chosen - stop(chosen), policy_rejected - stop(rejected)
 
 
-def _check_same_shape(loss: str, inputs: dict[str, Array]) -> None:
-    """Refuses shapes that differ, which broadcasting would turn into a wrong loss."""
-    if len({x.shape for x in inputs.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
-        raise ValueError(f"{loss} expected inputs of one shape, one value per pair; got {shapes}.")
+def _rewards(loss: str, beta: Scalar, *logps: Array) -> tuple[Array, Array]:
+    chosen, rejected = _log_ratios(loss, *logps)
+    return beta * chosen, beta * rejected
+
+
+def _per_token(
+    loss: str,
+    chosen: Array,
+    rejected: Array,
+    chosen_lengths: Array | None,
+    rejected_lengths: Array | None,
+) -> tuple[Array, Array]:
+    if chosen_lengths is None and rejected_lengths is None:
+        return chosen, rejected
+    if chosen_lengths is None or rejected_lengths is None:
+        raise ValueError(f"{loss} got one of chosen_lengths and rejected_lengths; pass both.")
+    checked(loss, chosen=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+    # A response of no tokens is an absent one; its sum is 0.
+    return chosen / jnp.maximum(chosen_lengths, 1), rejected / jnp.maximum(rejected_lengths, 1)
+
+
+def _quantile_differences(a: Array, b: Array, where: Array | None) -> Array:
+    """The k-th smallest `a` less the k-th smallest `b`, at the place of the k-th `a`."""
+    # What does not count goes last in both, so that the others meet at the same rank.
+    last = 0.0 if where is None else jnp.where(where, 0.0, jnp.inf)
+    by_a, by_b = (jnp.argsort(jax.lax.stop_gradient(x) + last, axis=-1) for x in (a, b))
+    differences = jnp.take_along_axis(a, by_a, -1) - jnp.take_along_axis(b, by_b, -1)
+    return jnp.take_along_axis(differences, jnp.argsort(by_a, axis=-1), -1)
+
+
+def _output(losses: Array, chosen_rewards: Array, rejected_rewards: Array) -> PreferenceOutput:
+    stop = jax.lax.stop_gradient
+    return PreferenceOutput(losses, stop(chosen_rewards), stop(rejected_rewards))

@@ -1,0 +1,96 @@
+"""Losses of reward models, and what an ensemble of them says."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxpref.losses.inputs import checked, in_float32
+from jaxpref.losses.preference import Scalar
+
+
+def bradley_terry(
+    chosen_rewards: Float[Array, "*batch"],
+    rejected_rewards: Float[Array, "*batch"],
+    *,
+    margin: Float[Array, "*batch"] | None = None,
+    center_coefficient: Scalar = 0.0,
+) -> Float[Array, "*batch"]:
+    """The negative log-likelihood of preferences under the Bradley-Terry model.
+
+    Formula, with a margin $m$ and a centering coefficient $c$:
+    $L = -\\log \\sigma(r_w - r_l - m) + c (r_w + r_l)^2$.
+
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), equation 1, for two responses; the margin
+    is Llama 2's (arXiv 2307.09288, equation 2), centering Eisenstein et al. 2023's (arXiv
+    2312.09244, equation 2).
+
+    Args:
+      chosen_rewards: the reward of each chosen response.
+      rejected_rewards: the same for the rejected responses.
+      margin: how much better each chosen response is; None for 0.
+      center_coefficient: pull of the pair's sum to 0; a Bradley-Terry reward is
+        determined up to a constant only.
+
+    Returns:
+      One loss a pair, in nats (with centering, plus squared reward), in float32.
+
+    Raises:
+      ValueError: the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> print(bradley_terry(jnp.array([1.0]), jnp.array([1.0])))
+    [0.6931472]
+    """
+    margin = jnp.zeros_like(chosen_rewards) if margin is None else margin
+    chosen, rejected, margin = checked(
+        "bradley_terry",
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        margin=margin,
+    )
+    losses = -jax.nn.log_sigmoid(chosen - rejected - margin)
+    return losses + center_coefficient * jnp.square(chosen + rejected)
+
+
+def plackett_luce(
+    rewards: Float[Array, "*batch responses"],
+    *,
+    where: Bool[Array, "*batch responses"] | None = None,
+) -> Float[Array, "*batch"]:
+    """The negative log-likelihood of rankings under the Plackett-Luce model.
+
+    Formula, with responses ranked best first:
+    $L = -\\sum_k \\log \\frac{\\exp r_k}{\\sum_{j \\ge k} \\exp r_j}$; for two responses it is
+    Bradley-Terry's.
+
+    Source: Plackett 1975 and Luce 1959, as in Rafailov et al. 2023 (arXiv 2305.18290),
+    equation 18 (appendix A.3).
+
+    Args:
+      rewards: of the responses, ranked best first along the last axis.
+      where: True for the responses that are there.
+
+    Returns:
+      One loss a prompt, in nats, in float32.
+    """
+    rewards = in_float32(rewards)
+    if where is not None:
+        # Far below any reward, yet finite, so that gradients are too.
+        rewards = jnp.where(where, rewards, jnp.finfo(rewards.dtype).min / 4)
+    following = jax.lax.cumlogsumexp(rewards, axis=rewards.ndim - 1, reverse=True)
+    terms = following - rewards
+    return (terms if where is None else jnp.where(where, terms, 0.0)).sum(-1)
+
+
+def ensemble_mean(rewards: Float[Array, "members *batch"]) -> Float[Array, "*batch"]:
+    """The mean of an ensemble's rewards, in float32."""
+    return in_float32(rewards).mean(0)
+
+
+def ensemble_uncertainty(rewards: Float[Array, "members *batch"]) -> Float[Array, "*batch"]:
+    """The variance of an ensemble's rewards over its members, in float32.
+
+    Source: Coste et al. 2023 (arXiv 2310.02743), section 4: uncertainty-weighted
+    optimisation maximises the mean less a multiple of this.
+    """
+    return in_float32(rewards).var(0)

@@ -1,0 +1,48 @@
+"""Weights on tokens and on pairs, for losses that are computed from weighted log-probs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxpref.losses.inputs import checked
+from jaxpref.losses.preference import Scalar
+
+
+def length_desensitized(
+    index: Int[Array, "*tokens"], shared_length: Int[Array, "*tokens"], *, alpha: Scalar
+) -> Float[Array, "*tokens"]:
+    """LD-DPO's weight of each token's log-probability in its response's sum.
+
+    Formula: 1 for the first $\\min(|y_w|, |y_l|)$ tokens of a response, $\\alpha$ for the rest.
+
+    Source: Liu et al. 2024 (arXiv 2409.06411), equation 10.
+
+    Args:
+      index: of each token in its response, from 0.
+      shared_length: length of the shorter response of each token's pair.
+      alpha: from 0 to 1, where it is plain DPO.
+    """
+    return jnp.where(index < shared_length, 1.0, alpha)
+
+
+def wpo(
+    chosen_logps: Float[Array, "*batch"], rejected_logps: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """WPO's weight of each pair: how likely the policy is to say what the pair holds.
+
+    Formula: $w = \\exp(\\bar \\ell_w + \\bar \\ell_l)$ with $\\bar \\ell = \\frac{1}{|y|} \\sum_t
+    \\log \\frac{\\pi_\\theta(y_t|\\cdot)}{\\sum_v \\pi_\\theta(v|\\cdot)^2}$, which is 0 on average
+    for the policy's own samples.
+
+    Source: Zhou et al. 2024 (arXiv 2406.11827), equation 2, with its sampled alignment.
+
+    Args:
+      chosen_logps: $\\bar \\ell$ of each chosen response, in nats; no gradient. See
+        `logprobs.token_logprobs_and_collision`.
+      rejected_logps: the same for the rejected responses.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    chosen, rejected = checked("wpo", chosen_logps=chosen_logps, rejected_logps=rejected_logps)
+    return jax.lax.stop_gradient(jnp.exp(chosen + rejected))

@@ -1,0 +1,137 @@
+"""Losses that TRL has too, against what its own code gives; see `trl_values.py`."""
+
+import functools
+import importlib.util
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trl_values
+
+from jaxpref import losses
+
+BETA = trl_values.BETA
+
+
+@functools.cache
+def drawn():
+    return {name: jnp.asarray(value) for name, value in trl_values.inputs().items()}
+
+
+def sums(x, weights=None):
+    names = [f"{model}_{side}" for model in ("policy", "reference") for side in SIDES]
+    return [(x[name] if weights is None else x[name] * weights).sum(1) for name in names]
+
+
+SIDES = ("chosen", "rejected")
+
+
+def pairwise(loss, **options):
+    return lambda x: loss(*sums(x), beta=BETA, **options).losses
+
+
+def per_token(loss):
+    def call(x):
+        lengths = {f"{side}_lengths": x[f"{side}_lengths"] for side in SIDES}
+        return loss(*sums(x), beta=BETA, **lengths).losses
+
+    return call
+
+
+def length_desensitized(x):
+    shared = jnp.minimum(x["chosen_lengths"], x["rejected_lengths"])[:, None]
+    index = jnp.arange(trl_values.TOKENS)[None]
+    weights = losses.weighting.length_desensitized(*jnp.broadcast_arrays(index, shared), alpha=0.3)
+    return losses.dpo(*sums(x, weights), beta=BETA).losses
+
+
+def wpo(x):
+    means = [
+        (x[f"policy_{side}"] - x[f"{side}_collision"]).sum(1) / x[f"{side}_lengths"]
+        for side in SIDES
+    ]
+    return losses.weighting.wpo(*means) * losses.dpo(*sums(x), beta=BETA).losses
+
+
+def kto(x):
+    chosen, rejected, reference_chosen, reference_rejected = sums(x)
+    kl = losses.kto_kl(rejected, reference_rejected)
+    weights = {"desirable_weight": 1.2, "undesirable_weight": 0.8}
+    return losses.kto(chosen, reference_chosen, x["labels"] == 1, kl, beta=BETA, **weights).losses
+
+
+def simpo(x):
+    lengths = [x[f"{side}_lengths"] for side in SIDES]
+    return losses.simpo(*sums(x)[:2], *lengths, beta=BETA, margin=0.5, label_smoothing=0.1).losses
+
+
+def orpo(x):
+    """TRL's function gives the odds ratio's part alone."""
+    chosen, rejected = sums(x)[:2]
+    lengths = [x[f"{side}_lengths"] for side in SIDES]
+    return losses.orpo(chosen, rejected, *lengths, beta=BETA).losses + chosen / lengths[0]
+
+
+def divergence(function):
+    return pairwise(losses.dpo, divergence=function)
+
+
+OURS = {
+    "sigmoid": pairwise(losses.dpo),
+    "hinge": pairwise(losses.hinge),
+    "ipo": per_token(losses.ipo),
+    "exo_pair": pairwise(losses.exo, label_smoothing=0.01),
+    "nca_pair": pairwise(losses.nca),
+    "robust": pairwise(losses.robust_dpo, label_smoothing=0.2),
+    "bco_pair": pairwise(losses.bco, shift=0.0),
+    "sppo_hard": pairwise(losses.sppo_hard),
+    "aot": pairwise(losses.aot, label_smoothing=0.1),
+    "aot_unpaired": pairwise(losses.aot_unpaired, label_smoothing=0.1),
+    "apo_zero": pairwise(losses.apo_zero),
+    "apo_down": pairwise(losses.apo_down),
+    "discopop": pairwise(losses.discopop),
+    "sigmoid_norm": per_token(losses.dpo),
+    "forward_kl": divergence(losses.divergences.forward_kl),
+    "js_divergence": divergence(losses.divergences.jensen_shannon),
+    "alpha_divergence": divergence(lambda x: losses.divergences.alpha_divergence(x, 0.3)),
+    "length_desensitized": length_desensitized,
+    "wpo": wpo,
+    "kto": kto,
+    "reward": lambda x: losses.bradley_terry(
+        x["chosen_rewards"], x["rejected_rewards"], margin=x["margin"], center_coefficient=0.01
+    ),
+    "cpo": lambda x: (
+        losses.cpo(*sums(x)[:2], beta=BETA, nll_weight=0.0, label_smoothing=0.1).losses
+    ),
+    "simpo": simpo,
+    "orpo": orpo,
+}
+
+
+def compare(theirs):
+    assert theirs.keys() == OURS.keys()
+    for name, loss in OURS.items():
+        x, expected = drawn(), theirs[name]
+        if len(expected) == 1:
+            ours = [float(loss(x).mean())]
+        elif len(expected) == trl_values.PAIRS:
+            ours = loss(x).tolist()
+        else:
+            # The whole batch, then each pair as a batch of its own.
+            alone = [
+                float(loss({k: v[i : i + 1] for k, v in x.items()})[0])
+                for i in range(trl_values.PAIRS)
+            ]
+            ours = [float(loss(x).mean()), *alone]
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_losses_are_trls():
+    compare(json.loads(trl_values.FIXTURE.read_text()))
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
+def test_losses_are_trls_live():
+    compare(trl_values.values())
