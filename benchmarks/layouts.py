@@ -122,7 +122,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     algorithm = algorithms.build(config, model)
     if case.layout == "padded":
         algorithm = _with_full_logits(algorithm, config, model)
-    dataset = data.load(config, tokenizer, algorithm.select).train
+    dataset = data.load(config, tokenizer, algorithm.kind).train
     tree = case.layout == "tree"
     scored = packing.scored_budget(
         dataset.prompt_lengths, dataset.response_lengths, case.row_length

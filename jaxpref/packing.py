@@ -238,13 +238,12 @@ def round_rows(rows: int, shards: int = 1) -> int:
 
 
 def scored_budget(
-    prompt_lengths: Sequence[int],
-    response_lengths: Sequence[Sequence[int]],
+    prompt_lengths: Int[np.ndarray, " groups"],
+    response_lengths: Int[np.ndarray, "groups responses"],
     row_length: int,
 ) -> int:
     """Scored tokens a row that keep the table full: the data's own share, and a tenth more."""
-    prompts = sum(prompt_lengths)
-    responses = sum(sum(lengths) for lengths in response_lengths)
+    prompts, responses = int(prompt_lengths.sum()), int(response_lengths.sum())
     share = responses / max(prompts + responses, 1)
     return min(-(-int(1.1 * share * row_length + 1) // 16) * 16, row_length)
 

@@ -82,7 +82,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         data = data_lib.load(
             config,
             tokenizer,
-            algorithm.select,
+            algorithm.kind,
             progress=lambda done: status.update(f"tokenising: {done} examples"),
         )
     steps = config.train.steps or max(

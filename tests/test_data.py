@@ -248,7 +248,9 @@ def test_tokens_are_the_bytes_apart_at_the_boundary():
     tokenizer = load_tokenizer("bytes")
     text = "Grüße </s>"
     limits = Limits(64, 32, tokenizer.eos_token_id, begins_with_bos(tokenizer, "auto"))
-    data = tokenize([Example(text, (" a", " b\n"), (1.0, 2.0))], tokenizer, limits)
+    data = tokenize(
+        [Example(text, (" a", " b\n"), (1.0, 2.0), scores_are_true=True)], tokenizer, limits
+    )
     group = data.group(0)
     # ByT5 ids are bytes + 3, and the name of a special token inside a text is just text.
     assert bytes(int(i) - 3 for i in group.prompt) == text.encode()
@@ -285,8 +287,10 @@ def test_dataset_gives_back_every_piece_and_knows_its_lengths():
     data = tokenize(examples, tokenizer, Limits(64, 32, 1))
     assert len(data) == 7
     assert data.responses == 3
-    assert data.prompt_lengths == [len(e.prompt) for e in examples]
-    assert data.response_lengths == [[len(r) + 1 for r in e.responses] for e in examples]
+    assert data.prompt_lengths.tolist() == [len(e.prompt) for e in examples]
+    assert data.response_lengths.tolist() == [
+        [*(len(r) + 1 for r in e.responses), 0, 0][:3] for e in examples
+    ]
     for i, example in enumerate(examples):
         group = data.group(i)
         assert len(group.prompt) == len(example.prompt)

@@ -353,7 +353,7 @@ def test_update_divides_once_by_the_weight_of_all_micro_batches():
         weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
         return Objective(Metric(params["w"] * weights, weights), {})
 
-    algorithm = algorithms.Algorithm(lambda e: e, lambda reference, batch: batch, loss)
+    algorithm = algorithms.Algorithm("sft", lambda reference, batch: batch, loss)
     update = train.make_update(algorithm, optax.sgd(1.0), lambda step: 1.0)
     lengths = np.array([1, 2, 3, 10], np.int32).reshape(2, 2, 1)
     nothing = np.zeros((2, 1, 1), np.int32)

@@ -1,4 +1,4 @@
-"""One file a method: config to (select, prepare, loss). Here losses meet models."""
+"""One file a method: config to (kind, prepare, loss). Here losses meet models."""
 
 from collections.abc import Callable
 

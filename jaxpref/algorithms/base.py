@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpref import packing
-from jaxpref.data.examples import Example
 from jaxpref.logprobs import token_logprobs
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
@@ -28,13 +27,13 @@ class Algorithm(NamedTuple):
     """A method, as functions.
 
     Attributes:
-      select: the part of an example that the method trains on.
+      kind: what the method needs of an example, a name in `jaxpref.data.convert.KINDS`.
       prepare: adds what the frozen reference says of a batch; `(reference, batch)`.
       loss: `(params, batch, key)` to per-example losses and metrics; the key, if not None,
         is for dropout.
     """
 
-    select: Callable[[Example], Example]
+    kind: str
     prepare: Callable[[Params, PackedBatch], PackedBatch]
     loss: Callable[[Params, PackedBatch, Array | None], Objective]
 

@@ -57,4 +57,4 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         metrics = {name: Metric(value, present) for name, value in values.items()}
         return scores.complete(Objective(Metric(output.losses, present), metrics))
 
-    return Algorithm(lambda example: example, prepare, loss)
+    return Algorithm("pairs", prepare, loss)

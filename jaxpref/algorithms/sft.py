@@ -4,15 +4,12 @@ On preference pairs this is the Preferred-FT baseline of the DPO paper (arXiv
 2305.18290, section 6), and the model that DPO starts from.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
 from jaxpref.algorithms.base import Algorithm, Objective, Params, score
-from jaxpref.data.examples import Example
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
@@ -20,10 +17,6 @@ from jaxpref.packing import PackedBatch
 
 def build(config: ConfigDict, model: Decoder) -> Algorithm:
     """SFT: the mean negative log-likelihood of a response token."""
-
-    def select(example: Example) -> Example:
-        scores = example.scores and example.scores[:1]
-        return dataclasses.replace(example, responses=example.responses[:1], scores=scores)
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(model, params, batch, key)
@@ -36,4 +29,4 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         metrics = {"logps/chosen": Metric(logps, present)}
         return scores.complete(Objective(Metric(per_token, tokens), metrics))
 
-    return Algorithm(select, lambda reference, batch: batch, loss)
+    return Algorithm("sft", lambda reference, batch: batch, loss)

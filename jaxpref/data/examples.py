@@ -12,6 +12,8 @@ from jaxpref.data.records import Record, read_records
 from jaxpref.errors import UserError
 
 _ASSISTANT_TURN = "\n\nAssistant:"
+Response = str | Message
+
 # What a message with nothing to say has.
 _BARE = {"role", "content"}
 
@@ -22,15 +24,25 @@ class Example:
 
     Attributes:
       prompt: the text before the responses, or the conversation.
-      responses: the texts, or the messages, that continue it, the preferred one first.
-      scores: the true reward of each response, where it is known.
+      responses: the texts, or the messages, that continue it, best first; none if they are
+        still to be sampled.
+      scores: of each response, where there are any.
       where: the place in the source, for messages.
+      label: whether a single response is a good one; None if it is not said.
+      margin: by how much the first of two responses is the better one.
+      source: the name of the source, where several are mixed.
+      scores_are_true: the scores are the reward that the order was drawn from, which may
+        have drawn the other way; else the order is that of the scores.
     """
 
     prompt: str | Chat
-    responses: tuple[str | Message, ...]
+    responses: tuple[Response, ...]
     scores: tuple[float, ...] | None = None
     where: str = ""
+    label: bool | None = None
+    margin: float | None = None
+    source: str = ""
+    scores_are_true: bool = False
 
 
 class DivergentPromptError(UserError):

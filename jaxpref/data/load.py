@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from jaxpref.data import synthetic
+from jaxpref.data.convert import adapt
 from jaxpref.data.examples import Example, hold_out, read_examples
 from jaxpref.data.records import check_source
 from jaxpref.data.tokenize import Limits, TokenizedDataset, begins_with_bos, tokenize
@@ -37,7 +38,7 @@ def check(config: ConfigDict) -> None:
 def load(
     config: ConfigDict,
     tokenizer: Any,
-    select: Callable[[Example], Example],
+    kind: str,
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Data:
@@ -46,11 +47,11 @@ def load(
     Args:
       config: a checked config.
       tokenizer: a `transformers` tokenizer.
-      select: the part of an example that the algorithm needs.
+      kind: what the algorithm needs of an example, a name in `convert.KINDS`.
       progress: called with the number of training examples tokenised so far.
 
     Raises:
-      UserError: see `read_examples` and `tokenize`.
+      UserError: see `read_examples`, `adapt` and `tokenize`.
     """
     train, held_out, dropped = _examples(config)
     if not train:
@@ -69,24 +70,31 @@ def load(
     )
 
     def tokenized(examples: list[Example], progress: Callable[[int], None]) -> TokenizedDataset:
+        adapted, converted = adapt(examples, kind, found=config.data.format)
+        counts.update(converted)
         return tokenize(
-            [select(example) for example in examples],
+            adapted,
             tokenizer,
             limits,
             parse_special_tokens=config.tokenizer.parse_special_tokens,
             progress=progress,
         )
 
+    counts: Counter[str] = Counter()
     train_set = tokenized(train, progress)
     held_out_set = tokenized(held_out, lambda done: None) if held_out else None
     cut = train_set.counts + (held_out_set.counts if held_out_set else Counter())
-    counts = {
-        "train_examples": len(train),
-        "held_out_examples": len(held_out),
-        **{f"dropped/{reason}": count for reason, count in dropped.items()},
-        **{reason: cut[reason] for reason in train_set.counts},
-    }
-    return Data(train_set, held_out_set, counts)
+    return Data(
+        train_set,
+        held_out_set,
+        {
+            "train_examples": len(train_set),
+            "held_out_examples": len(held_out_set) if held_out_set else 0,
+            **{f"dropped/{reason}": count for reason, count in dropped.items()},
+            **counts,
+            **{reason: cut[reason] for reason in train_set.counts},
+        },
+    )
 
 
 def _examples(config: ConfigDict) -> tuple[list[Example], list[Example], Counter[str]]:

@@ -43,14 +43,15 @@ class BatchStream:
           budget: the shape of a row.
           seed: of the order.
           micro_batches: parts of a batch, stacked along a leading axis.
-          extras: further values of each example, for `PackedBatch.extras`.
+          extras: further values of each example, for `PackedBatch.extras` beside those
+            that the data set has.
           planner: how groups are placed in rows.
         """
         self._dataset = dataset
         self._batch_size = batch_size
         self.budget = budget
         self._micro_batches = micro_batches
-        self._extras = extras or {}
+        self._extras = {**dataset.extras, **(extras or {})}
         self._planner = planner
         self._order = grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
 

@@ -70,4 +70,5 @@ def _pair(rng: np.random.Generator, index: int) -> Example:
         (texts[chosen], texts[rejected]),
         scores=(rewards[chosen], rewards[rejected]),
         where=f"synthetic:{index}",
+        scores_are_true=True,
     )

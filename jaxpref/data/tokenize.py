@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ class TokenizedDataset:
       examples: the first piece of each example, and the end.
       scores: true rewards `[examples, responses]`, or None.
       counts: what truncation did, and names of special tokens that stood in the texts.
+      extras: further values `[examples, ...]`, for `PackedBatch.extras`: where all examples
+        have them, `labels` (1 or 0), `margins`, and `scores` of each response, 0 where there
+        is none.
+      sources: the examples of each source by name, where several are mixed.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -36,6 +40,8 @@ class TokenizedDataset:
     examples: Int[np.ndarray, " examples"]
     scores: Float[np.ndarray, "_ responses"] | None
     counts: Counter[str]
+    extras: Mapping[str, Float[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples) - 1
@@ -49,19 +55,20 @@ class TokenizedDataset:
         return Group(prompt, responses)
 
     @property
-    def prompt_lengths(self) -> list[int]:
+    def prompt_lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each prompt."""
         first = self.examples[:-1]
-        return (self.pieces[first + 1] - self.pieces[first]).tolist()
+        return self.pieces[first + 1] - self.pieces[first]
 
     @property
-    def response_lengths(self) -> list[list[int]]:
-        """Tokens of each response of each example."""
-        lengths = np.diff(self.pieces)
-        return [
-            lengths[start + 1 : end].tolist()
-            for start, end in zip(self.examples[:-1], self.examples[1:], strict=True)
-        ]
+    def response_lengths(self) -> Int[np.ndarray, "examples responses"]:
+        """Tokens of each response of each example; 0 where there is none."""
+        is_response = np.arange(self.responses) < np.diff(self.examples)[:, None] - 1
+        is_prompt = np.zeros(len(self.pieces) - 1, bool)
+        is_prompt[self.examples[:-1]] = True
+        lengths = np.zeros(is_response.shape, self.pieces.dtype)
+        lengths[is_response] = np.diff(self.pieces)[~is_prompt]
+        return lengths
 
     @property
     def responses(self) -> int:
@@ -69,10 +76,13 @@ class TokenizedDataset:
         return int(np.diff(self.examples).max(initial=2)) - 1
 
     def fingerprint(self) -> str:
-        """A digest of every token id, of their division into examples, and of the scores."""
+        """A digest of every token id, their division into examples and sources, and all values."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.pieces, self.examples, self.scores):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        for named in (self.extras, self.sources):
+            for name, array in sorted(named.items()):
+                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -191,7 +201,8 @@ def encode(
             response if response and response[-1] == limits.eos else [*response, limits.eos]
             for response in responses
         ]
-    longest = max(map(len, responses))
+    # A response that is still to be sampled may take all the room that it is given.
+    longest = max(map(len, responses), default=limits.max_length)
     if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
         if not limits.may_cut_prompts:
             raise UserError(
@@ -262,14 +273,50 @@ def tokenize(
             piece_counts.append(len(pieces))
         progress(len(piece_counts) - 1)
     counts["special_tokens_in_text"] += chats.special_names
-    scores = [example.scores for example in examples]
     return TokenizedDataset(
         tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
         pieces=np.cumsum([0, *map(len, pieces)]),
         examples=np.asarray(piece_counts),
-        scores=np.asarray(scores, np.float32) if scores and None not in scores else None,
+        scores=_true_scores(examples),
         counts=counts,
+        extras=_extras(examples),
+        sources=_sources(examples),
     )
+
+
+def _true_scores(examples: Sequence[Example]) -> np.ndarray | None:
+    if not examples or not all(e.scores is not None and e.scores_are_true for e in examples):
+        return None
+    return np.asarray([example.scores for example in examples], np.float32)
+
+
+def _extras(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    extras: dict[str, np.ndarray] = {}
+    if not examples:
+        return extras
+    if all(example.label is not None for example in examples):
+        extras["labels"] = np.asarray([example.label for example in examples], np.float32)
+    without = next((example for example in examples if example.margin is None), None)
+    if without is None:
+        extras["margins"] = np.asarray([example.margin for example in examples], np.float32)
+    elif any(example.margin is not None for example in examples):
+        raise UserError(
+            f"{without.where}: has no margin, but other examples do; give every example of the "
+            "data one, or none."
+        )
+    scores = [example.scores for example in examples]
+    if None not in scores:
+        table = np.zeros((len(examples), max(len(e.responses) for e in examples)), np.float32)
+        for row, values in zip(table, scores, strict=True):
+            row[: len(values or ())] = values
+        extras["scores"] = table
+    return extras
+
+
+def _sources(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    names = np.asarray([example.source for example in examples])
+    sources = {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
+    return sources if len(sources) > 1 else {}
 
 
 def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -1,0 +1,190 @@
+"""What a data set holds to what an algorithm needs; nothing is converted by guessing."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
+
+from jaxpref.data.examples import Example, Response
+from jaxpref.errors import UserError
+
+# What an algorithm may need of an example, with the columns that hold it.
+KINDS: dict[str, str] = {
+    "sft": "one response to a prompt (prompt, completion; messages; instruction, output; or the "
+    "best of several)",
+    "pairs": "two responses to a prompt, the better one known (prompt, chosen, rejected; or "
+    "prompt, responses, scores)",
+    "ranked": "two or more responses in order (prompt, responses, scores; or prompt, chosen, "
+    "rejected)",
+    "unpaired": "one response with a label (prompt, completion, label; or prompt, chosen, "
+    "rejected)",
+    "prompts": "a prompt (any format)",
+}
+
+
+def kind_of(example: Example) -> str:
+    """What an example holds, one of `KINDS`."""
+    if len(example.responses) > 2:
+        return "ranked"
+    if len(example.responses) == 2:
+        return "pairs"
+    if example.label is not None:
+        return "unpaired"
+    return "sft" if example.responses else "prompts"
+
+
+def ranked_to_pairs(example: Example, which: str = "best_worst") -> list[Example]:
+    """Pairs of a better and a worse response.
+
+    Args:
+      example: two or more responses, best first.
+      which: "best_worst" (one pair), "adjacent" (neighbours in the ranking) or "all".
+    """
+    if len(example.responses) == 2:
+        return [example]
+    return [
+        dataclasses.replace(
+            example,
+            responses=(example.responses[i], example.responses[j]),
+            scores=example.scores and (example.scores[i], example.scores[j]),
+            margin=None,
+        )
+        for i, j in _PAIRS[which](len(example.responses))
+    ]
+
+
+def pairs_to_unpaired(example: Example) -> list[Example]:
+    """The better response of a pair with the label True, the worse one with False."""
+    return [
+        dataclasses.replace(
+            example,
+            responses=(response,),
+            scores=example.scores and (example.scores[i],),
+            label=i == 0,
+            margin=None,
+        )
+        for i, response in enumerate(example.responses)
+    ]
+
+
+def ranked_to_sft(example: Example) -> Example:
+    """The best response alone."""
+    return dataclasses.replace(
+        example,
+        responses=example.responses[:1],
+        scores=example.scores and example.scores[:1],
+        label=None,
+        margin=None,
+    )
+
+
+pairs_to_sft = ranked_to_sft
+
+
+def to_prompt(example: Example) -> Example:
+    """The prompt alone."""
+    return dataclasses.replace(example, responses=(), scores=None, label=None, margin=None)
+
+
+def adapt(
+    examples: Iterable[Example],
+    kind: str,
+    *,
+    found: str = "",
+    ranked_pairs: str = "best_worst",
+    on_tie: str = "error",
+    on_identical: str = "keep",
+) -> tuple[list[Example], Counter[str]]:
+    """Converts examples to what an algorithm needs.
+
+    Args:
+      examples: of any kind.
+      kind: one of `KINDS`.
+      found: the format that they were read as, for messages.
+      ranked_pairs: the pairs of more than two responses, see `ranked_to_pairs`.
+      on_tie: "error", or "skip" to drop comparisons of responses with the same score.
+      on_identical: "keep", or "skip" to drop comparisons of a response with its equal.
+
+    Returns:
+      The examples, and counts: `identical_responses` of those kept, `dropped/<reason>`.
+
+    Raises:
+      UserError: an example does not hold what is needed, or its order is a tie.
+    """
+    counts: Counter[str] = Counter()
+
+    def compared(candidates: Iterable[Example]) -> Iterator[Example]:
+        for example in candidates:
+            if _is_tied(example):
+                if on_tie != "skip":
+                    raise UserError(
+                        f"{example.where}: two responses have the same score "
+                        f"({', '.join(f'{score:g}' for score in example.scores or ())}), so "
+                        "neither is the better one. Skip such comparisons with "
+                        "--config.data.on_tie=skip."
+                    )
+                counts["dropped/tie"] += 1
+            elif _has_identical(example.responses):
+                skip = on_identical == "skip"
+                counts["dropped/identical_responses" if skip else "identical_responses"] += 1
+                if not skip:
+                    yield example
+            else:
+                yield example
+
+    def converted(example: Example) -> Iterable[Example]:
+        has = kind_of(example)
+        rivals = has in ("pairs", "ranked")
+        if kind == "prompts":
+            return [to_prompt(example)]
+        if kind == "sft" and (rivals or has == "sft"):
+            return [ranked_to_sft(example)]
+        if kind == "sft" and has == "unpaired":
+            counts["dropped/label_false"] += not example.label
+            return [ranked_to_sft(example)] if example.label else []
+        if kind == "ranked" and rivals:
+            return compared([example])
+        if kind == "pairs" and rivals:
+            return compared(ranked_to_pairs(example, ranked_pairs))
+        if kind == "unpaired" and rivals:
+            # Of more than two, those in the middle are neither good nor bad.
+            pairs = compared(ranked_to_pairs(example, "best_worst"))
+            return (one for pair in pairs for one in pairs_to_unpaired(pair))
+        if kind == "unpaired" and has == "unpaired":
+            return [example]
+        raise UserError(
+            f"{example.where}: the data{f' (format {found!r})' if found else ''} holds "
+            f"{KINDS[has].partition(' (')[0]}, but the algorithm needs {KINDS[kind]}. Give data "
+            "with these columns, or set data.format if the file has them and was read as "
+            "something else."
+        )
+
+    return [one for example in examples for one in converted(example)], counts
+
+
+def deduplicate(examples: Iterable[Example]) -> tuple[list[Example], int]:
+    """The first of all examples with the same prompt, responses and label, and how many went."""
+    examples = list(examples)
+    first: dict[tuple[str, str, bool | None], Example] = {}
+    for example in examples:
+        responses = json.dumps(example.responses, sort_keys=True)
+        first.setdefault((str(example.prompt), responses, example.label), example)
+    return list(first.values()), len(examples) - len(first)
+
+
+def _is_tied(example: Example) -> bool:
+    if example.scores is None or example.scores_are_true:
+        return False
+    return len(set(example.scores)) < len(example.scores)
+
+
+def _has_identical(responses: Sequence[Response]) -> bool:
+    return any(a == b for a, b in combinations(responses, 2))
+
+
+_PAIRS: dict[str, Callable[[int], Iterable[tuple[int, int]]]] = {
+    "best_worst": lambda count: [(0, count - 1)],
+    "adjacent": lambda count: zip(range(count - 1), range(1, count), strict=True),
+    "all": lambda count: combinations(range(count), 2),
+}
