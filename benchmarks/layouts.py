@@ -121,7 +121,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     model = models.build(config.model, len(tokenizer))
     algorithm = algorithms.build(config, model)
     if case.layout == "padded":
-        algorithm = _with_full_logits(algorithm, config, model)
+        algorithm = _with_full_logits(algorithm, model)
     dataset = data.load(config, tokenizer, algorithm.kind).train
     tree = case.layout == "tree"
     scored = packing.scored_budget(
@@ -194,10 +194,8 @@ def _with_reference(model: Any, params: Any, batches: list[Any]) -> list[Any]:
     ]
 
 
-def _with_full_logits(algorithm: Any, config: Any, model: Any) -> Any:
+def _with_full_logits(algorithm: Any, model: Any) -> Any:
     """DPO as it is without this library's log-probs: all logits, then a mask."""
-    import dataclasses
-
     import jax.numpy as jnp
 
     from jaxpref import losses, packing
@@ -214,19 +212,13 @@ def _with_full_logits(algorithm: Any, config: Any, model: Any) -> Any:
         logps = jnp.pad(logps, ((0, 0), (0, 1)))
         return packing.sum_by_response(logps.ravel()[batch.source], batch)
 
-    def prepare(reference: Any, batch: Any) -> Any:
-        if config.reference.mode != "live":
-            return batch
-        logps = response_logps(reference, batch)
-        return dataclasses.replace(batch, extras={"reference_logps": logps})
-
     def loss(params: Any, batch: Any, key: Any) -> Any:
         policy = response_logps(params, batch)
         reference = batch.extras["reference_logps"]
         out = losses.dpo(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])
         return Objective(Metric(out.losses, jnp.ones_like(out.losses)), {})
 
-    return algorithm._replace(prepare=prepare, loss=loss)
+    return algorithm._replace(reference_logps=response_logps, loss=loss)
 
 
 def _unavoidable_flops(batch: Any, live_reference: bool) -> float:

@@ -143,7 +143,7 @@ def run_jaxpref(folder: Path) -> dict[str, Any]:
     train.run(config, folder / "run")
 
     tokenizer = data.load_tokenizer(config.model.init_from)
-    dataset = data.load(config, tokenizer, lambda example: example).train
+    dataset = data.load(config, tokenizer, "pairs").train
     if dataset.counts.total():
         raise SystemExit(f"jaxpref cut something: {dict(dataset.counts)}.")
     budget = packing.Budget(MAX_LENGTH, MAX_LENGTH)  # The order does not depend on it.

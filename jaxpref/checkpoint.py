@@ -80,6 +80,8 @@ class Checkpoints:
 def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     """The parameters of a workdir's last checkpoint, into `params`' shapes and shardings.
 
+    What `params` lacks is not read.
+
     Returns:
       All parameters, trained and frozen, these as the run keeps them, and the step.
 
@@ -93,8 +95,13 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     config = config_lib.from_flat(run)
     trained, frozen = partition(params, config_lib.trainable(config))
     frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)
-    with ocp.StandardCheckpointer() as checkpointer:
-        trained = checkpointer.restore(folder / str(step) / "params", trained)
+    wanted = ocp.args.PyTreeRestore(
+        item=trained,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(trained),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        trained = checkpointer.restore(folder / str(step) / "params", args=wanted)
     return merge(trained, restore_frozen(workdir, frozen)), step
 
 

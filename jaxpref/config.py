@@ -12,18 +12,89 @@ from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
 
+# Of a method that compares the policy's log-ratios of chosen and rejected responses.
+_RATIOS: dict[str, Any] = {
+    # Inverse temperature of the implicit reward.
+    "beta": 0.1,
+    # Weight of a response's tokens beyond the shorter one's length (LD-DPO). 1: none is less.
+    "length_alpha": 1.0,
+}
+_PAIRS: dict[str, Any] = {
+    **_RATIOS,
+    # Weigh pairs by how likely the policy is to say them (WPO).
+    "wpo": False,
+}
+# Probability that a label is wrong.
+_SMOOTHED: dict[str, Any] = {"label_smoothing": 0.0}
+
 # The knobs of each algorithm beside its name. An algorithm has no others, so that a
 # knob it would ignore is an unknown key.
 _ALGORITHMS: dict[str, dict[str, Any]] = {
     # Supervised fine-tuning on the first (chosen) response.
     "sft": {},
     "dpo": {
-        # Inverse temperature of the implicit reward.
-        "beta": 0.1,
-        # Probability that a label is wrong (conservative DPO).
-        "label_smoothing": 0.0,
+        **_PAIRS,
+        # Conservative DPO.
+        **_SMOOTHED,
+        # reverse_kl, forward_kl, jensen_shannon or alpha (f-DPO).
+        "divergence": "reverse_kl",
+        # Of divergence alpha: 0 is the reverse KL, 1 the forward KL.
+        "alpha": 0.5,
+        # Divide log-ratios by the responses' lengths.
+        "per_token": False,
+    },
+    "robust_dpo": {**_PAIRS, "label_smoothing": 0.1},
+    # per_token: as TRL has it; the paper sums.
+    "ipo": {**_PAIRS, "per_token": False},
+    "hinge": _PAIRS,
+    "exo": {**_PAIRS, "label_smoothing": 1e-3},
+    "nca": _PAIRS,
+    "sppo_hard": _PAIRS,
+    # Quantiles of a micro-batch, so no weights of its pairs.
+    "aot": {**_RATIOS, **_SMOOTHED},
+    "aot_unpaired": {**_RATIOS, **_SMOOTHED},
+    "apo_zero": _PAIRS,
+    "apo_down": _PAIRS,
+    "discopop": {**_PAIRS, "beta": 0.05, "temperature": 0.05},
+    "bco": _PAIRS,
+    # A mixture of DPO's, BCO's and SFT's loss.
+    "mpo": {**_PAIRS, "dpo_weight": 0.8, "bco_weight": 0.2, "nll_weight": 1.0},
+    "simpo": {"beta": 2.0, "margin": 1.0, **_SMOOTHED},
+    "orpo": {"beta": 0.1},
+    "cpo": {"beta": 0.1, "nll_weight": 1.0, **_SMOOTHED},
+    "slic_hf": {"margin": 1.0, "nll_weight": 1.0},
+    # Weight of the rejected responses' term.
+    "unlikelihood": {"alpha": 1.0},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+    "bco_unpaired": {"beta": 0.1},
+    "rrhf": {"rank_weight": 1.0},
+    # DPO on rankings: their likelihood, or the mean over all pairs.
+    "plackett_luce_dpo": {"beta": 0.1},
+    "all_pairs_dpo": {"beta": 0.1},
+    "reward": {
+        # Of more than two responses: all_pairs (Bradley-Terry) or plackett_luce.
+        "ranking": "all_pairs",
+        # Pull of rewards to 0 on average; TRL advises 0.01.
+        "center_coefficient": 0.0,
     },
 }
+
+# The policy alone is enough for these.
+_WITHOUT_REFERENCE = (
+    "sft",
+    "simpo",
+    "orpo",
+    "cpo",
+    "slic_hf",
+    "unlikelihood",
+    "rrhf",
+    "reward",
+)
+# These read the difference of two log-ratios alone, so that a reference may be left out.
+_REFERENCE_OPTIONAL = (
+    *("dpo", "robust_dpo", "ipo", "hinge", "exo", "aot", "discopop", "aot_unpaired"),
+    *("plackett_luce_dpo", "all_pairs_dpo"),
+)
 
 # The lowest value that makes sense.
 _LOWEST: dict[str, float] = {
@@ -33,6 +104,7 @@ _LOWEST: dict[str, float] = {
             "data.max_length",
             "data.max_prompt_length",
             "data.synthetic_pairs",
+            "reference.sync_every",
             "model.attention_block",
             "model.feed_forward",
             "model.head_dim",
@@ -48,8 +120,19 @@ _LOWEST: dict[str, float] = {
     ),
     **dict.fromkeys(
         (
+            "algorithm.alpha",
+            "algorithm.bco_weight",
             "algorithm.beta",
+            "algorithm.center_coefficient",
+            "algorithm.desirable_weight",
+            "algorithm.dpo_weight",
             "algorithm.label_smoothing",
+            "algorithm.length_alpha",
+            "algorithm.margin",
+            "algorithm.nll_weight",
+            "algorithm.rank_weight",
+            "algorithm.temperature",
+            "algorithm.undesirable_weight",
             "data.row_length",
             "data.scored_length",
             "model.lora.dropout",
@@ -178,8 +261,12 @@ def default(algorithm: str) -> ConfigDict:
 
     config.reference = ConfigDict()
     # live (a frozen copy of the initial policy), precomputed (its log-probs, once), adapter (the
-    # policy with its adapters off), free (none).
-    config.reference.mode = "free" if algorithm == "sft" else "live"
+    # policy with its adapters off), synced (live, and mixed with the policy now and then:
+    # TR-DPO), free (none).
+    config.reference.mode = "free" if algorithm in _WITHOUT_REFERENCE else "live"
+    # Of mode synced: the policy's share after a mix, and the updates between two.
+    config.reference.sync_mix = 0.6
+    config.reference.sync_every = 512
     # Of the live copy: float32 or bfloat16.
     config.reference.dtype = "float32"
 
@@ -262,7 +349,7 @@ def check(config: ConfigDict) -> None:
         "data.on_empty": ("error", "skip"),
         "data.on_long_prompt": ("error", "truncate"),
         "tokenizer.bos": ("auto", "always", "never"),
-        "reference.mode": ("live", "precomputed", "adapter", "free"),
+        "reference.mode": ("live", "precomputed", "adapter", "synced", "free"),
         "reference.dtype": ("float32", "bfloat16"),
         "optimizer.name": ("adamw", "rmsprop"),
         "optimizer.schedule": ("constant", "linear", "cosine"),
@@ -271,14 +358,29 @@ def check(config: ConfigDict) -> None:
         "model.frozen_dtype": ("float32", "bfloat16", "nf4"),
         # In bfloat16 a small update leaves most parameters where they were.
         "model.param_dtype": ("float32",),
+        "algorithm.divergence": ("reverse_kl", "forward_kl", "jensen_shannon", "alpha"),
+        "algorithm.ranking": ("all_pairs", "plackett_luce"),
     }.items():
+        if key.startswith("algorithm.") and key.partition(".")[2] not in config.algorithm:
+            continue
         if (value := get(config, key)) not in known:
             raise UserError(one_of(key, value, known))
-    if name == "sft" and config.reference.mode != "free":
+    if name in _WITHOUT_REFERENCE and config.reference.mode != "free":
         raise UserError(
-            f"reference.mode is {config.reference.mode!r}, but sft compares with no reference: "
+            f"reference.mode is {config.reference.mode!r}, but {name} compares with no reference: "
             "leave it at 'free'."
         )
+    if config.reference.mode == "free" and name not in (*_WITHOUT_REFERENCE, *_REFERENCE_OPTIONAL):
+        raise UserError(
+            f"reference.mode is 'free', but {name} reads the log-ratio of each response by itself, "
+            "which says nothing without a reference; use another mode."
+        )
+    if not 0 < config.reference.sync_mix <= 1:
+        raise UserError(
+            f"reference.sync_mix should be above 0 and at most 1; got {config.reference.sync_mix}."
+        )
+    if config.reference.mode == "synced" and config.reference.dtype != "float32":
+        raise UserError("reference.mode 'synced' mixes the reference; keep it in float32.")
     if name != "sft" and config.data.format == "messages":
         raise UserError(
             f"data.format 'messages' has one response to a prompt, but {name} compares two: use "
@@ -311,6 +413,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"algorithm.label_smoothing should be below 0.5, where labels say nothing; got "
             f"{config.algorithm.label_smoothing}."
+        )
+    if name == "exo" and not config.algorithm.label_smoothing:
+        raise UserError("algorithm.label_smoothing should be above 0 for exo; TRL has 0.001.")
+    if config.algorithm.get("length_alpha", 1.0) > 1:
+        raise UserError(
+            f"algorithm.length_alpha should be from 0 to 1; got {config.algorithm.length_alpha}."
         )
     if config.data.max_prompt_length >= config.data.max_length:
         raise UserError(

@@ -50,6 +50,13 @@ class TokenLogprobs(NamedTuple):
     entropy: Float[Array, "*positions"]
 
 
+class TokenCollisions(NamedTuple):
+    """Log-probability of each target, and the log of its expectation under the model."""
+
+    logprobs: Float[Array, "*positions"]
+    log_collision: Float[Array, "*positions"]
+
+
 def token_logprobs(
     hidden: Float[Array, "*positions width"],
     head: LMHead,
@@ -78,7 +85,7 @@ def token_logprobs(
     >>> print(token_logprobs(jnp.ones((2, 4)), head, jnp.array([0, 7])))  # -log(8)
     [-2.0794415 -2.0794415]
     """
-    return _blockwise(hidden, head, targets, block_size, with_entropy=False).logprobs
+    return _blockwise(hidden, head, targets, block_size).logprobs
 
 
 def token_logprobs_and_entropy(
@@ -89,7 +96,24 @@ def token_logprobs_and_entropy(
     block_size: int | None = None,
 ) -> TokenLogprobs:
     """As `token_logprobs`, with the entropy $-\\sum_v \\pi(v) \\log \\pi(v)$ of each position."""
-    return _blockwise(hidden, head, targets, block_size, with_entropy=True)
+    result = _blockwise(hidden, head, targets, block_size, with_entropy=True)
+    return TokenLogprobs(result.logprobs, result.entropy)
+
+
+def token_logprobs_and_collision(
+    hidden: Float[Array, "*positions width"],
+    head: LMHead,
+    targets: Int[Array, "*positions"],
+    *,
+    block_size: int | None = None,
+) -> TokenCollisions:
+    """As `token_logprobs`, with $\\log \\sum_v \\pi(v)^2$ of each position, which has no gradient.
+
+    It is the probability that two samples are the same token, in nats, and what
+    `losses.weighting.wpo` aligns log-probabilities with.
+    """
+    result = _blockwise(hidden, head, targets, block_size, with_collision=True)
+    return TokenCollisions(result.logprobs, jax.lax.stop_gradient(result.log_collision))
 
 
 def from_logits(
@@ -151,8 +175,8 @@ def response_means(
 
 
 def _blockwise(
-    hidden: Array, head: LMHead, targets: Array, block_size: int | None, with_entropy: bool
-) -> TokenLogprobs:
+    hidden: Array, head: LMHead, targets: Array, block_size: int | None, **wanted: bool
+) -> "_Result":
     vocabulary, width = head.kernel.shape
     if hidden.shape != (*targets.shape, width):
         raise ValueError(
@@ -164,18 +188,25 @@ def _blockwise(
     if block_size is None:
         block_size = _BLOCK_ENTRIES // max(targets.size, 1) // _LANES * _LANES
         block_size = max(block_size, _SMALLEST_BLOCK)
-    setting = _Setting(min(block_size, vocabulary), head.soft_cap, with_entropy)
+    setting = _Setting(min(block_size, vocabulary), head.soft_cap, **wanted)
     # One flat axis of positions: XLA on CPU is slower at products with several.
     result = _token_logprobs(
         setting, hidden.reshape(-1, width), head.kernel, head.bias, targets.ravel()
     )
-    return TokenLogprobs(*(x.reshape(targets.shape) for x in result))
+    return _Result(*(x.reshape(targets.shape) for x in result))
 
 
 class _Setting(NamedTuple):
     block_size: int
     soft_cap: float | None
-    with_entropy: bool
+    with_entropy: bool = False
+    with_collision: bool = False
+
+
+class _Result(NamedTuple):
+    logprobs: Array
+    entropy: Array
+    log_collision: Array
 
 
 def _over_blocks(block_size: int, vocabulary: int, step: Callable, carry: Any) -> Any:
@@ -220,17 +251,17 @@ def _is_target(targets: Array, start: Array | int, size: int) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_logprobs(
     setting: _Setting, hidden: Array, kernel: Array, bias: Array | None, targets: Array
-) -> TokenLogprobs:
+) -> _Result:
     return _forward(setting, hidden, kernel, bias, targets)[0]
 
 
 def _forward(
     setting: _Setting, hidden: Array, kernel: Array, bias: Array | None, targets: Array
-) -> tuple[TokenLogprobs, tuple]:
+) -> tuple[_Result, tuple]:
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def step(carry: tuple, start: Array | int, size: int) -> tuple:
-        maximum, total, moment, target_logit = carry
+        maximum, total, moment, squares, target_logit = carry
         logits, _ = _block_logits(setting, hidden, kernel, bias, start, size)
         new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
         shifted = logits - new_maximum[..., None]
@@ -240,28 +271,31 @@ def _forward(
             # The moment is the sum of weights * (logit - maximum), so it moves with the maximum.
             moment = rescale * (moment + (maximum - new_maximum) * total)
             moment += jnp.where(weights > 0, weights * shifted, 0).sum(axis=-1)
+        if setting.with_collision:
+            squares = jnp.square(rescale) * squares + jnp.square(weights).sum(axis=-1)
         total = rescale * total + weights.sum(axis=-1)
         target_logit += jnp.where(_is_target(targets, start, size), logits, 0).sum(axis=-1)
-        return new_maximum, total, moment, target_logit
+        return new_maximum, total, moment, squares, target_logit
 
     # A finite start, since (-inf) * 0 would make the moment NaN.
     lowest = jnp.full(targets.shape, jnp.finfo(dtype).min / 4, dtype)
     zeros = jnp.zeros(targets.shape, dtype)
-    maximum, total, moment, target_logit = _over_blocks(
-        setting.block_size, kernel.shape[0], step, (lowest, zeros, zeros, zeros)
+    maximum, total, moment, squares, target_logit = _over_blocks(
+        setting.block_size, kernel.shape[0], step, (lowest, zeros, zeros, zeros, zeros)
     )
     log_total = jnp.log(total)
     entropy = log_total - moment / total if setting.with_entropy else zeros
+    log_collision = jnp.log(squares) - 2 * log_total if setting.with_collision else zeros
     # Subtracting the maximum first keeps small log-probs exact for large logits.
     logps = _nan_outside(kernel.shape[0], targets, (target_logit - maximum) - log_total)
-    result = TokenLogprobs(logps, entropy)
+    result = _Result(logps, entropy, log_collision)
     return result, (hidden, kernel, bias, targets, maximum, log_total, entropy)
 
 
-def _backward(setting: _Setting, residuals: tuple, cotangents: TokenLogprobs) -> tuple:
+def _backward(setting: _Setting, residuals: tuple, cotangents: _Result) -> tuple:
     hidden, kernel, bias, targets, maximum, log_total, entropy = residuals
     accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
-    by_logprob, by_entropy = (x[..., None] for x in cotangents)
+    by_logprob, by_entropy = (x[..., None] for x in cotangents[:2])
 
     def step(carry: tuple, start: Array | int, size: int) -> tuple:
         by_hidden, by_kernel, by_bias = carry

@@ -21,7 +21,10 @@ from jaxpref.packing import PackedBatch
 _ZERO_GRADIENTS = 3
 
 # What the terminal's line shows, in this order, of what a run measures.
-_SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "perf/pairs_per_second")
+_SHOWN = (
+    *("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin"),
+    *("grad_norm", "perf/pairs_per_second"),
+)
 
 # A log file has no width to wrap at.
 console = Console(highlight=False, markup=False, soft_wrap=True)

@@ -133,6 +133,16 @@ def is_last(batch: PackedBatch) -> Bool[Array, "rows scored"]:
     return ((by_shard != following) & (by_shard < batch.lengths.size)).reshape(response.shape)
 
 
+def index_in_response(batch: PackedBatch) -> Int[Array, "rows scored"]:
+    """The place of each scored token in its response, from 0."""
+    response = jnp.asarray(batch.response)
+    by_shard = response.reshape(batch.shards, -1)
+    index = jnp.broadcast_to(jnp.arange(by_shard.shape[1])[None], by_shard.shape)
+    before = jnp.concatenate([jnp.full((batch.shards, 1), -1), by_shard[:, :-1]], axis=1)
+    first = jax.lax.cummax(jnp.where(by_shard != before, index, 0), axis=1)
+    return (index - first).reshape(response.shape)
+
+
 def sum_by_response(
     values: Float[Array, "rows scored"], batch: PackedBatch
 ) -> Float[Array, "groups responses"]:

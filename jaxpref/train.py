@@ -1,8 +1,9 @@
 """The one train loop: mesh, data, state, resume; then batch, update, log, evaluate, save."""
 
+import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from jaxpref import (
     sharding,
     weights,
 )
-from jaxpref.algorithms import Algorithm, Objective, response_logps
+from jaxpref.algorithms import Algorithm, Objective
 from jaxpref.data import BatchStream, Data, TokenizedDataset
 from jaxpref.errors import UserError
 from jaxpref.metrics import Metric, console
@@ -51,6 +52,16 @@ class State(NamedTuple):
     step: jax.Array
     params: Any
     optimizer_state: Any
+    # The reference, where it moves with the policy (TR-DPO); else {}.
+    reference: Any
+    # Sums and weights of what the loss reads the mean of, over all steps so far.
+    running: dict[str, Metric]
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """All that there is but the parameters, as checkpoints keep it."""
+        parts = self._asdict().items()
+        return {name: part for name, part in parts if name != "params" and jax.tree.leaves(part)}
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
@@ -93,7 +104,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
     trainable = config_lib.trainable(config)
-    abstract, abstract_frozen = abstract_state(model, optimizer, mesh, trainable)
+    synced = config.reference.mode == "synced"
+    abstract, abstract_frozen = abstract_state(
+        model, optimizer, mesh, trainable, synced=synced, running=algorithm.running
+    )
     with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
         start = checkpoints.latest or 0
         if start > steps:
@@ -102,9 +116,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                 "more steps, or give another --workdir."
             )
         if start:
-            rest = {"step": abstract.step, "optimizer_state": abstract.optimizer_state}
-            params, rest = checkpoints.restore(start, abstract.params, rest)
-            state = State(params=params, **rest)
+            params, rest = checkpoints.restore(start, abstract.params, abstract.rest)
+            state = abstract._replace(params=params, **rest)
             stored = store_frozen(abstract_frozen, config.model.frozen_dtype, convert=as_abstract)
             frozen = checkpoint.restore_frozen(workdir, stored)
         else:
@@ -117,28 +130,36 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             checkpoint.save_frozen(workdir, frozen)
         with sharding.use(mesh):
             reference, tables = _reference(
-                config, workdir, mesh, model, data, state, frozen, abstract
+                config, workdir, mesh, algorithm, data, state, frozen, abstract
             )
             train_stream, held_out_stream = _streams(config, mesh, data, tables)
             _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
             if not start:
                 weights.keep(source, model, workdir)
                 checkpoint.write_run(workdir, identity)
-            update = make_update(algorithm, optimizer, schedule, seed=config.seed)
+            update = make_update(
+                algorithm,
+                optimizer,
+                schedule,
+                seed=config.seed,
+                sync=_sync(config) if synced else None,
+            )
             score = make_score(algorithm)
 
             def evaluate(state: State, step: int) -> dict[str, float]:
                 if held_out_stream is None or data.held_out is None:
                     return {}
                 results = evaluation.evaluate(
-                    lambda batch: score(
-                        state.params, frozen, reference, sharding.put_batch(mesh, batch)
-                    ),
+                    lambda batch: score(state, frozen, reference, sharding.put_batch(mesh, batch)),
                     held_out_stream.once(),
                     data.held_out.scores,
                 )
-                metrics_lib.require_finite(step, results)
-                return results
+                metrics_lib.require_finite(step, results.values)
+                if results.reliability is not None and not jax.process_index():
+                    title = f"{workdir}, step {step}"
+                    picture = workdir / "reliability.png"
+                    evaluation.plot_reliability(results.reliability, picture, title)
+                return results.values
 
             with (
                 _interrupts() as interrupted,
@@ -162,10 +183,9 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                     if last or stop or _due(step, config.train.save_every):
                         log.flush(step)
                         # Only weights that still give finite losses become the last good ones.
-                        loss = score(state.params, frozen, reference, batch).loss.values.sum()
+                        loss = score(state, frozen, reference, batch).loss.values.sum()
                         metrics_lib.require_finite(step, {"loss after the update": float(loss)})
-                        rest = {"step": state.step, "optimizer_state": state.optimizer_state}
-                        checkpoints.save(step, state.params, rest)
+                        checkpoints.save(step, state.params, state.rest)
                         log.pause()
                     if last or stop:
                         # Awaited here, where a second signal does not kill the save.
@@ -179,7 +199,13 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def abstract_state(
-    model: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, trainable: str = ""
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trainable: str = "",
+    *,
+    synced: bool = False,
+    running: Sequence[str] = (),
 ) -> tuple[State, Any]:
     """Shapes, dtypes and shardings of the state, without computing anything.
 
@@ -191,6 +217,8 @@ def abstract_state(
       optimizer: its state belongs to what is trained alone.
       mesh: where the arrays go.
       trainable: a regular expression for the paths of the parameters that are trained.
+      synced: whether the state has a reference that moves with the policy.
+      running: names of the means that the loss reads.
 
     Returns:
       The state, and the parameters that are not trained.
@@ -201,7 +229,11 @@ def abstract_state(
 
     def init(key: jax.Array) -> tuple[State, Any]:
         params, frozen = partition(models.init_params(model, key, boxed=True), trainable)
-        return State(jnp.zeros((), jnp.int32), params, optimizer.init(params)), frozen
+        reference = params if synced else {}
+        state = State(
+            jnp.zeros((), jnp.int32), params, optimizer.init(params), reference, _zeros(running)
+        )
+        return state, frozen
 
     boxed = jax.eval_shape(init, jax.random.key(0))
     if not boxed[0].params:
@@ -221,7 +253,18 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, abstract
     """The state before the first update."""
     where = jax.tree.map(lambda x: x.sharding, abstract)
     optimizer_state = jax.jit(optimizer.init, out_shardings=where.optimizer_state)(params)
-    return State(jax.device_put(jnp.zeros((), jnp.int32), where.step), params, optimizer_state)
+    return State(
+        jax.device_put(jnp.zeros((), jnp.int32), where.step),
+        params,
+        optimizer_state,
+        # A copy, since the update takes over the policy's buffers.
+        jax.tree.map(jnp.copy, params) if jax.tree.leaves(abstract.reference) else {},
+        jax.device_put(_zeros(abstract.running), where.running),
+    )
+
+
+def _zeros(running: Iterable[str]) -> dict[str, Metric]:
+    return {name: Metric(jnp.zeros(()), jnp.zeros(())) for name in running}
 
 
 def make_update(
@@ -230,13 +273,15 @@ def make_update(
     schedule: Callable[[Any], Any],
     *,
     seed: int = 0,
+    sync: Callable[[jax.Array, Any, Any], Any] | None = None,
 ) -> Callable[[State, Any, Any, PackedBatch], tuple[State, dict[str, Metric]]]:
     """The jitted update `(state, frozen, reference, batch)` to a new state and measurements.
 
     The batch has a leading axis of micro-batches. Each measurement is a sum of weighted
     values and the sum of their weights; the gradient is of the loss's sum, divided once
     by its weight, so that it does not depend on how the batch was cut. Only the state's
-    parameters have gradients and optimizer state; `frozen` holds the others.
+    parameters have gradients and optimizer state; `frozen` holds the others. With `sync`,
+    `(step, params, reference)` to the next reference, the reference is the state's own.
     """
 
     def weighted_loss(
@@ -256,6 +301,8 @@ def make_update(
         state: State, frozen: Any, reference: Any, batch: PackedBatch
     ) -> tuple[State, dict[str, Metric]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        reference = state.reference if sync else reference
+        batch = _with_running(batch, state.running)
         gradients, sums = _over_micro_batches(
             lambda micro, key: gradient(state.params, frozen, reference, micro, key), batch, key
         )
@@ -268,19 +315,50 @@ def make_update(
             "learning_rate": schedule(state.step),
         }.items():
             sums[name] = Metric(jnp.asarray(value, jnp.float32), jnp.ones(()))
-        return State(state.step + 1, params, optimizer_state), sums
+        running = {
+            name: jax.tree.map(jnp.add, total, sums[name]) for name, total in state.running.items()
+        }
+        step, reference = state.step + 1, state.reference
+        if sync:
+            reference = sync(step, params, reference)
+        return State(step, params, optimizer_state, reference, running), sums
 
     return jax.jit(update, donate_argnums=0)
 
 
-def make_score(algorithm: Algorithm) -> Callable[[Any, Any, Any, PackedBatch], Objective]:
-    """The jitted `(params, frozen, reference, batch)` to per-example losses and metrics."""
+def make_score(algorithm: Algorithm) -> Callable[[State, Any, Any, PackedBatch], Objective]:
+    """The jitted `(state, frozen, reference, batch)` to per-example losses and metrics."""
 
-    def score(params: Any, frozen: Any, reference: Any, batch: PackedBatch) -> Objective:
-        batch = algorithm.prepare(_whole(frozen, reference), jax.tree.map(lambda x: x[0], batch))
-        return algorithm.loss(merge(params, frozen), batch, None)
+    def score(state: State, frozen: Any, reference: Any, batch: PackedBatch) -> Objective:
+        reference = state.reference or reference
+        batch = jax.tree.map(lambda x: x[0], _with_running(batch, state.running))
+        batch = algorithm.prepare(_whole(frozen, reference), batch)
+        return algorithm.loss(merge(state.params, frozen), batch, None)
 
     return jax.jit(score)
+
+
+def _with_running(batch: PackedBatch, running: dict[str, Metric]) -> PackedBatch:
+    """The batch with the means so far, one copy a micro-batch."""
+    micro_batches = batch.tokens.shape[0]
+    means = {
+        f"running/{name}": jnp.broadcast_to(
+            total.values / jnp.maximum(total.weights, 1e-8), (micro_batches,)
+        )
+        for name, total in running.items()
+    }
+    return dataclasses.replace(batch, extras={**batch.extras, **means}) if means else batch
+
+
+def _sync(config: ConfigDict) -> Callable[[jax.Array, Any, Any], Any]:
+    """TR-DPO (arXiv 2404.09656), equations 3 and 4: the reference follows the policy."""
+    mix, every = config.reference.sync_mix, config.reference.sync_every
+
+    def sync(step: jax.Array, params: Any, reference: Any) -> Any:
+        share = jnp.where(step % every == 0, mix, 0.0)
+        return jax.tree.map(lambda new, old: share * new + (1 - share) * old, params, reference)
+
+    return sync
 
 
 def _whole(frozen: Any, reference: Any) -> Any:
@@ -314,7 +392,7 @@ def _reference(
     config: ConfigDict,
     workdir: Path,
     mesh: Mesh,
-    model: Decoder,
+    algorithm: Algorithm,
     data: Data,
     state: State,
     frozen: Any,
@@ -327,7 +405,7 @@ def _reference(
     from there, so that nothing else has to be where it was.
     """
     mode, resuming = config.reference.mode, int(state.step) > 0
-    if mode == "free":
+    if mode in ("free", "synced"):
         return None, {}
     if mode == "adapter":
         # All that it needs is shared: the base.
@@ -354,8 +432,10 @@ def _reference(
         raise UserError(
             f"{workdir}: the precomputed log-probs of this run's reference are missing."
         )
+    assert algorithm.reference_logps is not None
+    score_reference = algorithm.reference_logps
     logps = jax.jit(
-        lambda params, batch: response_logps(model, params, jax.tree.map(lambda x: x[0], batch))
+        lambda params, batch: score_reference(params, jax.tree.map(lambda x: x[0], batch))
     )
     params, tables = merge(state.params, frozen), {}
     for name, dataset in present.items():

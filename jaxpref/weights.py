@@ -107,6 +107,11 @@ def build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Deco
       UserError: its shape is impossible, or too small for the tokenizer or for the data's
         lengths.
     """
+    model = _build_model(config, source, tokenizer_size)
+    return models.as_scalar(model) if config.algorithm.name == "reward" else model
+
+
+def _build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Decoder:
     if source.pretrained is None:
         return models.build(config.model, tokenizer_size)
     numerics = ("dtype", "param_dtype", "remat", "attention_block")
@@ -141,18 +146,28 @@ def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> A
     """The first weights, into the shapes and shardings of abstract arrays."""
     if source.workdir is None and source.pretrained is None:
         return _random(config, model, abstract)
-    adapters, base = partition(abstract, ADAPTERS)
+    new, base = partition(abstract, _new(source, model))
     if source.workdir is not None:
-        there = checkpoint.read_run(source.workdir) or {}
-        if there.get("model.lora.rank"):
-            adapters, base = {}, abstract
         params, step = checkpoint.restore_params(source.workdir, base)
         params = models.dequantize(params)
         console.print(f"weights from {source.workdir}, step {step}")
     else:
         console.print(f"weights from {config.model.init_from}")
         params = huggingface.load_params(without_adapters(model), base)
-    return merge(params, _random(config, model, adapters)) if adapters else params
+    return merge(params, _random(config, model, new)) if new else params
+
+
+def _new(source: Source, model: Decoder) -> str:
+    """A regular expression for the paths of parameters that the source does not have."""
+    if source.workdir is not None:
+        there = checkpoint.read_run(source.workdir) or {}
+        adapted, scored = bool(there.get("model.lora.rank")), there["algorithm.name"] == "reward"
+    else:
+        adapted, scored = False, huggingface.has_scalar_head(model)
+    parts = [] if adapted else [ADAPTERS]
+    return (
+        "|".join(parts if scored or not model.config.scalar_head else [*parts, "^score$"]) or "^$"
+    )
 
 
 def _random(config: ConfigDict, model: Decoder, abstract: Any) -> Any:

@@ -14,6 +14,7 @@ RECIPES = [
     ("sft_hh", "paper"),
     ("dpo_hh", "tiny"),
     ("dpo_hh", "paper"),
+    *(("methods_hh", name + size) for name in algorithms._BUILDERS for size in ("", ",paper")),
 ]
 
 
@@ -54,7 +55,7 @@ BAD = [
     ({"data__format": "hhh"}, "data.format is 'hhh'.*Did you mean 'hh'"),
     ({"reference__mode": "lve"}, "Did you mean 'live'"),
     ({"optimizer__name": "adam"}, "Did you mean 'adamw'"),
-    ({"algorithm__name": "dppo"}, "algorithm.name is 'dppo'.*one of sft, dpo.*'dpo'"),
+    ({"algorithm__name": "dppo"}, "algorithm.name is 'dppo'.*one of sft, dpo, .*'dpo'"),
     ({"algorithm__name": "sft"}, "start from a recipe for sft"),
     ({"data__max_prompt_length": 512}, "max_prompt_length .512. should be below"),
     ({"data__row_length": 100}, "row_length .100. should be at least data.max_length"),

@@ -64,6 +64,25 @@ def test_equals_full_logits(head_kind, block_size):
             np.testing.assert_allclose(gradient, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("block_size", [7, 25, 64])
+def test_collision_is_the_chance_that_two_samples_agree(block_size):
+    with jax.enable_x64(True):
+        hidden, head, targets = inputs(jnp.float64, soft_cap=3.0)
+
+        def both(hidden):
+            return logprobs.token_logprobs_and_collision(
+                hidden, head, targets, block_size=block_size
+            )
+
+        probabilities = jax.nn.softmax(head.logits(hidden))
+        np.testing.assert_allclose(
+            both(hidden).log_collision, jnp.log((probabilities**2).sum(-1)), rtol=1e-10
+        )
+        np.testing.assert_allclose(both(hidden).logprobs, full(hidden, head, targets)[0])
+        gradient = jax.grad(lambda hidden: both(hidden).log_collision.sum())(hidden)
+        np.testing.assert_array_equal(gradient, 0)
+
+
 def test_check_grads():
     with jax.enable_x64(True):
         hidden, head, targets = inputs(jnp.float64, soft_cap=5.0)

@@ -266,3 +266,16 @@ def test_scored_tokens_over_the_budget_take_more_rows_not_an_error():
 def test_impossible_groups_are_errors(group, message, planner):
     with pytest.raises(ValueError, match=message):
         pack([group], row_length=8, planner=planner)
+
+
+@settings(max_examples=25, deadline=None)
+@given(GROUPS, st.integers(1, 3))
+def test_index_in_response_counts_each_response_from_0(lengths, shards):
+    groups = groups_of(lengths)
+    budget = Budget(60, 36, shards)
+    batch = packing.materialise(packing.plan(groups, budget), groups, budget)
+    index = np.asarray(packing.index_in_response(batch))
+    place_of = {int(t): i for g in groups for r in g.responses for i, t in enumerate(r)}
+    scored = np.asarray(batch.response) < batch.lengths.size
+    expected = [place_of[int(t)] for t in np.asarray(batch.target)[scored]]
+    assert index[scored].tolist() == expected

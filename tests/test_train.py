@@ -353,12 +353,12 @@ def test_update_divides_once_by_the_weight_of_all_micro_batches():
         weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
         return Objective(Metric(params["w"] * weights, weights), {})
 
-    algorithm = algorithms.Algorithm("sft", lambda reference, batch: batch, loss)
+    algorithm = algorithms.Algorithm("sft", loss)
     update = train.make_update(algorithm, optax.sgd(1.0), lambda step: 1.0)
     lengths = np.array([1, 2, 3, 10], np.int32).reshape(2, 2, 1)
     nothing = np.zeros((2, 1, 1), np.int32)
     batch = PackedBatch(*[nothing] * 8, lengths, {})
-    state = train.State(jnp.int32(0), {"w": jnp.float32(2.0)}, optax.sgd(1.0).init(2.0))
+    state = train.State(jnp.int32(0), {"w": jnp.float32(2.0)}, optax.sgd(1.0).init(2.0), {}, {})
     state, measured = update(state, {}, None, batch)
     mean = (1 + 4 + 9 + 100) / 16
     np.testing.assert_allclose(measured["loss"].values / measured["loss"].weights, 2 * mean)

@@ -256,3 +256,22 @@ def test_an_output_that_is_not_empty_is_left_alone(folder, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         export.run(folder / "dpo", tmp_path)
+
+
+@pytest.mark.parametrize("begin", ["hf", "sft"])
+def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_path, begin):
+    config = small("reward", folder / begin, train__steps=3)
+    train.run(config, tmp_path / "reward")
+    lines = metrics.read(tmp_path / "reward" / "metrics.jsonl")
+    assert {"eval/accuracy", "eval/margin", "eval/mean_reward"} <= set(lines[-1])
+    export.run(tmp_path / "reward", tmp_path / "out")
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert described["architectures"] == ["Qwen3ForSequenceClassification"]
+    if begin == "hf":
+        # A reward model is where another run may begin, with its head.
+        train.run(small("reward", tmp_path / "out", train__steps=1), tmp_path / "again")
+        before, after = (
+            metrics.read(tmp_path / name / "metrics.jsonl") for name in ("reward", "again")
+        )
+        ours, theirs = before[-1]["eval/mean_reward"], after[0]["eval/mean_reward"]
+        assert theirs == pytest.approx(ours, rel=0.05)

@@ -1,19 +1,22 @@
 """What the train loop needs of a method."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxpref import packing
-from jaxpref.logprobs import token_logprobs
+from jaxpref.logprobs import token_logprobs, token_logprobs_and_collision
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.models.experts import load_balancing_loss
 from jaxpref.packing import PackedBatch
 
 Params = Any
+# Summed log-probs `[groups, responses]` of a batch's responses under some parameters.
+Logps = Callable[[Params, PackedBatch], Float[Array, "groups responses"]]
 
 
 class Objective(NamedTuple):
@@ -27,15 +30,27 @@ class Algorithm(NamedTuple):
     """A method, as functions.
 
     Attributes:
-      kind: what the method needs of an example, a name in `jaxpref.data.convert.KINDS`.
-      prepare: adds what the frozen reference says of a batch; `(reference, batch)`.
+      kind: the kind of examples it trains on, see `jaxpref.data.convert`.
       loss: `(params, batch, key)` to per-example losses and metrics; the key, if not None,
-        is for dropout.
+        is for dropout. A method with a reference finds its log-probs in
+        `batch.extras["reference_logps"]`.
+      reference_logps: `(params, batch)` to what the reference says of every response; None
+        for a method without one.
+      running: metrics whose means over all steps so far the loss reads, as
+        `batch.extras["running/NAME"]`; 0 at first.
     """
 
     kind: str
-    prepare: Callable[[Params, PackedBatch], PackedBatch]
     loss: Callable[[Params, PackedBatch, Array | None], Objective]
+    reference_logps: Logps | None = None
+    running: tuple[str, ...] = ()
+
+    def prepare(self, reference: Params | None, batch: PackedBatch) -> PackedBatch:
+        """Adds what a live reference says, if there is one."""
+        if reference is None or self.reference_logps is None:
+            return batch
+        logps = self.reference_logps(reference, batch)
+        return dataclasses.replace(batch, extras={**batch.extras, "reference_logps": logps})
 
 
 class Scores(NamedTuple):
@@ -43,49 +58,66 @@ class Scores(NamedTuple):
 
     Attributes:
       logps: summed log-probability of every response, in nats.
+      aligned_logps: mean over each response of the log-probability less the logarithm of its
+        expectation under the model, if asked for (see `losses.weighting.wpo`).
       router_loss: a mixture of experts' load-balancing loss over the batch's tokens (a
         prompt counts once), times its weight; None for other models.
     """
 
     logps: Float[Array, "groups responses"]
+    aligned_logps: Float[Array, "groups responses"] | None
     router_loss: Float[Array, ""] | None
 
     def complete(self, objective: Objective) -> Objective:
         """The objective with the router's loss added to each example's, and logged, if any."""
-        if self.router_loss is None:
-            return objective
-        values, weights = objective.loss
-        router_loss = Metric(jnp.broadcast_to(self.router_loss, values.shape), weights)
-        return Objective(
-            Metric(values + router_loss.values, weights),
-            {**objective.metrics, "router_loss": router_loss},
-        )
+        return _with_router_loss(objective, self.router_loss)
 
 
-def score(model: Decoder, params: Params, batch: PackedBatch, key: Array | None = None) -> Scores:
-    """Scores every response of a packed batch, with dropout if there is a key."""
-    variables = {"params": params}
-    hidden, sown = model.apply(
-        variables,
-        jnp.asarray(batch.tokens),
-        jnp.asarray(batch.positions),
-        packing.attention_mask(batch),
-        method="hidden_states",
-        mutable=["intermediates"],
-        rngs=None if key is None else {"dropout": key},
-    )
+class Scalars(NamedTuple):
+    """What a scalar head says at the last token of every response, and as in `Scores`."""
+
+    values: Float[Array, "groups responses"]
+    router_loss: Float[Array, ""] | None
+
+    def complete(self, objective: Objective) -> Objective:
+        """See `Scores.complete`."""
+        return _with_router_loss(objective, self.router_loss)
+
+
+def score(
+    model: Decoder,
+    params: Params,
+    batch: PackedBatch,
+    key: Array | None = None,
+    *,
+    token_weights: Float[Array, "rows scored"] | None = None,
+    aligned: bool = False,
+) -> Scores:
+    """Scores every response of a packed batch.
+
+    Args:
+      model: with an LM head.
+      params: of the model.
+      batch: without micro-batches.
+      key: for dropout; None for none.
+      token_weights: of each token in its response's sum; None for 1.
+      aligned: compute `aligned_logps` too.
+    """
+    hidden, router_loss = _hidden(model, params, batch, key)
     scored = packing.gather_sources(hidden, batch)
-    logps = token_logprobs(
-        scored, model.apply(variables, method="lm_head"), jnp.asarray(batch.target)
-    )
-    router_loss = None
-    if model.config.router_loss:
-        (router_logits,) = sown["intermediates"]["router_logits"]
-        real = jnp.asarray(batch.group).ravel() > 0
-        router_loss = model.config.router_loss * load_balancing_loss(
-            router_logits, real, model.config.experts_per_token
-        )
-    return Scores(packing.sum_by_response(logps, batch), router_loss)
+    head = model.apply({"params": params}, method="lm_head")
+    target, aligned_logps = jnp.asarray(batch.target), None
+    if aligned:
+        logps, collision = token_logprobs_and_collision(scored, head, target)
+        sums = packing.sum_by_response(logps - collision, batch)
+        aligned_logps = sums / jnp.maximum(jnp.asarray(batch.lengths), 1)
+    else:
+        logps = token_logprobs(scored, head, target)
+    if token_weights is not None:
+        # Not a product, which a NaN in padding would survive.
+        logps = jnp.where(jnp.asarray(batch.response) < batch.lengths.size, logps, 0)
+        logps = logps * token_weights
+    return Scores(packing.sum_by_response(logps, batch), aligned_logps, router_loss)
 
 
 def response_logps(
@@ -95,19 +127,63 @@ def response_logps(
     return score(model, params, batch).logps
 
 
+def scalars(
+    model: Decoder, params: Params, batch: PackedBatch, key: Array | None = None
+) -> Scalars:
+    """What a model with a scalar head says of every response of a packed batch."""
+    hidden, router_loss = _hidden(model, params, batch, key)
+    places = packing.gather_places(hidden, batch)
+    values = model.apply({"params": params}, places, method="scalars_of")
+    # Not a product with the mask, which a NaN in padding would survive.
+    last = jnp.where(packing.is_last(batch), values, 0)
+    return Scalars(packing.sum_by_response(last, batch), router_loss)
+
+
 def response_scalars(
     model: Decoder, params: Params, batch: PackedBatch
 ) -> Float[Array, "groups responses"]:
     """What a scalar head says at the last token of every response of a packed batch."""
-    variables = {"params": params}
-    hidden = model.apply(
-        variables,
+    return scalars(model, params, batch).values
+
+
+def present(batch: PackedBatch) -> Bool[Array, "groups responses"]:
+    """Which responses are there."""
+    return jnp.asarray(batch.lengths) > 0
+
+
+def reference_of(
+    batch: PackedBatch, policy: Float[Array, "groups responses"]
+) -> Float[Array, "groups responses"]:
+    """What the reference says; without one, as if it gave every response the same."""
+    logps = batch.extras.get("reference_logps")
+    return jnp.zeros_like(policy) if logps is None else jnp.asarray(logps)
+
+
+def _hidden(
+    model: Decoder, params: Params, batch: PackedBatch, key: Array | None
+) -> tuple[Float[Array, "rows length width"], Float[Array, ""] | None]:
+    hidden, sown = model.apply(
+        {"params": params},
         jnp.asarray(batch.tokens),
         jnp.asarray(batch.positions),
         packing.attention_mask(batch),
         method="hidden_states",
+        mutable=["intermediates"],
+        rngs=None if key is None else {"dropout": key},
     )
-    places = packing.gather_places(hidden, batch)
-    scalars = model.apply(variables, places, method="scalars_of")
-    # Not a product with the mask, which a NaN in padding would survive.
-    return packing.sum_by_response(jnp.where(packing.is_last(batch), scalars, 0), batch)
+    if not model.config.router_loss:
+        return hidden, None
+    (router_logits,) = sown["intermediates"]["router_logits"]
+    real = jnp.asarray(batch.group).ravel() > 0
+    balance = load_balancing_loss(router_logits, real, model.config.experts_per_token)
+    return hidden, model.config.router_loss * balance
+
+
+def _with_router_loss(objective: Objective, router_loss: Float[Array, ""] | None) -> Objective:
+    if router_loss is None:
+        return objective
+    values, weights = objective.loss
+    added = Metric(jnp.broadcast_to(router_loss, values.shape), weights)
+    return Objective(
+        Metric(values + added.values, weights), {**objective.metrics, "router_loss": added}
+    )

@@ -19,6 +19,8 @@ KINDS: dict[str, str] = {
     "rejected)",
     "unpaired": "one response with a label (prompt, completion, label; or prompt, chosen, "
     "rejected)",
+    "mismatched": "one response with a label (prompt, completion, label; or prompt, chosen, "
+    "rejected)",
     "prompts": "a prompt (any format)",
 }
 
@@ -82,6 +84,32 @@ def ranked_to_sft(example: Example) -> Example:
 pairs_to_sft = ranked_to_sft
 
 
+def mismatch(examples: Sequence[Example]) -> list[Example]:
+    """Gives each example a second response, the first of the next one with another prompt.
+
+    KTO estimates a KL divergence from such pairs (arXiv 2402.01306, section 4.1).
+
+    Raises:
+      UserError: there is no other prompt.
+    """
+    prompts = [str(example.prompt) for example in examples]
+    given: list[Example] = []
+    following = 0
+    for i, example in enumerate(examples):
+        following = max(following, i + 1)
+        while following < i + len(examples) and prompts[following % len(examples)] == prompts[i]:
+            following += 1
+        other = examples[following % len(examples)]
+        if following >= i + len(examples):
+            raise UserError(
+                f"{example.where}: all {len(examples)} examples have the same prompt; the "
+                "algorithm needs responses to other prompts too, for its KL estimate."
+            )
+        responses = (*example.responses, other.responses[0])
+        given.append(dataclasses.replace(example, responses=responses, scores=None))
+    return given
+
+
 def to_prompt(example: Example) -> Example:
     """The prompt alone."""
     return dataclasses.replace(example, responses=(), scores=None, label=None, margin=None)
@@ -113,6 +141,8 @@ def adapt(
       UserError: an example does not hold what is needed, or its order is a tie.
     """
     counts: Counter[str] = Counter()
+    mismatched = kind == "mismatched"
+    kind = "unpaired" if mismatched else kind
 
     def compared(candidates: Iterable[Example]) -> Iterator[Example]:
         for example in candidates:
@@ -160,7 +190,8 @@ def adapt(
             "something else."
         )
 
-    return [one for example in examples for one in converted(example)], counts
+    adapted = [one for example in examples for one in converted(example)]
+    return mismatch(adapted) if mismatched else adapted, counts
 
 
 def deduplicate(examples: Iterable[Example]) -> tuple[list[Example], int]:

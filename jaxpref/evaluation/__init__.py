@@ -1,7 +1,15 @@
 """What a policy is worth on held-out data, and how to see it."""
 
+from jaxpref.evaluation.calibration import plot_reliability, reliability
 from jaxpref.evaluation.held_out import evaluate
 from jaxpref.evaluation.report import closing_table, plot_curves
 from jaxpref.evaluation.truth import reward_recovery
 
-__all__ = ["closing_table", "evaluate", "plot_curves", "reward_recovery"]
+__all__ = [
+    "closing_table",
+    "evaluate",
+    "plot_curves",
+    "plot_reliability",
+    "reliability",
+    "reward_recovery",
+]

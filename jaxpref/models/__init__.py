@@ -13,7 +13,13 @@ from jaxpref.errors import UserError
 from jaxpref.models.adapters import dequantize, merge_adapters, save_adapters, without_adapters
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
 from jaxpref.models.families import make_rope
-from jaxpref.models.huggingface import Origin, from_pretrained, save_pretrained, with_scalar_head
+from jaxpref.models.huggingface import (
+    Origin,
+    as_scalar,
+    from_pretrained,
+    save_pretrained,
+    with_scalar_head,
+)
 
 __all__ = [
     "Cache",
@@ -21,6 +27,7 @@ __all__ = [
     "DecoderConfig",
     "Lora",
     "Rope",
+    "as_scalar",
     "build",
     "dequantize",
     "empty_cache",

@@ -323,13 +323,17 @@ def as_ours(tensor: np.ndarray, part: Part, family: Family) -> np.ndarray:
 def load_params(model: Decoder, abstract: Any) -> Any:
     """The parameters of the model's origin, into the shapes and shardings of abstract arrays.
 
-    Every process reads what its devices hold; one tensor is in host memory at a time.
+    Every process reads what its devices hold; one tensor is in host memory at a time. What
+    `abstract` lacks is not read.
 
     Raises:
       UserError: tensors are missing, too many or of another shape, or a file is damaged.
     """
     family, files = model.origin.family, TensorFiles(Path(model.origin.directory))
-    needed = list(places(model, family))
+    leaves = {path_of(path): leaf for path, leaf in _leaves(abstract)}
+    needed = [
+        place for place in places(model, family) if all(p.path in leaves for p in place.parts)
+    ]
     names = _match(needed, set(files.stored), family, model)
     wrong = [
         f"{names[place.name]} is {files.stored[names[place.name]].shape}, not {place.shape}"
@@ -340,7 +344,6 @@ def load_params(model: Decoder, abstract: Any) -> Any:
         raise UserError(
             f"{model.origin.directory}: the weights do not fit config.json: {_some(wrong)}."
         )
-    leaves = {path_of(path): leaf for path, leaf in _leaves(abstract)}
     params: dict[str, jax.Array] = {}
     for place in sorted(needed, key=lambda place: files.stored[names[place.name]].place):
         tensor = files.view(names[place.name])
@@ -402,11 +405,14 @@ def _match(
         for place in needed
     }
     missing = sorted(set(names.values()) - stored)
+    # A scalar head takes the place of a language model's; a tied one may be stored twice.
+    heads = {family.tensors["head"]} if model.config.tied_head else set()
+    if model.config.scalar_head:
+        heads |= {family.tensors.get("head_bias", "")}
     extra = sorted(
         name
-        for name in stored - set(names.values())
+        for name in stored - set(names.values()) - heads
         if not any(part in name for part in family.buffers)
-        and not (model.config.tied_head and name == family.tensors["head"])
     )
     if missing or extra:
         parts = [f"lacks {_some(missing)}"] if missing else []
@@ -503,6 +509,16 @@ def save_pretrained(
         raise UserError(f"{directory}: cannot be written ({error.strerror}).") from error
 
 
+def as_scalar(model: Decoder) -> Decoder:
+    """The same model with a scalar head in place of its LM head."""
+    return model.clone(config=dataclasses.replace(model.config, **_SCALAR_HEAD))
+
+
+def has_scalar_head(model: Decoder) -> bool:
+    """Whether the files that a model comes from have a scalar head's weights."""
+    return SCORE["score"] in (model.origin.tensors() or {})
+
+
 def with_scalar_head(model: Decoder, params: Any, key: jax.Array) -> tuple[Decoder, Any]:
     """A reward or value model that begins as a language model with a new head.
 
@@ -511,10 +527,11 @@ def with_scalar_head(model: Decoder, params: Any, key: jax.Array) -> tuple[Decod
       params: of the model; what the two have in common is shared, not copied.
       key: for the new head's random weights.
     """
-    config = dataclasses.replace(model.config, **_SCALAR_HEAD)
-    scalar = model.clone(config=config)
-    width = _features(model)
-    score = jax.random.normal(key, (1, width), jnp.dtype(config.param_dtype)) * (width + 1) ** -0.5
+    scalar, width = as_scalar(model), _features(model)
+    score = (
+        jax.random.normal(key, (1, width), jnp.dtype(model.config.param_dtype))
+        * (width + 1) ** -0.5
+    )
     body = {name: part for name, part in params.items() if name not in ("head", "head_bias")}
     return scalar, {**body, "score": score}
 

@@ -1,0 +1,169 @@
+"""Methods on preference pairs: DPO and its kin, with a reference or without."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from jaxpref import losses, packing
+from jaxpref.algorithms.base import (
+    Algorithm,
+    Objective,
+    Params,
+    present,
+    reference_of,
+    score,
+)
+from jaxpref.losses import PreferenceOutput
+from jaxpref.metrics import Metric
+from jaxpref.models import Decoder, without_adapters
+from jaxpref.packing import PackedBatch
+
+# Of chosen and rejected log-probs of the policy, then of the reference, and of the batch.
+Loss = Callable[[Sequence[Array], PackedBatch], PreferenceOutput]
+
+_MEAN_REWARD = "rewards/mean"
+
+
+def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
+    """A method that compares the policy with its reference, on pairs."""
+    knobs = config.algorithm
+    loss_of_pairs = _loss(knobs)
+    frozen = without_adapters(model) if config.reference.mode == "adapter" else model
+    running = (_MEAN_REWARD,) if knobs.name in ("bco", "mpo") else ()
+
+    def reference_logps(params: Params, batch: PackedBatch) -> Float[Array, "groups responses"]:
+        weights = _token_weights(knobs, batch)
+        return score(frozen, params, batch, token_weights=weights).logps
+
+    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
+        scores = score(
+            model,
+            params,
+            batch,
+            key,
+            token_weights=_token_weights(knobs, batch),
+            aligned=knobs.get("wpo", False),
+        )
+        policy, reference = scores.logps, reference_of(batch, scores.logps)
+        output = loss_of_pairs((*policy.T, *reference.T), batch)
+        values = output.losses
+        if scores.aligned_logps is not None:
+            values *= losses.weighting.wpo(*scores.aligned_logps.T)
+        return scores.complete(_objective(values, output, policy, batch, running))
+
+    return Algorithm("pairs", loss, reference_logps, running)
+
+
+def without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
+    """A method that needs the policy alone, on pairs."""
+    knobs = config.algorithm
+    function = getattr(losses, knobs.name)
+    options = {name: value for name, value in knobs.items() if name != "name"}
+    by_length = knobs.name in ("simpo", "orpo")
+
+    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
+        scores = score(model, params, batch, key)
+        lengths = jnp.asarray(batch.lengths).T if by_length else ()
+        output = function(*scores.logps.T, *lengths, **options)
+        return scores.complete(_objective(output.losses, output, scores.logps, batch))
+
+    return Algorithm("pairs", loss)
+
+
+def _loss(knobs: ConfigDict) -> Loss:
+    """The loss with its knobs as a function of log-probs and the batch."""
+    own = {
+        name: value for name, value in knobs.items() if name not in ("name", "length_alpha", "wpo")
+    }
+    builders: dict[str, Callable[..., Loss]] = {"dpo": _dpo, "ipo": _ipo, "bco": _bco, "mpo": _mpo}
+    if knobs.name in builders:
+        return builders[knobs.name](**own)
+    function = partial(getattr(losses, knobs.name), **own)
+    if knobs.name in ("aot", "aot_unpaired"):
+        return lambda logps, batch: function(*logps, where=present(batch).all(1))
+    return lambda logps, batch: function(*logps)
+
+
+def _dpo(*, divergence: str, alpha: float, per_token: bool, **options: Any) -> Loss:
+    functions: dict[str, Callable[[Array], Array]] = {
+        "reverse_kl": losses.divergences.reverse_kl,
+        "forward_kl": losses.divergences.forward_kl,
+        "jensen_shannon": losses.divergences.jensen_shannon,
+        "alpha": partial(losses.divergences.alpha_divergence, alpha=alpha),
+    }
+    function = partial(losses.dpo, divergence=functions[divergence], **options)
+    return lambda logps, batch: function(*logps, **_lengths(batch, per_token))
+
+
+def _ipo(*, per_token: bool, **options: Any) -> Loss:
+    function = partial(losses.ipo, **options)
+    return lambda logps, batch: function(*logps, **_lengths(batch, per_token))
+
+
+def _bco(**options: Any) -> Loss:
+    return lambda logps, batch: losses.bco(*logps, shift=_shift(batch), **options)
+
+
+def _mpo(*, beta: float, dpo_weight: float, bco_weight: float, nll_weight: float) -> Loss:
+    """Mixed Preference Optimization (arXiv 2411.10442), equation 1."""
+
+    def loss(logps: Sequence[Array], batch: PackedBatch) -> PreferenceOutput:
+        preference = losses.dpo(*logps, beta=beta)
+        quality = losses.bco(*logps, shift=_shift(batch), beta=beta)
+        tokens = jnp.maximum(jnp.asarray(batch.lengths)[:, 0], 1)
+        total = dpo_weight * preference.losses + bco_weight * quality.losses
+        return preference._replace(losses=total + nll_weight * losses.nll(logps[0]) / tokens)
+
+    return loss
+
+
+def _shift(batch: PackedBatch) -> Float[Array, ""]:
+    return jnp.asarray(batch.extras[f"running/{_MEAN_REWARD}"])
+
+
+def _lengths(batch: PackedBatch, per_token: bool) -> dict[str, Any]:
+    if not per_token:
+        return {}
+    chosen, rejected = jnp.asarray(batch.lengths).T
+    return {"chosen_lengths": chosen, "rejected_lengths": rejected}
+
+
+def _token_weights(knobs: ConfigDict, batch: PackedBatch) -> Float[Array, "rows scored"] | None:
+    """LD-DPO's weights, unless they are all 1."""
+    if knobs.get("length_alpha", 1.0) == 1.0:
+        return None
+    lengths = jnp.asarray(batch.lengths)
+    shared = jnp.minimum(lengths[:, 0], lengths[:, 1])
+    # Padding's response is beyond the last; its weight does not matter.
+    group = jnp.minimum(jnp.asarray(batch.response) // lengths.shape[1], len(lengths) - 1)
+    return losses.weighting.length_desensitized(
+        packing.index_in_response(batch), shared[group], alpha=knobs.length_alpha
+    )
+
+
+def _objective(
+    values: Array,
+    output: PreferenceOutput,
+    policy: Array,
+    batch: PackedBatch,
+    running: tuple[str, ...] = (),
+) -> Objective:
+    there = present(batch).all(1).astype(policy.dtype)
+    margins = output.chosen_rewards - output.rejected_rewards
+    measured = {
+        "rewards/chosen": output.chosen_rewards,
+        "rewards/rejected": output.rejected_rewards,
+        "rewards/margins": margins,
+        # A tie is a coin's flip: before the first update every margin is 0.
+        "rewards/accuracies": (1 + jnp.sign(margins)) / 2,
+        "logps/chosen": policy[:, 0],
+        "logps/rejected": policy[:, 1],
+    }
+    if _MEAN_REWARD in running:
+        measured[_MEAN_REWARD] = (output.chosen_rewards + output.rejected_rewards) / 2
+    metrics = {name: Metric(value, there) for name, value in measured.items()}
+    return Objective(Metric(values, there), metrics)

@@ -1,0 +1,68 @@
+"""Reward modelling: Bradley-Terry, and for more than two responses Plackett-Luce."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from jaxpref import losses
+from jaxpref.algorithms.base import Algorithm, Objective, Params, present, scalars
+from jaxpref.metrics import Metric
+from jaxpref.models import Decoder
+from jaxpref.packing import PackedBatch
+
+
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """A reward model: a scalar head, read at each response's last token."""
+    knobs = config.algorithm
+
+    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
+        said = scalars(model, params, batch, key)
+        rewards, there = said.values, present(batch)
+        if knobs.ranking == "plackett_luce":
+            values = losses.plackett_luce(rewards, where=there)
+            values += knobs.center_coefficient * jnp.square(jnp.where(there, rewards, 0).sum(1))
+        else:
+            values = _all_pairs(knobs, rewards, batch)
+        weights = there[:, 0].astype(rewards.dtype)
+        return said.complete(Objective(Metric(values, weights), _metrics(rewards, there)))
+
+    return Algorithm("ranked", loss)
+
+
+def _all_pairs(knobs: ConfigDict, rewards: Array, batch: PackedBatch) -> Array:
+    margins = batch.extras.get("margins")
+    margin = jnp.zeros(len(rewards)) if margins is None else jnp.asarray(margins)
+    steps = -jnp.arange(rewards.shape[1], dtype=rewards.dtype)
+
+    def pair(chosen: Array, rejected: Array, place: Array, other: Array) -> Array:
+        # The margin is between neighbours, so it grows with the distance in rank.
+        return losses.bradley_terry(
+            chosen,
+            rejected,
+            margin=margin[:, None] * (place - other),
+            center_coefficient=knobs.center_coefficient,
+        )
+
+    places = jnp.broadcast_to(steps[None], rewards.shape)
+    return losses.all_pairs(pair, rewards, places, where=present(batch))
+
+
+def _metrics(rewards: Array, there: Array) -> dict[str, Metric]:
+    """TRL's names; a pair that is tied counts one half in the accuracy."""
+    groups = there[:, 0].astype(rewards.dtype)
+    others = there[:, 1:].astype(rewards.dtype)
+    pairs = others.sum(1)
+    margins = rewards[:, :1] - rewards[:, 1:]
+    by_pair = {"margin": margins, "accuracy": (1 + jnp.sign(margins)) / 2}
+    metrics = {
+        name: Metric(jnp.where(others > 0, value, 0).sum(1) / jnp.maximum(pairs, 1), pairs)
+        for name, value in by_pair.items()
+    }
+    count = there.sum(1).astype(rewards.dtype)
+    mean = jnp.where(there, rewards, 0).sum(1) / jnp.maximum(count, 1)
+    lowest = jnp.where(there, rewards, jnp.inf).min()
+    highest = jnp.where(there, rewards, -jnp.inf).max()
+    metrics["mean_reward"] = Metric(mean, count)
+    metrics["min_reward"] = Metric(jnp.broadcast_to(lowest, groups.shape), groups)
+    metrics["max_reward"] = Metric(jnp.broadcast_to(highest, groups.shape), groups)
+    return metrics

@@ -1,0 +1,304 @@
+"""Every method in every mode of the reference, on batches whose answers can be told apart."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import TINY, random_groups
+
+from jaxpref import algorithms, config as config_lib, losses, models, packing, train
+from jaxpref.algorithms.base import response_logps
+from jaxpref.logprobs import LMHead
+from jaxpref.models import Decoder, Lora
+from jaxpref.packing import Budget, Group
+
+STEPS, GROUPS, RESPONSES = 6, 8, {"sft": 1, "pairs": 2, "mismatched": 2, "unpaired": 1, "ranked": 3}
+LORA = Lora(rank=2, alpha=4.0, targets=("query", "value"))
+MODES = ("live", "precomputed", "adapter", "synced", "free")
+
+
+def allowed(name, mode):
+    config = config_of(name, mode)
+    try:
+        config_lib.check(config)
+    except config_lib.UserError:
+        return False
+    return True
+
+
+def config_of(name, mode="live", **knobs):
+    config = config_lib.default(name)
+    config.data.format = "synthetic"
+    config.reference.mode = mode
+    config.reference.sync_every = 2
+    config.model.lora.rank = LORA.rank if mode == "adapter" else 0
+    for knob, value in knobs.items():
+        config.algorithm[knob] = value
+    return config
+
+
+@functools.cache
+def batch_of(kind: str, groups: int = GROUPS, shards: int = 1):
+    """Good responses are of tokens below 30, bad ones of those above, more the worse."""
+    rng = np.random.default_rng(7)
+    count = RESPONSES[kind]
+    labels = np.arange(groups) % 2 == 0
+    made = []
+    for g in range(groups):
+        worse = [0.0] if kind == "sft" else np.linspace(0, 1, count)
+        if kind in ("unpaired", "mismatched"):
+            worse = [1.0 - labels[g], 0.5][:count]
+        ids = [
+            rng.integers(1, 30, n) + (rng.random(n) < w) * 30
+            for w, n in zip(worse, rng.integers(2, 6, count), strict=True)
+        ]
+        prompt = rng.integers(1, 60, 3).astype(np.int32)
+        made.append(Group(prompt, [x.astype(np.int32) for x in ids]))
+    budget = Budget(32, 24, shards)
+    batch = packing.materialise(
+        packing.plan(made, budget), made, budget, responses=count, batch_size=groups
+    )
+    extras = {"labels": labels.astype(np.float32)} if kind in ("unpaired", "mismatched") else {}
+    batch = dataclasses.replace(batch, extras=extras)
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+
+
+class Bigram(Decoder):
+    """A token's successor from the token alone: quick to compile, and all that a loss sees."""
+
+    def setup(self):
+        normal = nn.initializers.normal(1.0)
+        for name, rows in (("embedding", 64), ("kernel", 64), ("score", 1)):
+            setattr(self, name, self.param(name, normal, (rows, 8)))
+
+    def hidden_states(self, tokens, positions=None, mask=None):
+        return self.embedding[tokens]
+
+    def lm_head(self):
+        return LMHead(self.kernel)
+
+    def scalars_of(self, hidden):
+        return hidden @ self.score[0]
+
+
+@functools.cache
+def model_of(adapter=False):
+    return Decoder(dataclasses.replace(TINY, lora=LORA)) if adapter else Bigram(TINY)
+
+
+@functools.cache
+def params_of(adapter=False):
+    if adapter:
+        return jax.jit(lambda key: models.init_params(model_of(True), key))(jax.random.key(3))
+    tokens = np.zeros((1, 2), np.int32)
+    return Bigram(TINY).init(jax.random.key(3), tokens, None, None, method="hidden_states")[
+        "params"
+    ]
+
+
+def run(name, mode, steps=STEPS, **knobs):
+    """Losses of some updates on one batch, and the last metrics."""
+    config = config_of(name, mode, **knobs)
+    adapter = mode == "adapter"
+    model, params = model_of(adapter), params_of(adapter)
+    algorithm = algorithms.build(config, model)
+    batch = batch_of(algorithm.kind)
+    trained, frozen = train.partition(params, config_lib.trainable(config))
+    optimizer = optax.adam(3e-2)
+    update = train.make_update(
+        algorithm,
+        optimizer,
+        lambda step: 0.0,
+        sync=train._sync(config) if mode == "synced" else None,
+    )
+    reference = jax.tree.map(jnp.copy, trained)
+    running = {n: train.Metric(jnp.zeros(()), jnp.zeros(())) for n in algorithm.running}
+    state = train.State(
+        jnp.zeros((), jnp.int32),
+        jax.tree.map(jnp.copy, trained),
+        optimizer.init(trained),
+        reference if mode == "synced" else {},
+        running,
+    )
+    given = {"live": reference, "adapter": {}}.get(mode)
+    if mode == "precomputed":
+        one = jax.tree.map(lambda x: x[0], batch)
+        logps = algorithm.reference_logps(params, one)[None]
+        batch = dataclasses.replace(batch, extras={**batch.extras, "reference_logps": logps})
+    found = []
+    for _ in range(steps):
+        state, measured = update(state, frozen, given, batch)
+        found.append({k: float(m.values) / max(float(m.weights), 1) for k, m in measured.items()})
+    return found, state
+
+
+CASES = [(name, mode) for name in algorithms._BUILDERS for mode in MODES if allowed(name, mode)]
+
+
+@functools.cache
+def live(name):
+    return run(name, "live")[0]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_every_method_learns_in_every_mode(name, mode):
+    found = live(name) if mode == "live" else run(name, mode)[0]
+    assert all(np.isfinite(list(step.values())).all() for step in found)
+    assert found[-1]["loss"] < found[0]["loss"]
+    # Around 0 DiscoPOP's loss rises with the margin: it has a local optimum there.
+    if "rewards/margins" in found[0] and name != "discopop":
+        assert found[-1]["rewards/margins"] > found[0]["rewards/margins"]
+    if mode == "precomputed":
+        for step, other in zip(found, live(name), strict=True):
+            for key, value in step.items():
+                np.testing.assert_allclose(value, other[key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_each_method_has_every_mode_that_makes_sense():
+    by_name = {name: {mode for n, mode in CASES if n == name} for name in algorithms._BUILDERS}
+    everything = set(MODES)
+    assert by_name["sft"] == by_name["reward"] == by_name["orpo"] == {"free"}
+    assert by_name["dpo"] == by_name["ipo"] == by_name["plackett_luce_dpo"] == everything
+    assert by_name["kto"] == by_name["nca"] == everything - {"free"}
+
+
+VARIANTS = {
+    "dpo": [
+        {"divergence": "forward_kl"},
+        {"divergence": "jensen_shannon"},
+        {"divergence": "alpha"},
+        {"per_token": True},
+        {"label_smoothing": 0.1},
+        {"length_alpha": 0.5},
+        {"wpo": True},
+    ],
+    "ipo": [{"per_token": True}],
+    "reward": [{"ranking": "plackett_luce"}, {"center_coefficient": 0.01}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"), [(name, knobs) for name, all in VARIANTS.items() for knobs in all]
+)
+def test_each_knob_changes_the_loss_and_still_learns(name, knobs):
+    mode = "free" if name == "reward" else "live"
+    found, _ = run(name, mode, **knobs)
+    plain = live(name) if mode == "live" else run(name, mode)[0]
+    # At the reference DPO's loss is log 2 whatever its form.
+    assert found[-1]["loss"] != plain[-1]["loss"]
+    assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_length_desensitised_dpo_equals_the_definition():
+    """The weights of the tree's table, against sums by hand."""
+    config = config_of("dpo", "live", length_alpha=0.25)
+    model, params = model_of(), params_of()
+    algorithm = algorithms.build(config, model)
+    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
+    lengths = np.asarray(batch.lengths)
+    scored = algorithms.base.token_logprobs(
+        packing.gather_sources(
+            model.apply(
+                {"params": params},
+                batch.tokens,
+                batch.positions,
+                packing.attention_mask(batch),
+                method="hidden_states",
+            ),
+            batch,
+        ),
+        model.apply({"params": params}, method="lm_head"),
+        batch.target,
+    )
+    expected = np.zeros_like(lengths, np.float64)
+    seen = np.zeros_like(lengths)
+    for value, response in zip(
+        np.asarray(scored).ravel(), np.asarray(batch.response).ravel(), strict=True
+    ):
+        if response < lengths.size:
+            g, k = divmod(int(response), 2)
+            expected[g, k] += value * (1 if seen[g, k] < lengths[g].min() else 0.25)
+            seen[g, k] += 1
+    np.testing.assert_array_equal(seen, lengths)
+    np.testing.assert_allclose(algorithm.reference_logps(params, batch), expected, rtol=1e-5)
+
+
+def test_methods_are_their_losses_on_the_models_log_probs():
+    model, params = model_of(), params_of()
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
+    policy, reference = (response_logps(model, p, batch) for p in (params, other))
+    algorithm = algorithms.build(config_of("apo_zero"), model)
+    objective = algorithm.loss(params, algorithm.prepare(other, batch), None)
+    expected = losses.apo_zero(*policy.T, *reference.T, beta=0.1)
+    np.testing.assert_allclose(objective.loss.values, expected.losses, rtol=1e-6)
+    np.testing.assert_allclose(
+        objective.metrics["rewards/chosen"].values, expected.chosen_rewards, rtol=1e-6
+    )
+    batch = jax.tree.map(lambda x: x[0], batch_of("mismatched"))
+    policy, reference = (response_logps(model, p, batch) for p in (params, other))
+    algorithm = algorithms.build(config_of("kto"), model)
+    objective = algorithm.loss(params, algorithm.prepare(other, batch), None)
+    kl = losses.kto_kl(policy[:, 1], reference[:, 1])
+    expected = losses.kto(policy[:, 0], reference[:, 0], batch.extras["labels"] > 0, kl)
+    np.testing.assert_allclose(objective.loss.values, expected.losses, rtol=1e-6)
+    assert objective.metrics["kl"].values[0] == kl
+
+
+def test_absent_groups_change_no_method():
+    """A batch filled up with absent groups has the same loss as without them."""
+    model = model_of()
+    for name in ("aot", "aot_unpaired", "dpo", "rrhf", "all_pairs_dpo"):
+        config = config_of(name, "free" if name == "rrhf" else "live")
+        algorithm = algorithms.build(config, model)
+        groups = random_groups(2, 5, RESPONSES[algorithm.kind])
+        budget = Budget(40, 40)
+        values = []
+        for size in (5, 8):
+            batch = packing.materialise(
+                packing.plan(groups, budget),
+                groups,
+                budget,
+                responses=RESPONSES[algorithm.kind],
+                batch_size=size,
+            )
+            params = params_of()
+            other = jax.tree.map(lambda x: 1.1 * x, params)
+            loss = jax.jit(
+                lambda batch, a=algorithm, p=params, r=other: a.loss(p, a.prepare(r, batch), None)
+            )(batch).loss
+            values.append(float((loss.values * loss.weights).sum() / loss.weights.sum()))
+        assert values[0] == pytest.approx(values[1], rel=1e-5), name
+
+
+def test_the_synced_reference_follows_every_other_update():
+    found, state = run("dpo", "synced", steps=4)
+    # Mixed with share 0.6 after updates 2 and 4, so that the fourth state is 0.4 away.
+    _, before = run("dpo", "synced", steps=2)
+    expected = jax.tree.map(lambda new, old: 0.6 * new + 0.4 * old, state.params, before.reference)
+    for ours, theirs in zip(
+        jax.tree.leaves(state.reference), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert found[2]["rewards/margins"] < found[1]["rewards/margins"]
+
+
+def test_bco_reads_the_mean_reward_of_all_steps_before():
+    found, state = run("bco", "live", steps=3)
+    total = state.running["rewards/mean"]
+    means = [step["rewards/mean"] for step in found]
+    assert float(total.weights) == 3 * GROUPS
+    assert float(total.values / total.weights) == pytest.approx(np.mean(means), rel=1e-4)
+
+
+def test_rewards_are_read_at_the_last_token_and_named_as_trl_does():
+    found, _ = run("reward", "free")
+    names = {"accuracy", "margin", "mean_reward", "min_reward", "max_reward"}
+    assert names <= set(found[-1])
+    assert found[-1]["accuracy"] > found[0]["accuracy"]
+    assert found[-1]["min_reward"] <= found[-1]["mean_reward"] <= found[-1]["max_reward"]
