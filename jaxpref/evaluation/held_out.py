@@ -1,10 +1,10 @@
 """One pass over held-out examples: per-example values, then one division."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxpref.algorithms import Objective
 from jaxpref.evaluation.truth import reward_recovery
@@ -16,6 +16,7 @@ def evaluate(
     score: Callable[[PackedBatch], Objective],
     batches: Iterable[PackedBatch],
     scores: Float[np.ndarray, "examples responses"] | None,
+    sources: Mapping[str, Int[np.ndarray, " _"]] | None = None,
 ) -> dict[str, float]:
     """Weighted means of the loss and of every metric over all examples.
 
@@ -23,9 +24,10 @@ def evaluate(
       score: per-example loss and metrics of a batch.
       batches: every example once, in order; absent groups only at the end.
       scores: true rewards of the examples, if known; adds `reward_recovery`.
+      sources: the examples of each source, if there are several.
 
     Returns:
-      Values by name, each with the prefix `eval/`.
+      Values by name, each with the prefix `eval/`; those of a source with `eval/SOURCE/`.
     """
     objectives = [jax.device_get(score(batch)) for batch in batches]
     named = [{"loss": objective.loss, **objective.metrics} for objective in objectives]
@@ -36,14 +38,26 @@ def evaluate(
         )
         for name in named[0]
     }
-    results = {
-        name: float(np.average(metric.values, weights=metric.weights))
-        for name, metric in metrics.items()
-    }
+    results = _means(metrics)
     if scores is not None and "rewards/chosen" in metrics:
         rewards = np.stack(
             [metrics[f"rewards/{which}"].values[: len(scores)] for which in ("chosen", "rejected")],
             axis=1,
         )
         results |= reward_recovery(rewards, scores)
+    for source, examples in (sources or {}).items():
+        part = {
+            name: Metric(metric.values[examples], metric.weights[examples])
+            for name, metric in metrics.items()
+        }
+        results |= {f"{source}/{name}": value for name, value in _means(part).items()}
     return {f"eval/{name}": value for name, value in results.items()}
+
+
+def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Weighted means; what has no weight at all is left out."""
+    return {
+        name: float(np.average(metric.values, weights=metric.weights))
+        for name, metric in metrics.items()
+        if metric.weights.sum()
+    }
