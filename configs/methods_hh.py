@@ -21,12 +21,8 @@ from ml_collections import ConfigDict
 from jaxpref import config as base
 
 # What a method sets otherwise than `configs/dpo_hh.py`; a learning rate counts at the paper's
-# size only. A method without a line of its own has DPO's settings.
+# size only. The other methods have DPO's settings.
 METHODS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("sft", "dpo", "plackett_luce_dpo", "all_pairs_dpo", "robust_dpo", "ipo", "exo", "aot"), {}
-    ),
-    **dict.fromkeys(("aot_unpaired", "cpo", "slic_hf", "mpo"), {}),
     # With more the loss, which has no lower bound, soon is all that it lowers.
     "unlikelihood": {"alpha": 0.05},
     # Liu et al. 2023 (2309.06657).
@@ -58,8 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def get_config(argument: str = "dpo") -> ConfigDict:
     """The recipe of a method, `METHOD` or `METHOD,paper`."""
     method, _, size = argument.partition(",")
-    if method not in METHODS:
-        raise ValueError(base.one_of("the recipe's argument", method, METHODS))
+    if method not in base.ALGORITHMS:
+        raise ValueError(base.one_of("the recipe's argument", method, base.ALGORITHMS))
     if size not in ("", "paper"):
         raise ValueError(base.one_of("the size after the method", size, ("paper",)))
     dpo = runpy.run_path(str(Path(__file__).parent / "dpo_hh.py"))["get_config"]
@@ -67,7 +63,7 @@ def get_config(argument: str = "dpo") -> ConfigDict:
     own = ("algorithm.", "reference.")
     shared = {k: v for k, v in base.flatten(dpo(size or "tiny")) if not k.startswith(own)}
     config.update_from_flattened_dict(shared)
-    knobs = dict(METHODS[method])
+    knobs = dict(METHODS.get(method, {}))
     learning_rate = knobs.pop("learning_rate", config.optimizer.learning_rate)
     if size:
         config.optimizer.learning_rate = learning_rate

@@ -29,7 +29,7 @@ _SMOOTHED: dict[str, Any] = {"label_smoothing": 0.0}
 
 # The knobs of each algorithm beside its name. An algorithm has no others, so that a
 # knob it would ignore is an unknown key.
-_ALGORITHMS: dict[str, dict[str, Any]] = {
+ALGORITHMS: dict[str, dict[str, Any]] = {
     # Supervised fine-tuning on the first (chosen) response.
     "sft": {},
     "dpo": {
@@ -96,6 +96,39 @@ _REFERENCE_OPTIONAL = (
     *("plackett_luce_dpo", "all_pairs_dpo"),
 )
 
+# How a record may be read; "auto" goes by its columns. See jaxpref.data.read.
+DATA_FORMATS = (
+    "auto",
+    "explicit",
+    "implicit",
+    "unpaired",
+    "ranked",
+    "sft",
+    "messages",
+    "alpaca",
+    "prompts",
+    "hh",
+    "shp",
+    "stack_exchange",
+    "tldr",
+    "tldr_sft",
+    "ultrafeedback",
+    "imdb",
+    "cnn_dailymail",
+    "synthetic",
+)
+
+# What an entry of data.mixture may say, and of which type.
+_MIXTURE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "path": str,
+    "format": str,
+    "subset": str,
+    "split": str,
+    "weight": (int, float),
+    "limit": int,
+    "name": str,
+}
+
 # The lowest value that makes sense.
 _LOWEST: dict[str, float] = {
     **dict.fromkeys(
@@ -103,6 +136,8 @@ _LOWEST: dict[str, float] = {
             "data.batch_size",
             "data.max_length",
             "data.max_prompt_length",
+            "data.min_score_ratio",
+            "data.num_proc",
             "data.synthetic_pairs",
             "reference.sync_every",
             "model.attention_block",
@@ -134,6 +169,7 @@ _LOWEST: dict[str, float] = {
             "algorithm.temperature",
             "algorithm.undesirable_weight",
             "data.row_length",
+            "data.limit",
             "data.scored_length",
             "model.lora.dropout",
             "model.lora.rank",
@@ -154,6 +190,8 @@ _LOWEST: dict[str, float] = {
 
 # What may differ when a run is resumed: nothing here changes a single update.
 _RESUMABLE = (
+    "data.cache",
+    "data.num_proc",
     "eval.",
     "mesh.",
     "model.init_from",  # The run goes on from its own checkpoint and its own reference.
@@ -227,10 +265,17 @@ def default(algorithm: str) -> ConfigDict:
     config.data = ConfigDict()
     # A .jsonl, .jsonl.gz or .parquet file, or a name on the hub.
     config.data.path = ""
-    # How a record is read: explicit (prompt, chosen, rejected), implicit (chosen, rejected:
-    # conversations that begin alike), messages (one conversation, for sft), hh, synthetic. A
-    # prompt is a text or a list of messages.
-    config.data.format = "explicit"
+    # In its place several sources: dicts with a path, and if need be format, subset, split,
+    # limit (else those of data), weight (share of the examples in a step, against the other
+    # weights; else 1) and name (in metrics; else the file's).
+    config.data.mixture = ()
+    # How a record is read: auto (by its columns), explicit (prompt, chosen, rejected), implicit
+    # (chosen, rejected: conversations that begin alike), unpaired (prompt, completion, label),
+    # ranked (prompt, responses, scores), sft (prompt, completion), messages (a conversation),
+    # alpaca (instruction, input, output), prompts (prompt); the data sets hh, shp,
+    # stack_exchange, tldr, tldr_sft, ultrafeedback, imdb, cnn_dailymail; synthetic, which is
+    # generated. A prompt is a text or a list of messages.
+    config.data.format = "auto"
     # Of a hub data set: its folder and split.
     config.data.subset = ""
     config.data.split = "train"
@@ -238,6 +283,19 @@ def default(algorithm: str) -> ConfigDict:
     config.data.eval_path = ""
     config.data.eval_split = ""
     config.data.eval_fraction = 0.05
+    # Examples read of a source, the first ones. 0: all.
+    config.data.limit = 0
+    # Of more than two ranked responses, for an algorithm that needs pairs: best_worst (one pair),
+    # adjacent (neighbours in the ranking) or all.
+    config.data.ranked_pairs = "best_worst"
+    # Pairs of format shp with a lower ratio of their scores are dropped.
+    config.data.min_score_ratio = 2.0
+    # Drop examples that are there before, prompt and responses alike.
+    config.data.deduplicate = False
+    # Processes that tokenise.
+    config.data.num_proc = 1
+    # A directory where tokenised data is kept for other runs. Empty: none.
+    config.data.cache = ""
     # Groups (prompts with their responses) in a step, over all devices.
     config.data.batch_size = 64
     # Tokens of prompt plus response; what is longer is cut.
@@ -252,7 +310,11 @@ def default(algorithm: str) -> ConfigDict:
     config.data.on_divergent = "error"
     # Rows with an empty response: error or skip.
     config.data.on_empty = "error"
-    # Prompts over max_prompt_length in examples over max_length: error or truncate.
+    # Responses with equal scores where one has to be the better: error or skip.
+    config.data.on_tie = "error"
+    # Responses that equal their rival: keep or skip.
+    config.data.on_identical = "keep"
+    # Prompts over max_prompt_length in examples over max_length: error, truncate or skip.
     config.data.on_long_prompt = "error"
     # Pairs that format "synthetic" generates.
     config.data.synthetic_pairs = 4096
@@ -323,9 +385,9 @@ def algorithm_knobs(name: str) -> dict[str, Any]:
     Raises:
       UserError: there is no such algorithm.
     """
-    if name not in _ALGORITHMS:
-        raise UserError(one_of("algorithm.name", name, _ALGORITHMS))
-    return _ALGORITHMS[name]
+    if name not in ALGORITHMS:
+        raise UserError(one_of("algorithm.name", name, ALGORITHMS))
+    return ALGORITHMS[name]
 
 
 def check(config: ConfigDict) -> None:
@@ -344,10 +406,13 @@ def check(config: ConfigDict) -> None:
             f"{name} rather than changing algorithm.name on the command line."
         )
     for key, known in {
-        "data.format": ("explicit", "implicit", "messages", "hh", "synthetic"),
+        "data.format": DATA_FORMATS,
         "data.on_divergent": ("error", "skip"),
         "data.on_empty": ("error", "skip"),
-        "data.on_long_prompt": ("error", "truncate"),
+        "data.on_tie": ("error", "skip"),
+        "data.on_identical": ("keep", "skip"),
+        "data.on_long_prompt": ("error", "truncate", "skip"),
+        "data.ranked_pairs": ("best_worst", "adjacent", "all"),
         "tokenizer.bos": ("auto", "always", "never"),
         "reference.mode": ("live", "precomputed", "adapter", "synced", "free"),
         "reference.dtype": ("float32", "bfloat16"),
@@ -381,11 +446,6 @@ def check(config: ConfigDict) -> None:
         )
     if config.reference.mode == "synced" and config.reference.dtype != "float32":
         raise UserError("reference.mode 'synced' mixes the reference; keep it in float32.")
-    if name != "sft" and config.data.format == "messages":
-        raise UserError(
-            f"data.format 'messages' has one response to a prompt, but {name} compares two: use "
-            "'explicit' or 'implicit', or algorithm sft."
-        )
     if config.reference.mode == "adapter" and not config.model.lora.rank:
         raise UserError(
             "reference.mode 'adapter' is the policy with its adapters off; give it some with "
@@ -438,19 +498,79 @@ def check(config: ConfigDict) -> None:
             f"train.micro_batches ({config.train.micro_batches}) should divide data.batch_size "
             f"({config.data.batch_size})."
         )
-    if config.data.format == "synthetic" and config.data.path:
+    mixture = sources(config)
+    if config.data.format == "synthetic" and mixture:
         raise UserError(
-            f"data.format 'synthetic' generates its data; leave data.path empty "
-            f"(got {config.data.path!r}) or name the file's format."
+            f"data.format 'synthetic' generates its data; leave "
+            f"{'data.mixture' if config.data.mixture else 'data.path'} empty "
+            f"(got {mixture[0]['path']!r}) or name the file's format."
         )
-    if config.data.format != "synthetic" and not config.data.path:
+    if config.data.format != "synthetic" and not mixture:
         raise UserError(
             "data.path is empty: give a .jsonl, .jsonl.gz or .parquet file or a hub name "
             "(--config.data.path=...), or use data.format 'synthetic'."
         )
+    if config.data.mixture and config.data.eval_split and not config.data.eval_path:
+        raise UserError(
+            f"data.eval_split ({config.data.eval_split!r}) is a split of data.path; with "
+            "data.mixture name the held-out source in data.eval_path, or hold out a share with "
+            "data.eval_fraction."
+        )
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(
             f"data.eval_fraction should be from 0 to below 1; got {config.data.eval_fraction}."
+        )
+
+
+def sources(config: ConfigDict) -> list[dict[str, Any]]:
+    """The sources of the data, each with all keys that an entry of data.mixture may have.
+
+    Raises:
+      UserError: data.mixture has an entry that cannot be one, or there is a path beside it.
+    """
+    data = config.data
+    whole = {key: data[key] for key in ("format", "subset", "split", "limit")}
+    if not data.mixture:
+        only = {"path": data.path, **whole, "weight": 1.0, "name": ""}
+        return [only] if data.path else []
+    if data.path:
+        raise UserError(
+            f"data.path ({data.path!r}) and data.mixture are both given; list all sources in "
+            "data.mixture, or leave it empty."
+        )
+    entries: list[dict[str, Any]] = []
+    for number, given in enumerate(data.mixture):
+        _check_entry(given, f"data.mixture[{number}]")
+        name = given["path"].rpartition("/")[2].partition(".")[0]
+        entries.append({**whole, "weight": 1.0, "name": name, **given})
+    names = [entry["name"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"data.mixture has two sources of the same name ({', '.join(names)}); give each a "
+            "'name' of its own."
+        )
+    return entries
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict) or "path" not in entry:
+        raise UserError(f"{where} should be a dict with at least a 'path'; got {entry!r}.")
+    for key, value in entry.items():
+        if key not in _MIXTURE_KEYS:
+            raise UserError(one_of(f"a key of {where}", key, _MIXTURE_KEYS))
+        if isinstance(value, bool) or not isinstance(value, _MIXTURE_KEYS[key]):
+            raise UserError(f"{where}: {key!r} cannot be {value!r}.")
+    formats = [name for name in DATA_FORMATS if name != "synthetic"]
+    if (format := entry.get("format", "auto")) not in formats:
+        raise UserError(one_of(f"{where}: 'format'", format, formats))
+    weight = entry.get("weight", 1.0)
+    if not 0 < weight < float("inf"):
+        raise UserError(f"{where}: 'weight' should be above 0; got {weight}.")
+    if (limit := entry.get("limit", 0)) < 0:
+        raise UserError(f"{where}: 'limit' should be at least 0; got {limit}.")
+    if not entry["path"] or not entry.get("name", "x") or "/" in entry.get("name", ""):
+        raise UserError(
+            f"{where}: 'path' and 'name' should not be empty, and a name has no '/'; got {entry!r}."
         )
 
 

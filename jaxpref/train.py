@@ -153,6 +153,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                     lambda batch: score(state, frozen, reference, sharding.put_batch(mesh, batch)),
                     held_out_stream.once(),
                     data.held_out.scores,
+                    data.held_out.sources,
                 )
                 metrics_lib.require_finite(step, results.values)
                 if results.reliability is not None and not jax.process_index():
@@ -475,6 +476,7 @@ def _stream(
         seed=config.seed,
         micro_batches=micro_batches,
         extras={} if table is None else {"reference_logps": table},
+        weights=data.weights if training else None,
     )
 
 
@@ -541,6 +543,8 @@ def _describe(
             f"trained: {trained:,} of {parameters:,} parameters, with "
             f"{optimizer_bytes / 1e6:.1f} MB of optimizer state"
         )
+    for note in data.notes:
+        console.print(f"data: {note}")
     console.print(f"data: {counts}")
     console.print(
         f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples, rows of "

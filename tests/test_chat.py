@@ -10,7 +10,8 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jaxpref.data.chat import TEMPLATES, Chat
-from jaxpref.data.examples import Example, hold_out, read_examples
+from jaxpref.data.examples import Example, hold_out
+from jaxpref.data.read import read_examples
 from jaxpref.data.tokenize import Limits, begins_with_bos, load_tokenizer, tokenize
 from jaxpref.errors import UserError
 

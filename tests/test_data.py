@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxpref.data import load_tokenizer, synthetic
-from jaxpref.data.examples import Example, hold_out, read_examples
+from jaxpref.data.examples import Example, hold_out
+from jaxpref.data.read import read_examples
 from jaxpref.data.records import read_records
 from jaxpref.data.tokenize import Limits, begins_with_bos, encode, tokenize
 from jaxpref.errors import UserError
@@ -234,7 +235,7 @@ def test_short_prompt_leaves_its_room_to_the_response():
 
 def test_long_prompt_is_an_error_if_asked():
     with pytest.raises(UserError, match=r"file:7: .* 6 tokens .*on_long_prompt=truncate"):
-        run_encode([11] * 6, [[21] * 6, [31]], may_cut_prompts=False)
+        run_encode([11] * 6, [[21] * 6, [31]], on_long_prompt="error")
 
 
 def test_empty_prompt_needs_bos():

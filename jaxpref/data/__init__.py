@@ -1,7 +1,8 @@
 """Records to examples to token ids to the batch at step s."""
 
-from jaxpref.data.examples import Example, read_examples
+from jaxpref.data.examples import Example
 from jaxpref.data.load import Data, check, load
+from jaxpref.data.read import read_examples
 from jaxpref.data.stream import BatchStream
 from jaxpref.data.tokenize import TokenizedDataset, load_tokenizer, tokenize
 

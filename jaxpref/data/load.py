@@ -1,14 +1,18 @@
 """The config's data, tokenised: what to train on and what to hold out."""
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxpref.data import synthetic
-from jaxpref.data.convert import adapt
-from jaxpref.data.examples import Example, hold_out, read_examples
+from jaxpref import config as config_lib
+from jaxpref.data import cache, synthetic
+from jaxpref.data.convert import adapt, deduplicate
+from jaxpref.data.examples import Example, hold_out
+from jaxpref.data.read import open_source, parse
 from jaxpref.data.records import check_source
 from jaxpref.data.tokenize import Limits, TokenizedDataset, begins_with_bos, tokenize
 from jaxpref.errors import UserError
@@ -21,18 +25,23 @@ class Data(NamedTuple):
       train: to train on.
       held_out: to evaluate on; None if there is nothing.
       counts: examples on each side, and how many were dropped or cut, by reason.
+      weights: shares of the sources in training, by name; empty unless several are mixed.
+      notes: what the log should say of the reading.
     """
 
     train: TokenizedDataset
     held_out: TokenizedDataset | None
     counts: dict[str, int]
+    weights: Mapping[str, float] = {}
+    notes: Sequence[str] = ()
 
 
 def check(config: ConfigDict) -> None:
     """Refuses missing files before anything is computed."""
-    for key in ("path", "eval_path"):
-        if config.data[key]:
-            check_source(config.data[key], f"data.{key}")
+    for source in config_lib.sources(config):
+        check_source(source["path"], "data.mixture" if config.data.mixture else "data.path")
+    if config.data.eval_path:
+        check_source(config.data.eval_path, "data.eval_path")
 
 
 def load(
@@ -42,7 +51,7 @@ def load(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Data:
-    """Reads, splits and tokenises.
+    """Reads, converts, splits and tokenises; or takes what an earlier run left in data.cache.
 
     Args:
       config: a checked config.
@@ -51,9 +60,18 @@ def load(
       progress: called with the number of training examples tokenised so far.
 
     Raises:
-      UserError: see `read_examples`, `adapt` and `tokenize`.
+      UserError: see `open_source`, `parse`, `adapt` and `tokenize`.
     """
-    train, held_out, dropped = _examples(config)
+    sources = config_lib.sources(config)
+    weights = {s["name"]: float(s["weight"]) for s in sources} if len(sources) > 1 else {}
+    folder = cache.folder(config, tokenizer, kind) if config.data.cache else None
+    if folder is not None and (kept := cache.read(folder)) is not None:
+        train_set, held_out_set, counts = kept
+        notes = [f"tokenised data reused from {folder}"]
+        return Data(train_set, held_out_set, counts, weights, notes)
+
+    reading = _Reading(config, kind)
+    train, held_out = reading.sides()
     if not train:
         raise UserError(
             f"all {len(held_out)} examples fell on the held-out side; lower data.eval_fraction "
@@ -66,55 +84,121 @@ def load(
         max_prompt_length=config.data.max_prompt_length,
         eos=tokenizer.eos_token_id,
         bos=begins_with_bos(tokenizer, config.tokenizer.bos),
-        may_cut_prompts=config.data.on_long_prompt == "truncate",
+        on_long_prompt=config.data.on_long_prompt,
     )
 
     def tokenized(examples: list[Example], progress: Callable[[int], None]) -> TokenizedDataset:
-        adapted, converted = adapt(examples, kind, found=config.data.format)
-        counts.update(converted)
         return tokenize(
-            adapted,
+            examples,
             tokenizer,
             limits,
             parse_special_tokens=config.tokenizer.parse_special_tokens,
+            processes=config.data.num_proc,
             progress=progress,
         )
 
-    counts: Counter[str] = Counter()
     train_set = tokenized(train, progress)
     held_out_set = tokenized(held_out, lambda done: None) if held_out else None
     cut = train_set.counts + (held_out_set.counts if held_out_set else Counter())
-    return Data(
-        train_set,
-        held_out_set,
-        {
-            "train_examples": len(train_set),
-            "held_out_examples": len(held_out_set) if held_out_set else 0,
-            **{f"dropped/{reason}": count for reason, count in dropped.items()},
-            **counts,
-            **{reason: cut[reason] for reason in train_set.counts},
-        },
-    )
+    missing = [name for name in weights if name not in train_set.sources]
+    if not len(train_set) or (missing and len(weights) > 1):
+        raise UserError(
+            f"no example is left to train on{f' of the source {missing[0]!r}' if missing else ''}: "
+            f"{dict(reading.counts + cut)}."
+        )
+    counts = {
+        "train_examples": len(train_set),
+        "held_out_examples": len(held_out_set) if held_out_set else 0,
+        **reading.counts,
+        **{reason: cut[reason] for reason in [*train_set.counts, *cut]},
+    }
+    if held_out_set is not None and not len(held_out_set):
+        held_out_set = None
+    if folder is not None:
+        cache.write(folder, train_set, held_out_set, counts)
+        reading.notes.append(f"tokenised data kept in {folder}")
+    return Data(train_set, held_out_set, counts, weights, reading.notes)
 
 
-def _examples(config: ConfigDict) -> tuple[list[Example], list[Example], Counter[str]]:
-    data = config.data
-    if data.format == "synthetic":
-        examples = synthetic.generate(data.synthetic_pairs, config.seed)
-        return *hold_out(examples, data.eval_fraction), Counter()
+class _Reading:
+    """The examples of a config's sources, and what became of the others."""
 
-    def read(path: str, split: str) -> tuple[list[Example], Counter[str]]:
-        return read_examples(
+    def __init__(self, config: ConfigDict, kind: str):
+        self.counts: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self._config, self._kind = config, kind
+
+    def sides(self) -> tuple[list[Example], list[Example]]:
+        """The examples to train on, and those held out."""
+        data = self._config.data
+        if data.format == "synthetic":
+            examples = synthetic.generate(data.synthetic_pairs, self._config.seed)
+            examples = self._adapted(examples, "synthetic")
+            return hold_out(self._distinct(examples), data.eval_fraction)
+        sources = config_lib.sources(self._config)
+        examples = [example for source in sources for example in self._read(source)]
+        examples = self._distinct(examples)
+        if data.eval_path or data.eval_split:
+            held_out = self._read(
+                {
+                    "path": data.eval_path or data.path,
+                    "format": data.format,
+                    "subset": data.subset,
+                    "split": data.eval_split or data.split,
+                    "limit": 0,
+                    "name": "",
+                }
+            )
+            return examples, self._distinct(held_out)
+        train, held_out = hold_out(examples, data.eval_fraction)
+        return train, _in_turn(held_out)
+
+    def _read(self, source: Mapping[str, Any]) -> list[Example]:
+        data, path = self._config.data, source["path"]
+        format, records = open_source(
+            path, source["format"], subset=source["subset"], split=source["split"]
+        )
+        if source["format"] == "auto":
+            self.notes.append(f"{path}: read as format {format!r}, by its columns")
+        examples, dropped = parse(
+            records,
+            format,
             path,
-            data.format,
-            subset=data.subset,
-            split=split,
             on_divergent=data.on_divergent,
             on_empty=data.on_empty,
+            min_score_ratio=data.min_score_ratio,
+            limit=source["limit"],
         )
+        self.counts.update({f"dropped/{reason}": count for reason, count in dropped.items()})
+        examples = self._adapted(examples, format)
+        if source["name"]:
+            examples = [dataclasses.replace(e, source=source["name"]) for e in examples]
+        return examples
 
-    examples, dropped = read(data.path, data.split)
-    if not (data.eval_path or data.eval_split):
-        return *hold_out(examples, data.eval_fraction), dropped
-    held_out, dropped_held_out = read(data.eval_path or data.path, data.eval_split or data.split)
-    return examples, held_out, dropped + dropped_held_out
+    def _adapted(self, examples: list[Example], format: str) -> list[Example]:
+        data = self._config.data
+        examples, counts = adapt(
+            examples,
+            self._kind,
+            found=format,
+            ranked_pairs=data.ranked_pairs,
+            on_tie=data.on_tie,
+            on_identical=data.on_identical,
+        )
+        self.counts.update(counts)
+        return examples
+
+    def _distinct(self, examples: list[Example]) -> list[Example]:
+        if self._config.data.deduplicate:
+            examples, repeated = deduplicate(examples)
+            self.counts["dropped/duplicate"] += repeated
+        return examples
+
+
+def _in_turn(examples: list[Example]) -> list[Example]:
+    """One example of each source after the other, so that the first ones are of all."""
+    by_source: dict[str, list[Example]] = {}
+    for example in examples:
+        by_source.setdefault(example.source, []).append(example)
+    rounds = chain.from_iterable(zip_longest(*by_source.values()))
+    return [example for example in rounds if example is not None]

@@ -1,6 +1,7 @@
 """Raw records from local files or the hub, each with the place it came from."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -93,16 +94,34 @@ def _read_parquet(path: str) -> Iterator[Record]:
         raise UserError(f"{path}: not a readable parquet file after row {row}: {error}") from error
 
 
-def _read_hub(name: str, subset: str, split: str) -> Iterator[Record]:
+def fingerprint(path: str, subset: str, split: str) -> str:
+    """A digest of a file's content, or the hub data set's own.
+
+    Raises:
+      UserError: the source cannot be read.
+    """
+    if not path.endswith(_SUFFIXES):
+        return _load_hub(path, subset, split)._fingerprint
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _load_hub(name: str, subset: str, split: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, data_dir=subset or None, split=split)
+        return datasets.load_dataset(name, data_dir=subset or None, split=split)
     except Exception as error:  # The hub's client raises many kinds, none of them ours.
         raise UserError(
             f"{name} (split {split!r}): the hub gave no such data set, or cannot be reached: "
             f"{error}\nWithout a network, give a local .jsonl, .jsonl.gz or .parquet file as "
             "data.path."
         ) from error
-    for row, record in enumerate(rows, start=1):
+
+
+def _read_hub(name: str, subset: str, split: str) -> Iterator[Record]:
+    for row, record in enumerate(_load_hub(name, subset, split), start=1):
         yield record, f"{name}[{split}]:{row}"

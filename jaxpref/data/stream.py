@@ -1,7 +1,7 @@
 """The batch at step s, as a pure function of (seed, s)."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
@@ -21,7 +21,8 @@ class BatchStream:
     """Batches of a data set, by step.
 
     There is no iterator state: a run that resumes at step s asks for batch s. Every
-    epoch is a permutation of its own; a batch may span two epochs.
+    epoch is a permutation of its own; a batch may span two epochs. Where sources are
+    mixed by weight, this holds of each source, whose epochs are of different lengths.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class BatchStream:
         seed: int = 0,
         micro_batches: int = 1,
         extras: dict[str, Float[np.ndarray, "examples ..."]] | None = None,
+        weights: Mapping[str, float] | None = None,
         planner: Planner = packing.plan_tree,
     ):
         """Prepares the order.
@@ -45,6 +47,8 @@ class BatchStream:
           micro_batches: parts of a batch, stacked along a leading axis.
           extras: further values of each example, for `PackedBatch.extras` beside those
             that the data set has.
+          weights: shares of the data set's sources, by name; without them every example
+            comes once an epoch.
           planner: how groups are placed in rows.
         """
         self._dataset = dataset
@@ -53,7 +57,7 @@ class BatchStream:
         self._micro_batches = micro_batches
         self._extras = {**dataset.extras, **(extras or {})}
         self._planner = planner
-        self._order = grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
+        self._order = _order(dataset, seed, weights or {})
 
     def indices(self, step: int) -> list[int]:
         """The examples of step `step` (from 0), in order."""
@@ -106,6 +110,17 @@ class BatchStream:
             for batch, part in zip(micro, parts, strict=True)
         ]
         return jax.tree.map(lambda *xs: np.stack(xs), *micro)
+
+
+def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:
+    """Endless indices of examples, shuffled epoch by epoch, source by source."""
+    if not weights:
+        return grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
+    sources = [
+        grain.MapDataset.source(dataset.sources[name]).shuffle(seed=seed + number).repeat()
+        for number, name in enumerate(weights)
+    ]
+    return grain.MapDataset.mix(sources, list(weights.values()))
 
 
 def _rows(values: np.ndarray, indices: list[int], size: int) -> np.ndarray:

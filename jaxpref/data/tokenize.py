@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -149,14 +152,19 @@ class Limits:
       max_prompt_length: of a prompt that has to be cut, BOS included.
       eos: ends every response.
       bos: begins every prompt, if not None.
-      may_cut_prompts: whether a prompt that has to be cut is cut or refused.
+      on_long_prompt: "truncate" to cut a prompt that has to be cut, else to refuse it:
+        "error", or "skip" to drop and count its example.
     """
 
     max_length: int
     max_prompt_length: int
     eos: int
     bos: int | None = None
-    may_cut_prompts: bool = True
+    on_long_prompt: str = "truncate"
+
+
+class LongPromptError(UserError):
+    """A prompt leaves too little room for its responses."""
 
 
 def encode(
@@ -187,7 +195,8 @@ def encode(
       The prompt, then the responses; none is empty.
 
     Raises:
-      UserError: the prompt is empty and there is no BOS, or it may not be cut.
+      LongPromptError: the prompt may not be cut.
+      UserError: the prompt is empty and there is no BOS.
     """
     bos = [] if limits.bos is None or list(prompt[:1]) == [limits.bos] else [limits.bos]
     prompt = [*bos, *prompt]
@@ -204,12 +213,12 @@ def encode(
     # A response that is still to be sampled may take all the room that it is given.
     longest = max(map(len, responses), default=limits.max_length)
     if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
-        if not limits.may_cut_prompts:
-            raise UserError(
+        if limits.on_long_prompt != "truncate":
+            raise LongPromptError(
                 f"{where}: the prompt has {len(prompt)} tokens and with its longest response "
                 f"{len(prompt) + longest}, over data.max_length ({limits.max_length}). Raise it, "
                 f"or keep the last {limits.max_prompt_length} tokens of such prompts with "
-                "--config.data.on_long_prompt=truncate."
+                "--config.data.on_long_prompt=truncate, or leave them out with =skip."
             )
         counts["prompts_cut"] += 1
         has_bos = limits.bos is not None
@@ -226,62 +235,134 @@ def tokenize(
     limits: Limits,
     *,
     parse_special_tokens: bool = False,
+    processes: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TokenizedDataset:
     """Tokenises examples: texts apart at the boundary, conversations through the chat template.
 
     Args:
-      examples: at least one response each.
+      examples: in the order that they shall have.
       tokenizer: a `transformers` tokenizer.
       limits: lengths and special tokens.
       parse_special_tokens: read the names of special tokens inside the texts as such.
+      processes: how many share the work; the result does not depend on it.
       progress: called with the number of examples done so far.
 
     Raises:
-      UserError: see `encode` and `ChatEncoder.encode`.
+      UserError: see `encode` and `ChatEncoder.encode`; or some examples have a margin and
+        others do not.
     """
     counts: Counter[str] = Counter(prompts_cut=0, responses_cut=0, special_tokens_in_text=0)
-    pieces: list[np.ndarray] = []
-    piece_counts = [0]
-    chats = ChatEncoder(tokenizer, eos=limits.eos, parse_special_tokens=parse_special_tokens)
-    names = special_names(tokenizer)
-    for chunk in _chunks(examples):
+    encoder = _Encoder(tokenizer, limits, parse_special_tokens)
+    done, parts = 0, []
+    chunks = list(_chunks(examples))
+    with _mapper(encoder, min(processes, len(chunks))) as encoded:
+        for chunk, part in zip(chunks, encoded(chunks), strict=True):
+            parts.append(part)
+            counts.update(part.counts)
+            done += len(chunk)
+            progress(done)
+    kept = [
+        e for e, is_kept in zip(examples, _joined([p.kept for p in parts]), strict=True) if is_kept
+    ]
+    return TokenizedDataset(
+        tokens=_joined([part.tokens for part in parts]).astype(np.int32, copy=False),
+        pieces=np.cumsum(_joined([[0], *(part.lengths for part in parts)])),
+        examples=np.cumsum([0, *(1 + len(example.responses) for example in kept)]),
+        scores=_true_scores(kept),
+        counts=counts,
+        extras=_extras(kept),
+        sources=_sources(kept),
+    )
+
+
+class _Encoded(NamedTuple):
+    """A chunk of examples as ids end to end, the length of each piece, and which are kept."""
+
+    tokens: Int[np.ndarray, " tokens"]
+    lengths: Int[np.ndarray, " pieces"]
+    kept: list[bool]
+    counts: Counter[str]
+
+
+class _Encoder:
+    """Encodes chunks of examples."""
+
+    def __init__(self, tokenizer: Any, limits: Limits, parse_special_tokens: bool):
+        self._tokenizer, self._limits, self._parse = tokenizer, limits, parse_special_tokens
+        self._names = special_names(tokenizer)
+
+    def __call__(self, chunk: Sequence[Example]) -> _Encoded:
+        counts: Counter[str] = Counter()
+        chats = ChatEncoder(self._tokenizer, eos=self._limits.eos, parse_special_tokens=self._parse)
         texts = [
             text
             for example in chunk
             if isinstance(example.prompt, str)
             for text in (example.prompt, *example.responses)
         ]
-        counts["special_tokens_in_text"] += sum(len(names.findall(text)) for text in texts)
+        counts["special_tokens_in_text"] += sum(len(self._names.findall(text)) for text in texts)
         # An empty list of texts is not a batch to every tokenizer.
         ids = iter(
-            tokenizer(
-                texts, add_special_tokens=False, split_special_tokens=not parse_special_tokens
+            self._tokenizer(
+                texts, add_special_tokens=False, split_special_tokens=not self._parse
             ).input_ids
             if texts
             else ()
         )
+        pieces: list[np.ndarray] = []
+        kept: list[bool] = []
         for example in chunk:
+            turns_end = isinstance(example.prompt, Chat)
             if isinstance(example.prompt, Chat):
-                turns_end = True
                 prompt, responses = chats.encode(example.prompt, example.responses, example.where)
             else:
-                turns_end = False
                 prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
-            encoded = encode(prompt, responses, limits, counts, example.where, turns_end=turns_end)
+            try:
+                encoded = encode(
+                    prompt, responses, self._limits, counts, example.where, turns_end=turns_end
+                )
+            except LongPromptError:
+                if self._limits.on_long_prompt != "skip":
+                    raise
+                counts["dropped/long_prompt"] += 1
+                kept.append(False)
+                continue
             pieces += [np.asarray(piece, np.int32) for piece in encoded]
-            piece_counts.append(len(pieces))
-        progress(len(piece_counts) - 1)
-    counts["special_tokens_in_text"] += chats.special_names
-    return TokenizedDataset(
-        tokens=np.concatenate(pieces) if pieces else np.zeros(0, np.int32),
-        pieces=np.cumsum([0, *map(len, pieces)]),
-        examples=np.asarray(piece_counts),
-        scores=_true_scores(examples),
-        counts=counts,
-        extras=_extras(examples),
-        sources=_sources(examples),
-    )
+            kept.append(True)
+        counts["special_tokens_in_text"] += chats.special_names
+        lengths = np.asarray([len(piece) for piece in pieces], np.int64)
+        return _Encoded(_joined(pieces).astype(np.int32, copy=False), lengths, kept, counts)
+
+
+_encoder_of_process: _Encoder
+
+
+def _start_process(encoder: _Encoder) -> None:
+    global _encoder_of_process
+    _encoder_of_process = encoder
+
+
+def _encode_in_process(chunk: Sequence[Example]) -> _Encoded:
+    return _encoder_of_process(chunk)
+
+
+@contextmanager
+def _mapper(
+    encoder: _Encoder, processes: int
+) -> Iterator[Callable[[Iterable[Sequence[Example]]], Iterable[_Encoded]]]:
+    """A function that encodes chunks, in order, here or in several processes."""
+    if processes <= 1:
+        yield lambda chunks: map(encoder, chunks)
+        return
+    # Not forked: JAX's threads would hold locks that no one in the child opens.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start_process, (encoder,)) as pool:
+        yield lambda chunks: pool.map(_encode_in_process, chunks)
+
+
+def _joined(arrays: Sequence[Any]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
 
 
 def _true_scores(examples: Sequence[Example]) -> np.ndarray | None:

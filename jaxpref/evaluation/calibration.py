@@ -13,12 +13,12 @@ class Reliability(NamedTuple):
     Attributes:
       confidence: mean probability of the pairs in each bin, from 0.5 to 1.
       accuracy: share of them whose chosen response has the higher reward.
-      count: how many they are.
+      pairs: how many they are.
     """
 
     confidence: Float[np.ndarray, " bins"]
     accuracy: Float[np.ndarray, " bins"]
-    count: Float[np.ndarray, " bins"]
+    pairs: Float[np.ndarray, " bins"]
 
     @property
     def error(self) -> float:
@@ -27,7 +27,7 @@ class Reliability(NamedTuple):
         Source: Guo et al. 2017 (arXiv 1706.04599), equation 3.
         """
         gaps = np.abs(self.accuracy - self.confidence)
-        return float((gaps * self.count).sum() / max(self.count.sum(), 1))
+        return float((gaps * self.pairs).sum() / max(self.pairs.sum(), 1))
 
 
 def reliability(margins: Float[np.ndarray, " pairs"], bins: int = 10) -> Reliability:
@@ -47,11 +47,11 @@ def reliability(margins: Float[np.ndarray, " pairs"], bins: int = 10) -> Reliabi
     index = np.minimum(((probability - 0.5) * 2 * bins).astype(int), bins - 1)
     count = np.bincount(index, minlength=bins).astype(np.float64)
     used = count > 0
-    means = [
+    confidence, accuracy = (
         np.bincount(index, values, minlength=bins)[used] / count[used]
         for values in (probability, right)
-    ]
-    return Reliability(*means, count[used])
+    )
+    return Reliability(confidence, accuracy, count[used])
 
 
 def plot_reliability(found: Reliability, path: Path, title: str) -> None:
@@ -69,7 +69,7 @@ def plot_reliability(found: Reliability, path: Path, title: str) -> None:
 
     figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
     axis.plot([0.5, 1], [0.5, 1], "--", color="0.6", label="perfect")
-    share = found.count / found.count.sum()
+    share = found.pairs / found.pairs.sum()
     axis.plot(found.confidence, found.accuracy, color="C0")
     axis.scatter(found.confidence, found.accuracy, s=20 + 400 * share, color="C0", alpha=0.6)
     axis.set_xlabel("probability that the model gives its choice")

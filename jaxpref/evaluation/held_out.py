@@ -1,11 +1,11 @@
 """One pass over held-out examples: per-example values, then one division."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxpref.algorithms import Objective
 from jaxpref.evaluation.calibration import Reliability, reliability
@@ -30,6 +30,7 @@ def evaluate(
     score: Callable[[PackedBatch], Objective],
     batches: Iterable[PackedBatch],
     scores: Float[np.ndarray, "examples responses"] | None,
+    sources: Mapping[str, Int[np.ndarray, " _"]] | None = None,
 ) -> HeldOut:
     """Weighted means of the loss and of every metric over all examples.
 
@@ -37,6 +38,8 @@ def evaluate(
       score: per-example loss and metrics of a batch.
       batches: every example once, in order; absent groups only at the end.
       scores: true rewards of the examples, if known; adds `reward_recovery`.
+      sources: the examples of each source, if there are several; their values have the prefix
+        `eval/SOURCE/`.
     """
     objectives = [jax.device_get(score(batch)) for batch in batches]
     named = [{"loss": objective.loss, **objective.metrics} for objective in objectives]
@@ -47,19 +50,31 @@ def evaluate(
         )
         for name in named[0]
     }
-    results = {
-        name: float(np.average(metric.values, weights=metric.weights))
-        for name, metric in metrics.items()
-    }
+    results = _means(metrics)
     if scores is not None and "rewards/chosen" in metrics:
         rewards = np.stack(
             [metrics[f"rewards/{which}"].values[: len(scores)] for which in ("chosen", "rejected")],
             axis=1,
         )
         results |= reward_recovery(rewards, scores)
+    for source, examples in (sources or {}).items():
+        part = {
+            name: Metric(metric.values[examples], metric.weights[examples])
+            for name, metric in metrics.items()
+        }
+        results |= {f"{source}/{name}": value for name, value in _means(part).items()}
     found = None
     if "margin" in metrics:
-        margins, weights = metrics["margin"]
+        margins, weights = (np.asarray(x) for x in metrics["margin"])
         found = reliability(margins[weights > 0])
         results["calibration_error"] = found.error
     return HeldOut({f"eval/{name}": value for name, value in results.items()}, found)
+
+
+def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """Weighted means; what has no weight at all is left out."""
+    return {
+        name: float(np.average(metric.values, weights=metric.weights))
+        for name, metric in metrics.items()
+        if metric.weights.sum()
+    }

@@ -1,0 +1,145 @@
+"""Tokenised data kept in a directory, under a key of all that it was made from.
+
+DIR/KEY/counts.json
+DIR/KEY/train/tokens.npy, pieces.npy, ...   the arrays of a `TokenizedDataset`
+DIR/KEY/held_out/...                        if there is any
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxpref import config as config_lib
+from jaxpref.data.records import fingerprint
+from jaxpref.data.tokenize import TokenizedDataset
+from jaxpref.errors import UserError
+
+_COUNTS = "counts.json"
+_SIDES = ("train", "held_out")
+_ARRAYS = ("tokens", "pieces", "examples", "scores")
+_GROUPS = ("extras", "sources")
+# Settings that change no token, and paths, in whose place the content counts.
+_IRRELEVANT = (
+    "data.batch_size",
+    "data.cache",
+    "data.eval_path",
+    "data.mixture",
+    "data.num_proc",
+    "data.path",
+    "data.row_length",
+    "data.scored_length",
+    "tokenizer.name",
+)
+
+
+def folder(config: ConfigDict, tokenizer: Any, kind: str) -> Path:
+    """The place in data.cache for this data, this tokenizer and these settings."""
+    data = config.data
+    of_data = {key: value for key, value in config_lib.flatten(config) if _matters(key)}
+    sources: list[Any] = [
+        {
+            **{key: value for key, value in source.items() if key not in ("path", "weight")},
+            "content": fingerprint(source["path"], source["subset"], source["split"]),
+        }
+        for source in config_lib.sources(config)
+    ]
+    if data.eval_path or data.eval_split:
+        path, split = data.eval_path or data.path, data.eval_split or data.split
+        sources.append(fingerprint(path, data.subset, split))
+    if data.format == "synthetic":
+        sources.append(config.seed)
+    versions = [importlib.metadata.version(name) for name in ("jaxpref", "transformers")]
+    parts = [of_data, sources, config.eval.max_examples, kind, versions, _digest(tokenizer)]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(data.cache) / key
+
+
+def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[str, int]] | None:
+    """What `write` left, with its arrays mapped from the files; None if there is nothing."""
+    if not (folder / _COUNTS).exists():
+        return None
+    counts = json.loads((folder / _COUNTS).read_text())
+    train, held_out = (
+        _read_dataset(folder / side) if (folder / side).is_dir() else None for side in _SIDES
+    )
+    assert train is not None
+    return train, held_out, counts
+
+
+def write(
+    folder: Path, train: TokenizedDataset, held_out: TokenizedDataset | None, counts: dict[str, int]
+) -> None:
+    """Keeps both sides so that they are there whole or not at all.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp.") as name:
+            temporary = Path(name) / folder.name
+            for side, dataset in zip(_SIDES, (train, held_out), strict=True):
+                if dataset is not None:
+                    _write_dataset(temporary / side, dataset)
+            (temporary / _COUNTS).write_text(json.dumps(counts))
+            # Another run may have been faster; then its data is the same.
+            if not folder.exists():
+                os.replace(temporary, folder)
+    except OSError as error:
+        raise UserError(
+            f"data.cache is {str(folder.parent)!r}, where nothing can be written "
+            f"({error.strerror or error}); name another directory, or leave it empty."
+        ) from error
+
+
+def _matters(key: str) -> bool:
+    return key.startswith(("data.", "tokenizer.")) and key not in _IRRELEVANT
+
+
+def _digest(tokenizer: Any) -> str:
+    """Of all files that the tokenizer consists of, wherever it came from."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as name:
+        tokenizer.save_pretrained(name)
+        for path in sorted(Path(name).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _write_dataset(folder: Path, dataset: TokenizedDataset) -> None:
+    folder.mkdir(parents=True)
+    arrays = {name: getattr(dataset, name) for name in _ARRAYS}
+    for group in _GROUPS:
+        (folder / group).mkdir()
+        names = list(getattr(dataset, group))
+        (folder / group / "names.json").write_text(json.dumps(names))
+        arrays |= {f"{group}/{i}": getattr(dataset, group)[name] for i, name in enumerate(names)}
+    for name, array in arrays.items():
+        if array is not None:
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    (folder / _COUNTS).write_text(json.dumps(dataset.counts))
+
+
+def _read_dataset(folder: Path) -> TokenizedDataset:
+    def array(name: str) -> np.ndarray | None:
+        path = folder / f"{name}.npy"
+        # Not as a memmap, whose slices are slow.
+        return np.load(path, mmap_mode="r").view(np.ndarray) if path.exists() else None
+
+    fields: dict[str, Any] = {name: array(name) for name in _ARRAYS}
+    for group in _GROUPS:
+        names = json.loads((folder / group / "names.json").read_text())
+        fields[group] = {name: array(f"{group}/{i}") for i, name in enumerate(names)}
+    counts = Counter(json.loads((folder / _COUNTS).read_text()))
+    assert {*fields, "counts"} == {f.name for f in dataclasses.fields(TokenizedDataset)}
+    return TokenizedDataset(**fields, counts=counts)

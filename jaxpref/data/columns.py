@@ -1,0 +1,183 @@
+"""The values of a record's columns, checked."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpref.data.chat import Chat, Message
+from jaxpref.data.examples import DivergentPromptError, EmptyResponseError, Example
+from jaxpref.errors import UserError
+
+# What a message with nothing to say has.
+_BARE = {"role", "content"}
+
+
+def column(record: Mapping, name: str, where: str) -> Any:
+    """The value of a column that has to be there."""
+    if name not in record:
+        raise UserError(
+            f"{where}: no column {name!r}; the record has {', '.join(map(repr, record))}. "
+            "Set data.format to match the file."
+        )
+    return record[name]
+
+
+def text(record: Mapping, name: str, where: str) -> str:
+    """A column that holds text."""
+    return as_text(column(record, name, where), f"{where}: column {name!r}")
+
+
+def as_text(value: Any, name: str) -> str:
+    """The value, which `name` describes, if it is text that can be encoded."""
+    if not isinstance(value, str):
+        raise UserError(
+            f"{name} should be text; got {type(value).__name__}. Set data.format to match the file."
+        )
+    _check_encodable(value, name)
+    return value
+
+
+def number(record: Mapping, name: str, where: str) -> float:
+    """A column that holds a finite number."""
+    return as_number(column(record, name, where), f"{where}: column {name!r}")
+
+
+def as_number(value: Any, name: str) -> float:
+    """The value, which `name` describes, if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name} should be a finite number; got {value!r}.")
+    return float(value)
+
+
+def boolean(record: Mapping, name: str, where: str) -> bool:
+    """A column that holds true or false, or 1 or 0."""
+    value = column(record, name, where)
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise UserError(
+            f"{where}: column {name!r} should be true or false (or 1 or 0); got {value!r}."
+        )
+    return bool(value)
+
+
+def objects(record: Mapping, name: str, where: str) -> list[Mapping]:
+    """A column that holds a list of objects."""
+    values = column(record, name, where)
+    if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
+        raise UserError(
+            f"{where}: column {name!r} should be a list of objects; got {_kind(values)}."
+        )
+    return values
+
+
+def messages(record: Mapping, name: str, where: str) -> list[Message]:
+    """A column that holds a list of messages, without its nulls."""
+    return as_messages(column(record, name, where), f"{where}: column {name!r}")
+
+
+def as_messages(value: Any, name: str) -> list[Message]:
+    """The value, which `name` describes, if it is a list of messages; without its nulls."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{name} should be a list of messages; got {_kind(value)}.")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UserError(
+                f"{name}: a message should be an object with 'role' and 'content'; got "
+                f"{sorted(message) if isinstance(message, Mapping) else type(message).__name__}."
+            )
+        if not isinstance(message.get("content"), str | list | None):
+            raise UserError(
+                f"{name}: a message's content should be text or a list of parts; got "
+                f"{type(message['content']).__name__}."
+            )
+    _check_encodable(value, name)
+    # Tables fill absent fields with null, which templates take for a value.
+    return [{"content": "", **_without_nulls(message)} for message in value]
+
+
+def chat(record: Mapping, before: list[Message], where: str) -> Chat:
+    """A conversation to continue, with the record's tools and template variables."""
+    values: dict[str, Any] = {}
+    for name, kind in (("tools", list), ("chat_template_kwargs", dict)):
+        value = record.get(name)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: column {name!r} is not valid JSON: {error}.") from error
+        if value and not isinstance(value, kind):
+            raise UserError(
+                f"{where}: column {name!r} should be {'a list' if kind is list else 'an object'}"
+                f"; got {type(value).__name__}."
+            )
+        values[name] = _without_nulls(value or kind())
+    return Chat(tuple(before), tuple(values["tools"]), values["chat_template_kwargs"])
+
+
+def conversations(
+    record: Mapping, dialogues: list[list[Message]], names: tuple[str, ...], where: str
+) -> Example:
+    """An example of dialogues that differ in their last message alone, its responses.
+
+    Raises:
+      DivergentPromptError: they part earlier.
+      EmptyResponseError: a response says nothing.
+      UserError: a response is not the assistant's.
+    """
+    for dialogue in dialogues:
+        if dialogue[-1]["role"] != "assistant":
+            raise UserError(
+                f"{where}: a response should be a message of the assistant; the last one here is "
+                f"of role {dialogue[-1]['role']!r}."
+            )
+    if any(dialogue[:-1] != dialogues[0][:-1] for dialogue in dialogues):
+        raise DivergentPromptError(
+            f"{where}: {' and '.join(names)} part before their last message, so they have no "
+            "common prompt (a response is one message of the assistant). Skip such rows with "
+            "--config.data.on_divergent=skip."
+        )
+    prompt = chat(record, dialogues[0][:-1], where)
+    return not_empty(Example(prompt, tuple(d[-1] for d in dialogues), where=where), names)
+
+
+def not_empty(example: Example, names: tuple[str, ...]) -> Example:
+    """The example, if each of its responses, which `names` describe, says something."""
+    for name, response in zip(names, example.responses, strict=True):
+        if isinstance(response, str):
+            empty = not response
+        else:
+            empty = not response["content"] and set(response) <= _BARE
+        if empty:
+            raise EmptyResponseError(
+                f"{example.where}: the {name} response is empty. Skip such rows with "
+                "--config.data.on_empty=skip."
+            )
+    return example
+
+
+def _kind(value: Any) -> str:
+    return "an empty list" if value == [] else type(value).__name__
+
+
+def _check_encodable(value: Any, name: str) -> None:
+    """Refuses half characters in any text of a value, which no tokenizer can encode."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{name} holds half of a character at {error.start} (a lone surrogate, as a cut "
+                "emoji leaves it); mend or remove the row."
+            ) from error
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _check_encodable(item, name)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_encodable(item, name)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

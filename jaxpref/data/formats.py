@@ -1,0 +1,148 @@
+"""Records to examples, by the columns that they have.
+
+A prompt is a text, and then a response is one too, or a list of messages, and then a
+response is a message of the assistant, or a list that holds one.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpref.data import columns
+from jaxpref.data.chat import Message
+from jaxpref.data.examples import Example
+from jaxpref.data.sources import ASSISTANT_TURN, hh
+from jaxpref.errors import UserError
+
+# As Stanford Alpaca publishes them; the response follows at once.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+
+
+def explicit(record: Mapping, where: str) -> Example:
+    """`prompt`, `chosen`, `rejected`, and `margin` if there is one."""
+    pair = _continued(record, ("chosen", "rejected"), where)
+    return _with_margin(pair, record)
+
+
+def implicit(record: Mapping, where: str) -> Example:
+    """`chosen`, `rejected`: conversations that begin alike; `margin` if there is one.
+
+    Of two texts the prompt is known if they are dialogues as Anthropic's HH writes them.
+    """
+    names = ("chosen", "rejected")
+    chosen = columns.column(record, "chosen", where)
+    if isinstance(chosen, str):
+        if ASSISTANT_TURN not in chosen:
+            raise UserError(
+                f"{where}: chosen and rejected are texts, and where their prompt ends is not said. "
+                "Give it in a column 'prompt' (format explicit), mark turns as in "
+                f"{ASSISTANT_TURN!r} (format hh), or give conversations as lists of messages."
+            )
+        return hh(record, where)
+    dialogues = [columns.messages(record, name, where) for name in names]
+    return _with_margin(columns.conversations(record, dialogues, names, where), record)
+
+
+def unpaired(record: Mapping, where: str) -> Example:
+    """`prompt`, `completion` and `label`, whether the completion is a good one."""
+    label = columns.boolean(record, "label", where)
+    return dataclasses.replace(_continued(record, ("completion",), where), label=label)
+
+
+def ranked(record: Mapping, where: str) -> Example:
+    """`prompt`, `responses` and `scores`, higher for better ones."""
+    lists = [columns.column(record, name, where) for name in ("responses", "scores")]
+    for name, values in zip(("responses", "scores"), lists, strict=True):
+        if not isinstance(values, list):
+            raise UserError(
+                f"{where}: column {name!r} should be a list; got {type(values).__name__}."
+            )
+    responses, scores = lists
+    if len(responses) != len(scores):
+        raise UserError(
+            f"{where}: there are {len(responses)} responses and {len(scores)} scores; each "
+            "response should have one."
+        )
+    if len(responses) < 2:
+        raise UserError(
+            f"{where}: a ranking should have two responses or more; got {len(responses)}. Give "
+            "single ones as prompt and completion (format sft, or unpaired with a label)."
+        )
+    named = {f"responses[{i}]": response for i, response in enumerate(responses)}
+    values = [
+        columns.as_number(score, f"{where}: column 'scores', place {i}")
+        for i, score in enumerate(scores)
+    ]
+    return best_first(_continued({**record, **named}, tuple(named), where), values)
+
+
+def best_first(example: Example, scores: list[float]) -> Example:
+    """The example with its responses by falling score; equal ones stay in order."""
+    order = sorted(range(len(scores)), key=lambda k: -scores[k])
+    return dataclasses.replace(
+        example,
+        responses=tuple(example.responses[k] for k in order),
+        scores=tuple(scores[k] for k in order),
+    )
+
+
+def sft(record: Mapping, where: str) -> Example:
+    """`prompt`, `completion`."""
+    return _continued(record, ("completion",), where)
+
+
+def conversation(record: Mapping, where: str) -> Example:
+    """`messages`: a conversation, whose last message is the response."""
+    dialogue = columns.messages(record, "messages", where)
+    return columns.conversations(record, [dialogue], ("messages",), where)
+
+
+def alpaca(record: Mapping, where: str) -> Example:
+    """`instruction`, `output`, and `input` where there is one, in Stanford Alpaca's prompt."""
+    instruction, output = (columns.text(record, name, where) for name in ("instruction", "output"))
+    if record.get("input"):
+        context = columns.text(record, "input", where)
+        prompt = _ALPACA_WITH_INPUT.format(instruction=instruction, input=context)
+    else:
+        prompt = _ALPACA.format(instruction=instruction)
+    return columns.not_empty(Example(prompt, (output,), where=where), ("output",))
+
+
+def prompts(record: Mapping, where: str) -> Example:
+    """`prompt` alone, for methods that sample the responses."""
+    if isinstance(record.get("prompt"), list):
+        before = columns.messages(record, "prompt", where)
+        return Example(columns.chat(record, before, where), (), where=where)
+    return Example(columns.text(record, "prompt", where), (), where=where)
+
+
+def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
+    """`prompt` with the responses in the named columns, all texts or all messages."""
+    if isinstance(record.get("prompt"), list):
+        before = columns.messages(record, "prompt", where)
+        dialogues = [[*before, *_response(record, name, where)] for name in names]
+        return columns.conversations(record, dialogues, names, where)
+    prompt = columns.text(record, "prompt", where)
+    responses = tuple(columns.text(record, name, where) for name in names)
+    return columns.not_empty(Example(prompt, responses, where=where), names)
+
+
+def _response(record: Mapping, name: str, where: str) -> list[Message]:
+    value: Any = columns.column(record, name, where)
+    value = [value] if isinstance(value, Mapping) else value
+    return columns.as_messages(value, f"{where}: column {name!r}")
+
+
+def _with_margin(example: Example, record: Mapping) -> Example:
+    if record.get("margin") is None:
+        return example
+    margin = columns.number(record, "margin", example.where)
+    return dataclasses.replace(example, margin=margin)

@@ -1,0 +1,155 @@
+"""A source to examples: the format, named or detected, and what is left out, counted."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+from jaxpref.data import formats, sources
+from jaxpref.data.examples import Example, Excluded, SkippableError
+from jaxpref.data.records import Record, read_records
+from jaxpref.errors import UserError
+
+Parser = Callable[[Mapping, str], Example]
+
+
+class Format(NamedTuple):
+    """How a record is read, and the columns that tell it; none if it has to be named."""
+
+    parse: Parser
+    columns: tuple[str, ...] = ()
+
+
+# The first whose columns a record has is the one that is detected.
+FORMATS: dict[str, Format] = {
+    "shp": Format(sources.shp, ("history", "human_ref_A", "human_ref_B", "labels")),
+    "stack_exchange": Format(sources.stack_exchange, ("question", "answers")),
+    "tldr": Format(sources.tldr, ("info", "summaries", "choice")),
+    "tldr_sft": Format(sources.tldr_sft, ("subreddit", "title", "post", "summary")),
+    "ultrafeedback": Format(
+        sources.ultrafeedback, ("chosen", "rejected", "score_chosen", "score_rejected")
+    ),
+    "cnn_dailymail": Format(sources.cnn_dailymail, ("article", "highlights")),
+    # Many data sets have `text` and `label`.
+    "imdb": Format(sources.imdb),
+    "alpaca": Format(formats.alpaca, ("instruction", "output")),
+    "unpaired": Format(formats.unpaired, ("prompt", "completion", "label")),
+    "ranked": Format(formats.ranked, ("prompt", "responses", "scores")),
+    "explicit": Format(formats.explicit, ("prompt", "chosen", "rejected")),
+    "hh": Format(sources.hh),
+    "implicit": Format(formats.implicit, ("chosen", "rejected")),
+    "sft": Format(formats.sft, ("prompt", "completion")),
+    "messages": Format(formats.conversation, ("messages",)),
+    "prompts": Format(formats.prompts, ("prompt",)),
+}
+
+
+def read_examples(
+    path: str, format: str = "auto", *, subset: str = "", split: str = "train", **options: object
+) -> tuple[list[Example], Counter[str]]:
+    """Reads all examples of a source.
+
+    Args:
+      path: see `read_records`.
+      format: a name in `FORMATS`, or "auto".
+      subset: folder of a hub data set.
+      split: split of a hub data set.
+      **options: see `parse`.
+
+    Returns:
+      The examples in order, and what was dropped, by reason.
+
+    Raises:
+      UserError: naming the file, the line and what is wrong.
+    """
+    format, records = open_source(path, format, subset=subset, split=split)
+    return parse(records, format, path, **options)  # type: ignore[arg-type]
+
+
+def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str, Iterator[Record]]:
+    """The format of a source, detected from its first record if it is "auto", and its records.
+
+    Raises:
+      UserError: the source is empty or cannot be read, or no format has its columns.
+    """
+    records = read_records(path, subset=subset, split=split)
+    first = next(records, None)
+    if first is None:
+        raise UserError(f"{path}: holds no usable record (it is empty).")
+    return detect(*first) if format == "auto" else format, chain([first], records)
+
+
+def detect(record: Mapping, where: str) -> str:
+    """The format that a record's columns tell.
+
+    Raises:
+      UserError: none does.
+    """
+    present = {name for name, value in record.items() if value is not None}
+    detectable = {name: format.columns for name, format in FORMATS.items() if format.columns}
+    found = next((name for name, needed in detectable.items() if present >= set(needed)), None)
+    if found is None:
+        known = "\n".join(f"  {name}: {', '.join(needed)}" for name, needed in detectable.items())
+        raise UserError(
+            f"{where}: no format has the columns {', '.join(sorted(map(repr, present)))}. Known "
+            f"are\n{known}\nRename the columns, or name a format with --config.data.format."
+        )
+    chosen = record.get("chosen")
+    # Whole conversations beside a text that repeats their first message.
+    if found == "explicit" and isinstance(record["prompt"], str) and isinstance(chosen, list):
+        return "implicit"
+    if found == "implicit" and isinstance(chosen, str) and sources.ASSISTANT_TURN in chosen:
+        return "hh"
+    return found
+
+
+def parse(
+    records: Iterable[Record],
+    format: str,
+    path: str = "",
+    *,
+    on_divergent: str = "error",
+    on_empty: str = "error",
+    min_score_ratio: float = 2.0,
+    limit: int = 0,
+) -> tuple[list[Example], Counter[str]]:
+    """Reads examples from records.
+
+    Args:
+      records: with their places.
+      format: a name in `FORMATS`.
+      path: of the source, for messages.
+      on_divergent: "error", or "skip" to drop and count records whose dialogues part
+        before the last assistant turn.
+      on_empty: "error", or "skip" to drop and count records with an empty response.
+      min_score_ratio: of the scores of SHP's pairs.
+      limit: examples kept, the first ones; the records after them are counted. 0: all.
+
+    Returns:
+      The examples in order, and what was dropped, by reason.
+
+    Raises:
+      UserError: naming the file, the line and what is wrong.
+    """
+    parse_record = FORMATS[format].parse
+    if format == "shp":
+        parse_record = partial(sources.shp, min_score_ratio=min_score_ratio)
+    policies = {"divergent_prompt": on_divergent, "empty_response": on_empty}
+    dropped: Counter[str] = Counter()
+    examples: list[Example] = []
+    for record, where in records:
+        if limit and len(examples) == limit:
+            dropped["over_limit"] += 1
+            continue
+        try:
+            examples.append(parse_record(record, where))
+        except SkippableError as error:
+            if policies[error.reason] != "skip":
+                raise
+            dropped[error.reason] += 1
+        except Excluded as excluded:
+            dropped[excluded.reason] += 1
+    if not examples:
+        raise UserError(f"{path}: holds no usable record ({dict(dropped) or 'it is empty'}).")
+    return examples, dropped

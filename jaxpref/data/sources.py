@@ -1,0 +1,197 @@
+"""Published data sets, read by their published rules.
+
+Texts that a paper writes as dialogues have the marks of Anthropic's HH; a response keeps
+one space before it, so that it is tokenised as it would be inside a text.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+
+from jaxpref.data import columns
+from jaxpref.data.examples import DivergentPromptError, Example, Excluded
+from jaxpref.errors import UserError
+
+ASSISTANT_TURN = "\n\nAssistant:"
+_SUMMARY_TURN = "\n\nTL;DR:"
+_PAIR = ("chosen", "rejected")
+_IMDB_WORDS = (2, 8)
+_HTML_BLOCKS = {"p", "pre", "blockquote", "ul", "ol", "h1", "h2", "h3", "hr", "table"}
+_HTML_LINES = {"br", "li", "tr"}
+
+
+def hh(record: Mapping, where: str) -> Example:
+    """Anthropic/hh-rlhf (Bai et al. 2022, arXiv 2204.05862): pairs.
+
+    Reads `chosen` and `rejected`, whole dialogues. The prompt is everything through the
+    last assistant mark, which must be the same in both.
+    """
+    chosen, rejected = (columns.text(record, name, where) for name in _PAIR)
+    cut = chosen.rfind(ASSISTANT_TURN)
+    if cut < 0:
+        raise UserError(f"{where}: no {ASSISTANT_TURN!r} in the chosen dialogue.")
+    cut += len(ASSISTANT_TURN)
+    # The rejected dialogue may have more turns; its last mark must be the same one.
+    if rejected[:cut] != chosen[:cut] or ASSISTANT_TURN in rejected[cut:]:
+        raise DivergentPromptError(
+            f"{where}: the chosen and the rejected dialogue part before the last assistant turn, "
+            "so they have no common prompt. Skip such rows with --config.data.on_divergent=skip."
+        )
+    example = Example(chosen[:cut], (chosen[cut:], rejected[cut:]), where=where)
+    return columns.not_empty(example, _PAIR)
+
+
+def shp(record: Mapping, where: str, min_score_ratio: float = 2.0) -> Example:
+    """stanfordnlp/SHP (Ethayarajh et al. 2022, arXiv 2110.08420): pairs.
+
+    Reads `history`, `human_ref_A`, `human_ref_B`, `labels` (1 if A is preferred),
+    `score_A` and `score_B`. Its card advises against pairs whose scores are close: those
+    with a ratio below `min_score_ratio` are left out.
+    """
+    a_wins = columns.boolean(record, "labels", where)
+    order = ("A", "B") if a_wins else ("B", "A")
+    first, second = (columns.number(record, f"score_{side}", where) for side in order)
+    low, high = sorted((first, second))
+    if (high / low if low > 0 else math.inf) < min_score_ratio:
+        raise Excluded("score_ratio")
+    prompt = f"\n\nHuman: {columns.text(record, 'history', where)}{ASSISTANT_TURN}"
+    responses = tuple(columns.text(record, f"human_ref_{side}", where) for side in order)
+    return _spaced(Example(prompt, responses, (first, second), where), _PAIR)
+
+
+def stack_exchange(record: Mapping, where: str) -> Example:
+    """HuggingFaceH4/stack-exchange-preferences: answers ranked by score.
+
+    Reads `question` and, of each of `answers`, `text` and `pm_score` (the score of Askell
+    et al. 2021, arXiv 2112.00861, appendix C: the log of its votes, and one more for the
+    answer that was accepted). HTML becomes text. A question with fewer than two answers is
+    left out.
+    """
+    answers = columns.objects(record, "answers", where)
+    if len(answers) < 2:
+        raise Excluded("few_answers")
+    places = [f"{where}: answer {i}" for i in range(len(answers))]
+    scores = [columns.number(a, "pm_score", p) for a, p in zip(answers, places, strict=True)]
+    texts = [html_to_text(columns.text(a, "text", p)) for a, p in zip(answers, places, strict=True)]
+    order = sorted(range(len(scores)), key=lambda k: -scores[k])
+    question = html_to_text(columns.text(record, "question", where))
+    example = Example(
+        f"\n\nHuman: {question}{ASSISTANT_TURN}",
+        tuple(texts[k] for k in order),
+        tuple(scores[k] for k in order),
+        where,
+    )
+    return _spaced(example, tuple(f"answers[{k}]" for k in order))
+
+
+def tldr(record: Mapping, where: str) -> Example:
+    """openai/summarize_from_feedback, comparisons (Stiennon et al. 2020, arXiv 2009.01325): pairs.
+
+    Reads `subreddit`, `title` and `post` of `info`, `text` of the two `summaries`, and
+    `choice`, the place of the better one.
+    """
+    info = columns.column(record, "info", where)
+    if not isinstance(info, Mapping):
+        raise UserError(f"{where}: column 'info' should be an object; got {type(info).__name__}.")
+    summaries = columns.objects(record, "summaries", where)
+    if len(summaries) != 2:
+        raise UserError(f"{where}: there should be two summaries; got {len(summaries)}.")
+    best = int(columns.boolean(record, "choice", where))
+    responses = tuple(
+        columns.text(summaries[k], "text", f"{where}: summary {k}") for k in (best, 1 - best)
+    )
+    return _spaced(Example(_reddit_post(info, where), responses, where=where), _PAIR)
+
+
+def tldr_sft(record: Mapping, where: str) -> Example:
+    """The posts and summaries that Stiennon et al. (arXiv 2009.01325) fine-tune on: sft.
+
+    Reads `subreddit`, `title`, `post` and `summary`.
+    """
+    summary = columns.text(record, "summary", where)
+    return _spaced(Example(_reddit_post(record, where), (summary,), where=where), ("summary",))
+
+
+def ultrafeedback(record: Mapping, where: str) -> Example:
+    """HuggingFaceH4/ultrafeedback_binarized (Tunstall et al. 2023, arXiv 2310.16944): pairs.
+
+    Reads `chosen` and `rejected`, conversations, and `score_chosen` and `score_rejected`,
+    whose difference is the margin; equal scores are a tie.
+    """
+    dialogues = [columns.messages(record, name, where) for name in _PAIR]
+    chosen, rejected = (columns.number(record, f"score_{name}", where) for name in _PAIR)
+    return dataclasses.replace(
+        columns.conversations(record, dialogues, _PAIR, where),
+        scores=(chosen, rejected),
+        margin=chosen - rejected,
+    )
+
+
+def imdb(record: Mapping, where: str) -> Example:
+    """stanfordnlp/imdb (Maas et al. 2011), begun reviews as in Rafailov et al. 2023: prompts.
+
+    Reads `text`. A prompt is its first 2 to 8 words (arXiv 2305.18290, section 6, has 2 to
+    8 tokens, which depend on the tokenizer); how many follows from the text's hash.
+    """
+    review = columns.text(record, "text", where)
+    low, high = _IMDB_WORDS
+    digest = int.from_bytes(hashlib.sha256(review.encode()).digest()[:8], "big")
+    count = low + digest % (high - low + 1)
+    ends = [word.end() for word in re.finditer(r"\S+", review)][:count]
+    return Example(review[: ends[-1]] if ends else "", (), where=where)
+
+
+def cnn_dailymail(record: Mapping, where: str) -> Example:
+    """abisee/cnn_dailymail (See et al. 2017, arXiv 1704.04368), articles to summarise: prompts.
+
+    Reads `article`.
+    """
+    return Example(columns.text(record, "article", where) + _SUMMARY_TURN, (), where=where)
+
+
+def html_to_text(html: str) -> str:
+    """The text of a piece of HTML, with a line for each item and an empty one between blocks.
+
+    >>> html_to_text("<p>Is 1 &lt; 2?</p><ul><li>yes</li><li>no</li></ul>")
+    'Is 1 < 2?\\n\\nyes\\nno'
+    """
+    parser = _TextOfHTML()
+    parser.feed(html)
+    parser.close()
+    return re.sub(r"\n{3,}", "\n\n", "".join(parser.parts)).strip()
+
+
+class _TextOfHTML(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._break_lines(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in _HTML_BLOCKS:
+            self._break_lines(tag)
+
+    def _break_lines(self, tag: str) -> None:
+        lines = 2 if tag in _HTML_BLOCKS else 1 if tag in _HTML_LINES else 0
+        there = "".join(self.parts[-2:])
+        self.parts.append("\n" * max(lines - (len(there) - len(there.rstrip("\n"))), 0))
+
+
+def _reddit_post(post: Mapping, where: str) -> str:
+    subreddit, title, body = (columns.text(post, c, where) for c in ("subreddit", "title", "post"))
+    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {body}{_SUMMARY_TURN}"
+
+
+def _spaced(example: Example, names: tuple[str, ...]) -> Example:
+    """The example with one space before each response, none of which may be empty."""
+    responses = tuple(str(response).lstrip() for response in example.responses)
+    columns.not_empty(dataclasses.replace(example, responses=responses), names)
+    return dataclasses.replace(example, responses=tuple(f" {text}" for text in responses))
