@@ -1,4 +1,5 @@
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,13 @@ BAD = [
     ({"model__dtype": "float17"}, "model.dtype is 'float17'"),
     ({"model__param_dtype": "bfloat16"}, "model.param_dtype is 'bfloat16'; it should be one of f"),
     ({"data__scored_length": -4}, "data.scored_length should be at least 0"),
+    ({"data__limit": -1}, "data.limit should be at least 0"),
+    ({"data__num_proc": 0}, "data.num_proc should be at least 1"),
+    ({"data__min_score_ratio": 0.5}, "data.min_score_ratio should be at least 1"),
+    ({"data__on_tie": "drop"}, "data.on_tie is 'drop'; it should be one of error, skip"),
+    ({"data__on_identical": "skp"}, "data.on_identical is 'skp'.*Did you mean 'skip'"),
+    ({"data__ranked_pairs": "best"}, "data.ranked_pairs is 'best'; it should be one of best_worst"),
+    ({"data__mixture": ({"path": "b"},)}, "data.path .'a.jsonl'. and data.mixture are both given"),
 ]
 
 
@@ -81,6 +89,50 @@ def test_impossible_values_are_errors_that_name_the_key(changes, message):
     config_lib.check(valid())
     with pytest.raises(UserError, match=message):
         config_lib.check(valid(**changes))
+
+
+BAD_MIXTURES = {
+    "no dict": (("b.jsonl",), r"data.mixture\[0\] should be a dict with at least a 'path'"),
+    "no path": (({"weight": 1},), r"data.mixture\[0\] should be a dict with at least a 'path'"),
+    "mistyped key": (
+        ({"path": "b"}, {"path": "c", "wieght": 2}),
+        r"a key of data.mixture\[1\] is 'wieght'.*Did you mean 'weight'",
+    ),
+    "wrong type": (({"path": "b", "weight": "2"},), r"\[0\]: 'weight' cannot be '2'"),
+    "weight 0": (({"path": "b", "weight": 0},), "'weight' should be above 0; got 0"),
+    "limit": (({"path": "b", "limit": -1},), "'limit' should be at least 0; got -1"),
+    "format": (({"path": "b", "format": "hhh"},), "'format' is 'hhh'.*Did you mean 'hh'"),
+    "generated": (({"path": "b", "format": "synthetic"},), "'format' is 'synthetic'"),
+    "name": (({"path": "b", "name": "x/y"},), "a name has no '/'"),
+    "same name": (({"path": "x/b.jsonl"}, {"path": "y/b.jsonl"}), "same name .b, b.; give each"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MIXTURES)
+def test_impossible_mixtures_are_errors_that_say_where(case):
+    mixture, message = BAD_MIXTURES[case]
+    with pytest.raises(UserError, match=message):
+        config_lib.check(valid(data__path="", data__mixture=mixture))
+
+
+def test_a_source_takes_what_it_leaves_out_from_the_data():
+    mixture = ({"path": "x/b.jsonl"}, {"path": "owner/c", "format": "hh", "limit": 3})
+    config = valid(data__path="", data__mixture=mixture, data__subset="s", data__limit=9)
+    config_lib.check(config)
+    shared = {"subset": "s", "split": "train", "weight": 1.0}
+    assert config_lib.sources(config) == [
+        {"path": "x/b.jsonl", "name": "b", "format": "auto", "limit": 9, **shared},
+        {"path": "owner/c", "name": "c", "format": "hh", "limit": 3, **shared},
+    ]
+    config.data.eval_split = "test"
+    with pytest.raises(UserError, match=r"data.eval_split .'test'. is a split of data.path"):
+        config_lib.check(config)
+
+
+def test_a_mixture_survives_being_written_down():
+    mixture = ({"path": "b", "weight": 2.0},)
+    flat = json.loads(json.dumps(dict(config_lib.flatten(valid(data__mixture=mixture)))))
+    assert config_lib.from_flat(flat).data.mixture == mixture
 
 
 def test_sft_takes_no_reference():

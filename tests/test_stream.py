@@ -9,7 +9,7 @@ from jaxpref.data import BatchStream, TokenizedDataset
 from jaxpref.packing import Budget
 
 
-def dataset(count=23, responses=2):
+def dataset(count=23, responses=2, **fields):
     groups = random_groups(0, count, responses)
     pieces = [piece for g in groups for piece in (g.prompt, *g.responses)]
     return TokenizedDataset(
@@ -18,6 +18,7 @@ def dataset(count=23, responses=2):
         examples=np.arange(count + 1) * (1 + responses),
         scores=None,
         counts=Counter(),
+        **fields,
     )
 
 
@@ -79,3 +80,42 @@ def test_once_gives_every_example_in_order_and_absent_groups_at_the_end():
     assert lengths.shape == (24, 2)
     np.testing.assert_array_equal(lengths[:23], data.response_lengths)
     np.testing.assert_array_equal(lengths[23:], 0)
+
+
+def test_values_of_the_data_set_come_with_its_groups():
+    labels = np.arange(23, dtype=np.float32)
+    data = dataset(extras={"labels": labels})
+    made = stream(data, extras={"scores": labels[:, None]})
+    batch = made.batch(1)
+    np.testing.assert_array_equal(batch.extras["labels"][0], labels[made.indices(1)])
+    assert batch.extras.keys() == {"labels", "scores"}
+    *_, last = made.once()
+    np.testing.assert_array_equal(last.extras["labels"][0], [*labels[16:], 0])
+
+
+def mixed():
+    sources = {"few": np.arange(0, 23, 4), "many": np.flatnonzero(np.arange(23) % 4)}
+    return dataset(sources=sources), sources
+
+
+def test_sources_are_mixed_by_weight_each_in_epochs_of_its_own():
+    data, sources = mixed()
+    made = stream(data, weights={"few": 3.0, "many": 1.0})
+    order = np.concatenate([made.indices(step) for step in range(50)])
+    few = order[np.isin(order, sources["few"])]
+    assert len(few) == 300
+    epochs = few.reshape(50, 6)
+    assert (np.sort(epochs) == sources["few"]).all()
+    assert len({tuple(epoch) for epoch in epochs}) > 40
+    many = order[~np.isin(order, sources["few"])][: 5 * 17].reshape(5, 17)
+    assert (np.sort(many) == sources["many"]).all()
+
+
+def test_a_mixed_batch_depends_on_seed_and_step_alone():
+    data, _ = mixed()
+    options = {"weights": {"few": 1.0, "many": 2.0}}
+    in_order = list(stream(data, **options).batches(0, 6))
+    assert_same(stream(data, **options).batch(5), in_order[5])
+    for batch, expected in zip(stream(data, **options).batches(3, 6), in_order[3:], strict=True):
+        assert_same(batch, expected)
+    assert stream(data, seed=4, **options).indices(0) != stream(data, **options).indices(0)

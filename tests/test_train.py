@@ -159,6 +159,39 @@ def test_resuming_does_not_need_the_weights_it_began_with(finished, tmp_path):
     assert_same_params(tmp_path / "run", finished / "dpo")
 
 
+@pytest.fixture
+def mixture(tmp_path):
+    """Two files of pairs, with margins in neither."""
+    entries = []
+    for name, count, weight in (("fruit", 30, 1.0), ("soup", 14, 2.5)):
+        record = {"chosen": f" {name}, please", "rejected": " no"}
+        lines = [json.dumps({"prompt": f"{name} {i}?", **record}) + "\n" for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        entries.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    return {"data__format": "auto", "data__mixture": tuple(entries)}
+
+
+def test_mixed_sources_are_evaluated_apart_and_resume_bit_identical(mixture, tmp_path, capsys):
+    train.run(small(**mixture), tmp_path / "whole")
+    train.run(small(**mixture, train__steps=2), tmp_path / "parts")
+    train.run(small(**mixture, data__cache=str(tmp_path / "kept")), tmp_path / "parts")
+    assert_same_params(tmp_path / "whole", tmp_path / "parts")
+    first, *_, last = lines_of(tmp_path / "whole")
+    assert {"eval/loss", "eval/fruit/loss", "eval/soup/loss"} <= last.keys()
+    np.testing.assert_allclose(first["eval/soup/loss"], np.log(2), rtol=1e-6)
+    assert last["eval/fruit/loss"] != last["eval/soup/loss"]
+    bounds = sorted(last[f"eval/{name}/loss"] for name in ("fruit", "soup"))
+    assert bounds[0] < last["eval/loss"] < bounds[1]
+    assert "fruit.jsonl: read as format 'explicit', by its columns" in capsys.readouterr().out
+
+
+def test_a_mixture_of_other_weights_is_another_run(mixture, tmp_path):
+    train.run(small(**mixture, train__steps=1), tmp_path / "run")
+    mixture["data__mixture"][0]["weight"] = 9.0
+    with pytest.raises(UserError, match=r"data.mixture: .*'weight': 9.0.* now"):
+        train.run(small(**mixture), tmp_path / "run")
+
+
 def test_a_missing_reference_or_fewer_steps_are_errors(finished, tmp_path):
     import shutil
 

@@ -1,10 +1,11 @@
 """Records to examples to token ids to the batch at step s."""
 
+from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.examples import Example
 from jaxpref.data.load import Data, check, load
 from jaxpref.data.read import read_examples
 from jaxpref.data.stream import BatchStream
-from jaxpref.data.tokenize import TokenizedDataset, load_tokenizer, tokenize
+from jaxpref.data.tokenize import load_tokenizer, tokenize
 
 __all__ = [
     "BatchStream",

@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
+from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.records import fingerprint
-from jaxpref.data.tokenize import TokenizedDataset
 from jaxpref.errors import UserError
 
 _COUNTS = "counts.json"

@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from jaxpref import config as config_lib
 from jaxpref.data import cache, synthetic
 from jaxpref.data.convert import adapt, deduplicate
+from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import open_source, parse
 from jaxpref.data.records import check_source
-from jaxpref.data.tokenize import Limits, TokenizedDataset, begins_with_bos, tokenize
+from jaxpref.data.tokenize import Limits, begins_with_bos, tokenize
 from jaxpref.errors import UserError
 
 
@@ -101,7 +102,7 @@ def load(
     held_out_set = tokenized(held_out, lambda done: None) if held_out else None
     cut = train_set.counts + (held_out_set.counts if held_out_set else Counter())
     missing = [name for name in weights if name not in train_set.sources]
-    if not len(train_set) or (missing and len(weights) > 1):
+    if not len(train_set) or missing:
         raise UserError(
             f"no example is left to train on{f' of the source {missing[0]!r}' if missing else ''}: "
             f"{dict(reading.counts + cut)}."
@@ -171,7 +172,7 @@ class _Reading:
         )
         self.counts.update({f"dropped/{reason}": count for reason, count in dropped.items()})
         examples = self._adapted(examples, format)
-        if source["name"]:
+        if len(config_lib.sources(self._config)) > 1 and source["name"]:
             examples = [dataclasses.replace(e, source=source["name"]) for e in examples]
         return examples
 

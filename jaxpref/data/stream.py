@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpref import packing
-from jaxpref.data.tokenize import TokenizedDataset
+from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.packing import Budget, PackedBatch, Planner
 
 _PREFETCH_THREADS = 2

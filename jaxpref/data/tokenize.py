@@ -1,92 +1,24 @@
 """Examples to token ids: apart at the prompt/response boundary, truncated by a stated policy."""
 
 import dataclasses
-import hashlib
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from jaxpref.data.chat import Chat, ChatEncoder, read_template, special_names
+from jaxpref.data.dataset import TokenizedDataset, extras_of, sources_of, true_scores
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
-from jaxpref.packing import Group
 
 _TEXTS_AT_A_TIME = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizedDataset:
-    """Token ids of many examples in one flat array.
-
-    Attributes:
-      tokens: all pieces end to end: each example's prompt, then its responses.
-      pieces: where each piece starts, and the end.
-      examples: the first piece of each example, and the end.
-      scores: true rewards `[examples, responses]`, or None.
-      counts: what truncation did, and names of special tokens that stood in the texts.
-      extras: further values `[examples, ...]`, for `PackedBatch.extras`: where all examples
-        have them, `labels` (1 or 0), `margins`, and `scores` of each response, 0 where there
-        is none.
-      sources: the examples of each source by name, where several are mixed.
-    """
-
-    tokens: Int[np.ndarray, " tokens"]
-    pieces: Int[np.ndarray, " pieces"]
-    examples: Int[np.ndarray, " examples"]
-    scores: Float[np.ndarray, "_ responses"] | None
-    counts: Counter[str]
-    extras: Mapping[str, Float[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
-    sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.examples) - 1
-
-    def group(self, index: int) -> Group:
-        """The prompt and responses of one example."""
-        bounds = self.pieces[self.examples[index] : self.examples[index + 1] + 1]
-        prompt, *responses = (
-            self.tokens[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-        )
-        return Group(prompt, responses)
-
-    @property
-    def prompt_lengths(self) -> Int[np.ndarray, " examples"]:
-        """Tokens of each prompt."""
-        first = self.examples[:-1]
-        return self.pieces[first + 1] - self.pieces[first]
-
-    @property
-    def response_lengths(self) -> Int[np.ndarray, "examples responses"]:
-        """Tokens of each response of each example; 0 where there is none."""
-        is_response = np.arange(self.responses) < np.diff(self.examples)[:, None] - 1
-        is_prompt = np.zeros(len(self.pieces) - 1, bool)
-        is_prompt[self.examples[:-1]] = True
-        lengths = np.zeros(is_response.shape, self.pieces.dtype)
-        lengths[is_response] = np.diff(self.pieces)[~is_prompt]
-        return lengths
-
-    @property
-    def responses(self) -> int:
-        """K, the largest number of responses of an example."""
-        return int(np.diff(self.examples).max(initial=2)) - 1
-
-    def fingerprint(self) -> str:
-        """A digest of every token id, their division into examples and sources, and all values."""
-        digest = hashlib.sha256()
-        for array in (self.tokens, self.pieces, self.examples, self.scores):
-            digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
-        for named in (self.extras, self.sources):
-            for name, array in sorted(named.items()):
-                digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
 
 
 def load_tokenizer(name: str, chat_template: str = "") -> Any:
@@ -214,10 +146,15 @@ def encode(
     longest = max(map(len, responses), default=limits.max_length)
     if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
         if limits.on_long_prompt != "truncate":
+            over = (
+                f" and with its longest response {len(prompt) + longest}, over data.max_length "
+                f"({limits.max_length})"
+                if responses
+                else f", over data.max_prompt_length ({limits.max_prompt_length})"
+            )
             raise LongPromptError(
-                f"{where}: the prompt has {len(prompt)} tokens and with its longest response "
-                f"{len(prompt) + longest}, over data.max_length ({limits.max_length}). Raise it, "
-                f"or keep the last {limits.max_prompt_length} tokens of such prompts with "
+                f"{where}: the prompt has {len(prompt)} tokens{over}. Raise it, or keep the last "
+                f"{limits.max_prompt_length} tokens of such prompts with "
                 "--config.data.on_long_prompt=truncate, or leave them out with =skip."
             )
         counts["prompts_cut"] += 1
@@ -249,8 +186,8 @@ def tokenize(
       progress: called with the number of examples done so far.
 
     Raises:
-      UserError: see `encode` and `ChatEncoder.encode`; or some examples have a margin and
-        others do not.
+      UserError: see `encode` and `ChatEncoder.encode`; or some examples of a source have a
+        margin and others do not.
     """
     counts: Counter[str] = Counter(prompts_cut=0, responses_cut=0, special_tokens_in_text=0)
     encoder = _Encoder(tokenizer, limits, parse_special_tokens)
@@ -269,10 +206,10 @@ def tokenize(
         tokens=_joined([part.tokens for part in parts]).astype(np.int32, copy=False),
         pieces=np.cumsum(_joined([[0], *(part.lengths for part in parts)])),
         examples=np.cumsum([0, *(1 + len(example.responses) for example in kept)]),
-        scores=_true_scores(kept),
+        scores=true_scores(kept),
         counts=counts,
-        extras=_extras(kept),
-        sources=_sources(kept),
+        extras=extras_of(kept),
+        sources=sources_of(kept),
     )
 
 
@@ -363,41 +300,6 @@ def _mapper(
 
 def _joined(arrays: Sequence[Any]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-
-
-def _true_scores(examples: Sequence[Example]) -> np.ndarray | None:
-    if not examples or not all(e.scores is not None and e.scores_are_true for e in examples):
-        return None
-    return np.asarray([example.scores for example in examples], np.float32)
-
-
-def _extras(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    extras: dict[str, np.ndarray] = {}
-    if not examples:
-        return extras
-    if all(example.label is not None for example in examples):
-        extras["labels"] = np.asarray([example.label for example in examples], np.float32)
-    without = next((example for example in examples if example.margin is None), None)
-    if without is None:
-        extras["margins"] = np.asarray([example.margin for example in examples], np.float32)
-    elif any(example.margin is not None for example in examples):
-        raise UserError(
-            f"{without.where}: has no margin, but other examples do; give every example of the "
-            "data one, or none."
-        )
-    scores = [example.scores for example in examples]
-    if None not in scores:
-        table = np.zeros((len(examples), max(len(e.responses) for e in examples)), np.float32)
-        for row, values in zip(table, scores, strict=True):
-            row[: len(values or ())] = values
-        extras["scores"] = table
-    return extras
-
-
-def _sources(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-    names = np.asarray([example.source for example in examples])
-    sources = {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())}
-    return sources if len(sources) > 1 else {}
 
 
 def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:

@@ -1,0 +1,352 @@
+"""Formats by their columns, conversions between kinds, and what cannot be read or converted."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jaxpref import config as config_lib
+from jaxpref.data import convert
+from jaxpref.data.chat import Chat
+from jaxpref.data.convert import KINDS, adapt, deduplicate, kind_of
+from jaxpref.data.examples import Example
+from jaxpref.data.read import FORMATS, read_examples
+from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
+from jaxpref.errors import UserError
+
+ASKED = [{"role": "user", "content": "Which soup?"}]
+ONION = {"role": "assistant", "content": "Onion."}
+LEEK = {"role": "assistant", "content": "Leek."}
+STONE = {"role": "assistant", "content": "Stone."}
+CHAT = Chat(tuple(ASKED))
+HH = "\n\nHuman: a\n\nAssistant:"
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+# Format as the columns tell it, record, and the example that it is.
+RECORDS = {
+    "explicit": (
+        "explicit",
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        Example("p", ("a", "b")),
+    ),
+    "explicit, margin": (
+        "explicit",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2},
+        Example("p", ("a", "b"), margin=2.0),
+    ),
+    "explicit, messages": (
+        "explicit",
+        {"prompt": ASKED, "chosen": [ONION], "rejected": STONE},
+        Example(CHAT, (ONION, STONE)),
+    ),
+    "implicit": (
+        "implicit",
+        {"chosen": [*ASKED, ONION], "rejected": [*ASKED, STONE], "margin": 0.5},
+        Example(CHAT, (ONION, STONE), margin=0.5),
+    ),
+    "implicit, prompt said again": (
+        "implicit",
+        {"prompt": "Which soup?", "chosen": [*ASKED, ONION], "rejected": [*ASKED, STONE]},
+        Example(CHAT, (ONION, STONE)),
+    ),
+    "hh": ("hh", {"chosen": f"{HH} x", "rejected": f"{HH} y"}, Example(HH, (" x", " y"))),
+    "unpaired": (
+        "unpaired",
+        {"prompt": "p", "completion": "a", "label": True},
+        Example("p", ("a",), label=True),
+    ),
+    "unpaired, messages and a number": (
+        "unpaired",
+        {"prompt": ASKED, "completion": [STONE], "label": 0},
+        Example(CHAT, (STONE,), label=False),
+    ),
+    "ranked": (
+        "ranked",
+        {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]},
+        Example("p", ("b", "c", "a"), (3.0, 2.5, 1.0)),
+    ),
+    "ranked, messages": (
+        "ranked",
+        {"prompt": ASKED, "responses": [[STONE], LEEK, [ONION]], "scores": [0, 1, 1]},
+        Example(CHAT, (LEEK, ONION, STONE), (1.0, 1.0, 0.0)),
+    ),
+    "sft": ("sft", {"prompt": "p", "completion": "a"}, Example("p", ("a",))),
+    "sft, messages": ("sft", {"prompt": ASKED, "completion": [LEEK]}, Example(CHAT, (LEEK,))),
+    "messages": ("messages", {"messages": [*ASKED, LEEK]}, Example(CHAT, (LEEK,))),
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Count.", "input": "a b", "output": "2"},
+        Example(
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nCount.\n\n### Input:\na b\n\n### Response:",
+            ("2",),
+        ),
+    ),
+    "alpaca without input": (
+        "alpaca",
+        {"instruction": "Sing.", "input": "", "output": "La."},
+        Example(
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n### Instruction:\nSing.\n\n### Response:",
+            ("La.",),
+        ),
+    ),
+    "prompts": ("prompts", {"prompt": "p", "id": 3}, Example("p", ())),
+    "prompts, messages": ("prompts", {"prompt": ASKED}, Example(CHAT, ())),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+@pytest.mark.parametrize("named", [False, True])
+def test_the_columns_tell_how_a_record_is_read(tmp_path, case, named):
+    format, record, expected = RECORDS[case]
+    path = write(tmp_path / "x.jsonl", record)
+    (example,), dropped = read_examples(path, format if named else "auto")
+    assert example == dataclasses.replace(expected, where=f"{path}:1")
+    assert not dropped
+
+
+def test_the_config_knows_all_formats():
+    assert set(config_lib.DATA_FORMATS) == {"auto", "synthetic", *FORMATS}
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+UNPAIRED = {"prompt": "p", "completion": "a", "label": True}
+RANKED = {"prompt": "p", "responses": ["a", "b"], "scores": [2, 1]}
+BAD = {
+    "unknown columns": (
+        {"question": "q", "reply": "r"},
+        r"no format has the columns 'question', 'reply'. Known are\n(.*\n)*  explicit: prompt, "
+        r"chosen, rejected\n(.*\n)*.*--config.data.format",
+    ),
+    "two texts": (
+        {"chosen": "a", "rejected": "b"},
+        "where their prompt ends is not said.*'prompt'",
+    ),
+    "label is text": ({**UNPAIRED, "label": "yes"}, "true or false .or 1 or 0.; got 'yes'"),
+    "label is 2": ({**UNPAIRED, "label": 2}, "true or false .or 1 or 0.; got 2"),
+    "one response": (
+        {**RANKED, "responses": ["a"], "scores": [1]},
+        "should have two responses or more; got 1",
+    ),
+    "a score too few": ({**RANKED, "scores": [1]}, "there are 2 responses and 1 scores"),
+    "responses is text": ({**RANKED, "responses": "ab"}, "'responses' should be a list; got str"),
+    "score is nan": (
+        {**RANKED, "scores": [float("nan"), 1]},
+        "'scores', place 0 should be a finite number; got nan",
+    ),
+    "score is text": ({**RANKED, "scores": ["1", 1]}, "a finite number; got '1'"),
+    "response is a number": (
+        {**RANKED, "responses": ["a", 7]},
+        r"'responses\[1\]' should be text; got int",
+    ),
+    "response is empty": ({**RANKED, "responses": ["a", ""]}, r"responses\[1\] response is empty"),
+    "margin is infinite": (
+        {**PAIR, "margin": float("inf")},
+        "'margin' should be a finite number; got inf",
+    ),
+    "margin is true": ({**PAIR, "margin": True}, "'margin' should be a finite number; got True"),
+    "prompt is a number": ({**PAIR, "prompt": 1}, "'prompt' should be text; got int"),
+    "input is a list": (
+        {"instruction": "a", "input": ["b"], "output": "c"},
+        "'input' should be text; got list",
+    ),
+    "half a character": ({**UNPAIRED, "completion": "a\ud83d"}, "holds half of a character at 1"),
+    "prompt is an empty list": ({"prompt": []}, "list of messages; got an empty list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_records_are_errors_that_say_where(tmp_path, case):
+    record, message = BAD[case]
+    with pytest.raises(UserError, match=f"x.jsonl:1: .*{message}"):
+        read_examples(write(tmp_path / "x.jsonl", record))
+
+
+def test_a_later_record_with_other_columns_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"x.jsonl:2: no column 'chosen'"):
+        read_examples(write(tmp_path / "x.jsonl", PAIR, UNPAIRED))
+
+
+def test_a_limit_takes_the_first_and_counts_the_others(tmp_path):
+    path = write(tmp_path / "x.jsonl", *({**PAIR, "prompt": str(i)} for i in range(5)))
+    examples, dropped = read_examples(path, limit=2)
+    assert [example.prompt for example in examples] == ["0", "1"]
+    assert dropped == {"over_limit": 3}
+
+
+BY_KIND = {
+    "sft": Example("p", ("a",)),
+    "pairs": Example("p", ("a", "b"), margin=1.0),
+    "ranked": Example("p", ("a", "b", "c", "d"), (4.0, 3.0, 2.0, 1.0)),
+    "unpaired": Example("p", ("a",), label=True),
+    "prompts": Example("p", ()),
+}
+# To each kind, what can be converted, and the responses that come of it.
+CONVERTED = {
+    "sft": {"sft": ["a"], "pairs": ["a"], "ranked": ["a"], "unpaired": ["a"]},
+    "pairs": {"pairs": ["ab"], "ranked": ["ad"]},
+    "ranked": {"pairs": ["ab"], "ranked": ["abcd"]},
+    "unpaired": {"unpaired": ["a"], "pairs": ["a", "b"], "ranked": ["a", "d"]},
+    "prompts": {kind: [""] for kind in BY_KIND},
+}
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+@pytest.mark.parametrize("has", BY_KIND)
+def test_every_kind_is_converted_or_refused(kind, has):
+    assert kind_of(BY_KIND[has]) == has
+    example = dataclasses.replace(BY_KIND[has], where="x:1")
+    if has not in CONVERTED[kind]:
+        message = rf"x:1: the data .format 'f'. holds .*but the algorithm needs {KINDS[kind][:9]}"
+        with pytest.raises(UserError, match=message):
+            adapt([example], kind, found="f")
+        return
+    examples, counts = adapt([example], kind)
+    assert ["".join(e.responses) for e in examples] == CONVERTED[kind][has]
+    assert not any(counts.values())
+    assert all(e.scores is None or len(e.scores) == len(e.responses) for e in examples)
+    if kind == "unpaired":
+        assert [e.label for e in examples] == [True, False][: len(examples)]
+    if kind in ("sft", "prompts"):
+        assert all(e.label is None and e.margin is None for e in examples)
+
+
+@pytest.mark.parametrize(
+    ("which", "pairs"),
+    [
+        ("best_worst", ["ad"]),
+        ("adjacent", ["ab", "bc", "cd"]),
+        ("all", ["ab", "ac", "ad", "bc", "bd", "cd"]),
+    ],
+)
+def test_pairs_of_a_ranking(which, pairs):
+    found = convert.ranked_to_pairs(BY_KIND["ranked"], which)
+    assert ["".join(pair.responses) for pair in found] == pairs
+    assert all(pair.scores[0] > pair.scores[1] for pair in found)
+    assert convert.ranked_to_pairs(BY_KIND["pairs"], which) == [BY_KIND["pairs"]]
+
+
+def test_conversations_pass_through_every_conversion():
+    example = Example(CHAT, (ONION, LEEK, STONE), (3.0, 2.0, 1.0))
+    assert adapt([example], "pairs")[0] == [Example(CHAT, (ONION, STONE), (3.0, 1.0))]
+    assert adapt([example], "sft")[0] == [Example(CHAT, (ONION,), (3.0,))]
+    assert [(e.responses, e.label) for e in adapt([example], "unpaired")[0]] == [
+        ((ONION,), True),
+        ((STONE,), False),
+    ]
+    assert adapt([example], "prompts")[0] == [Example(CHAT, ())]
+
+
+def test_only_good_completions_are_fine_tuned_on_and_the_others_counted():
+    good = BY_KIND["unpaired"]
+    examples, counts = adapt([good, dataclasses.replace(good, label=False)], "sft")
+    assert [e.responses for e in examples] == [("a",)]
+    assert counts == {"dropped/label_false": 1}
+
+
+def test_ties_matter_only_where_they_are_compared():
+    tied = Example("p", ("a", "b", "c"), (2.0, 1.0, 1.0), where="x:4")
+    assert len(adapt([tied], "pairs")[0]) == 1
+    assert len(adapt([tied], "sft")[0]) == 1
+    for kind, which in (("pairs", "adjacent"), ("pairs", "all"), ("ranked", "all")):
+        with pytest.raises(UserError, match=r"x:4: two .* same score .*--config.data.on_tie=skip"):
+            adapt([tied], kind, ranked_pairs=which)
+    examples, counts = adapt([tied], "pairs", ranked_pairs="all", on_tie="skip")
+    assert [e.responses for e in examples] == [("a", "b"), ("a", "c")]
+    assert counts == {"dropped/tie": 1}
+    # A true reward is not what these labels were read off.
+    known = dataclasses.replace(tied, responses=("a", "b"), scores=(1.0, 1.0), scores_are_true=True)
+    assert adapt([known], "pairs")[0] == [known]
+
+
+def test_a_response_that_equals_its_rival_is_counted_and_dropped_if_asked():
+    examples = [Example("p", ("a", "a")), Example("p", ("a", "b")), Example(CHAT, (LEEK, {**LEEK}))]
+    kept, counts = adapt(examples, "pairs")
+    assert kept == examples
+    assert counts == {"identical_responses": 2}
+    kept, counts = adapt(examples, "pairs", on_identical="skip")
+    assert kept == examples[1:2]
+    assert counts == {"dropped/identical_responses": 2}
+
+
+def test_duplicates_have_the_same_prompt_responses_and_label():
+    examples = [
+        Example("p", ("a",), label=True, where="x:1"),
+        Example("p", ("a",), label=False),
+        Example("p", ("a",), label=True, where="x:3"),
+        Example("q", ("a",), label=True),
+        Example(CHAT, (LEEK,)),
+        Example(Chat(tuple(dict(m) for m in ASKED)), ({**LEEK},)),
+    ]
+    kept, repeated = deduplicate(examples)
+    assert kept == [*examples[:2], *examples[3:5]]
+    assert repeated == 2
+
+
+def tokenized(*examples, **options):
+    return tokenize(examples, load_tokenizer("bytes"), Limits(64, 32, 1), **options)
+
+
+def test_labels_margins_and_scores_are_extras():
+    data = tokenized(Example("p", ("a",), label=True), Example("p", ("b",), label=False))
+    assert data.extras["labels"].tolist() == [1.0, 0.0]
+    assert data.extras.keys() == {"labels"}
+    data = tokenized(Example("p", ("a", "b"), margin=0.5), Example("p", ("a", "c"), margin=2.0))
+    assert data.extras["margins"].tolist() == [0.5, 2.0]
+    data = tokenized(Example("p", ("a", "b"), (4.0, 3.0)), BY_KIND["ranked"])
+    assert data.extras["scores"].tolist() == [[4, 3, 0, 0], [4, 3, 2, 1]]
+    assert all(values.dtype == np.float32 for values in data.extras.values())
+    # Ratings are no true reward to evaluate against.
+    assert data.scores is None
+
+
+def test_a_margin_that_only_some_have_is_an_error():
+    with pytest.raises(UserError, match="x:2: has no margin, but other examples do"):
+        tokenized(Example("p", ("a", "b"), margin=1.0), Example("p", ("a", "b"), where="x:2"))
+
+
+def test_margins_are_left_out_if_a_whole_source_has_none():
+    one, other = Example("p", ("a", "b"), margin=1.0, source="x"), Example("p", ("a", "b"))
+    data = tokenized(one, dataclasses.replace(other, source="y"))
+    assert not data.extras
+    assert {name: rows.tolist() for name, rows in data.sources.items()} == {"x": [0], "y": [1]}
+
+
+def test_the_fingerprint_sees_extras_and_sources():
+    good = Example("p", ("a",), label=True)
+    prints = {
+        tokenized(good, other).fingerprint()
+        for other in (
+            good,
+            dataclasses.replace(good, label=False),
+            dataclasses.replace(good, label=None),
+            dataclasses.replace(good, source="b"),
+        )
+    }
+    assert len(prints) == 4
+
+
+def test_prompts_alone_keep_their_end():
+    data = tokenized(Example("p" * 40, ()), Example("q", ()))
+    assert data.prompt_lengths.tolist() == [32, 1]
+    assert data.response_lengths.tolist() == [[0], [0]]
+    assert data.group(1).responses == []
+    assert data.counts["prompts_cut"] == 1
+
+
+def test_long_prompts_are_skipped_and_counted():
+    examples = [Example("p" * n, ("a", "b"), margin=float(n)) for n in (1, 80, 3)]
+    limits = Limits(64, 32, 1, on_long_prompt="skip")
+    data = tokenize(examples, load_tokenizer("bytes"), limits)
+    assert data.prompt_lengths.tolist() == [1, 3]
+    assert data.extras["margins"].tolist() == [1.0, 3.0]
+    assert data.counts["dropped/long_prompt"] == 1
+    assert data.counts["prompts_cut"] == 0

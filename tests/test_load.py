@@ -1,0 +1,225 @@
+"""From a config to both sides of its data: mixtures, counts, the cache, several processes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxpref import config as config_lib, data as data_lib
+from jaxpref.data.examples import Example
+from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
+from jaxpref.errors import UserError
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def pairs(count, response, **columns):
+    return [
+        {"prompt": f"question {i}", "chosen": f" {response} {i}", "rejected": " no", **columns}
+        for i in range(count)
+    ]
+
+
+def load(kind="pairs", **changes):
+    config = config_lib.default("dpo")
+    config.update_from_flattened_dict({f"data.{key}": value for key, value in changes.items()})
+    config_lib.check(config)
+    return data_lib.load(config, load_tokenizer("bytes"), kind)
+
+
+def texts(dataset):
+    """Prompt and first response of every example, as text."""
+    groups = [dataset.group(i) for i in range(len(dataset))]
+    return [
+        tuple(bytes(int(i) - 3 for i in ids if i > 2).decode() for ids in (g.prompt, *g.responses))
+        for g in groups
+    ]
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Two files with the same prompts, one of them as rankings."""
+    a = write(tmp_path / "a.jsonl", pairs(60, "a"))
+    ranked = [
+        {"prompt": f"question {i}", "responses": [" b", " c", " d"], "scores": [1, 2, 3]}
+        for i in range(30)
+    ]
+    b = write(tmp_path / "b.jsonl", ranked)
+    return {"mixture": ({"path": a, "weight": 3}, {"path": b, "name": "ranked"})}
+
+
+def test_sources_keep_their_names_and_a_prompt_its_side(mixture):
+    data = load(eval_fraction=0.3, **mixture)
+    assert data.weights == {"a": 3.0, "ranked": 1.0}
+    assert data.counts["train_examples"] + data.counts["held_out_examples"] == 90
+    sides = [{prompt for prompt, *_ in texts(side)} for side in (data.train, data.held_out)]
+    assert not sides[0] & sides[1]
+    for side in (data.train, data.held_out):
+        of_b = {i for i, (_, chosen, _) in enumerate(texts(side)) if chosen == " d"}
+        assert of_b == set(side.sources["ranked"].tolist())
+        assert set(side.sources["a"].tolist()) == set(range(len(side))) - of_b
+    assert [note.rpartition("/")[2] for note in data.notes] == [
+        "a.jsonl: read as format 'explicit', by its columns",
+        "b.jsonl: read as format 'ranked', by its columns",
+    ]
+
+
+def test_the_first_held_out_examples_are_of_all_sources(mixture):
+    config = config_lib.default("dpo")
+    config.data.update(**mixture, eval_fraction=0.3)
+    config.eval.max_examples = 4
+    data = data_lib.load(config, load_tokenizer("bytes"), "pairs")
+    assert {name: len(rows) for name, rows in data.held_out.sources.items()} == {
+        "a": 2,
+        "ranked": 2,
+    }
+
+
+def test_nothing_is_dropped_without_a_count(tmp_path):
+    records = [
+        *pairs(3, "a"),
+        *pairs(2, "a"),
+        {"prompt": "p", "chosen": "a", "rejected": ""},
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": "p" * 400, "chosen": "a" * 200, "rejected": "a"},
+        *pairs(4, "b"),
+    ]
+    data = load(
+        path=write(tmp_path / "x.jsonl", records),
+        eval_fraction=0.0,
+        on_empty="skip",
+        on_identical="skip",
+        on_long_prompt="skip",
+        deduplicate=True,
+        limit=9,
+    )
+    dropped = {
+        "empty_response": 1,
+        "identical_responses": 1,
+        "duplicate": 2,
+        "long_prompt": 1,
+        "over_limit": 2,
+    }
+    assert {f"dropped/{reason}": n for reason, n in dropped.items()}.items() <= data.counts.items()
+    assert data.counts["train_examples"] == len(data.train) == 5
+    assert len(records) == 5 + sum(dropped.values())
+
+
+def test_a_source_with_nothing_left_is_an_error(tmp_path):
+    long = [{"prompt": "p" * 600, "chosen": "a", "rejected": "b"}]
+    a, b = write(tmp_path / "a.jsonl", pairs(5, "a")), write(tmp_path / "b.jsonl", long)
+    options = {"eval_fraction": 0.0, "on_long_prompt": "skip"}
+    with pytest.raises(UserError, match=r"no example is left .* source 'b'.*dropped/long_prompt"):
+        load(mixture=({"path": a}, {"path": b}), **options)
+    with pytest.raises(UserError, match=r"no example is left to train on: .*dropped/long_prompt"):
+        load(path=b, **options)
+
+
+def test_data_of_another_kind_names_format_and_columns(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "p", "completion": "a"}])
+    with pytest.raises(
+        UserError,
+        match=r"x.jsonl:1: the data \(format 'sft'\) holds one response to a prompt, but the "
+        r"algorithm needs two responses.*prompt, chosen, rejected",
+    ):
+        load(path=path)
+    assert len(load("sft", path=path, eval_fraction=0.0).train) == 1
+
+
+def test_several_processes_give_what_one_gives():
+    examples = [Example(f"question {i}", (f" {i}" * (i % 90), " no")) for i in range(1, 1300)]
+    limits = Limits(96, 48, 1)
+    one, two = (tokenize(examples, load_tokenizer("bytes"), limits, processes=n) for n in (1, 2))
+    assert one.fingerprint() == two.fingerprint()
+    assert one.counts == two.counts
+    assert one.counts["responses_cut"]
+
+
+class _Unused:
+    """A tokenizer that counts its calls."""
+
+    def __init__(self, tokenizer):
+        self.calls, self._tokenizer = 0, tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self._tokenizer(*args, **options)
+
+
+def test_tokenised_data_is_kept_and_found_by_content(tmp_path, mixture):
+    def cached(kind="pairs", **changes):
+        config = config_lib.default("dpo")
+        config.data.update(
+            **{**mixture, "cache": str(tmp_path / "kept"), "eval_fraction": 0.3, **changes}
+        )
+        tokenizer = _Unused(load_tokenizer("bytes"))
+        data = data_lib.load(config, tokenizer, kind)
+        reused = any("reused" in note for note in data.notes)
+        assert reused == (tokenizer.calls == 0)
+        return data, reused
+
+    first, reused = cached()
+    assert not reused
+    again, reused = cached(batch_size=8, num_proc=2)
+    assert reused
+    assert again.counts == first.counts
+    for side, kept in ((first.train, again.train), (first.held_out, again.held_out)):
+        assert side.fingerprint() == kept.fingerprint()
+        assert side.counts == kept.counts
+        np.testing.assert_array_equal(side.group(3).prompt, kept.group(3).prompt)
+    assert again.weights == first.weights
+
+    (a, b), moved = mixture["mixture"], tmp_path / "elsewhere"
+    moved.mkdir()
+    for entry in (a, b):
+        name = entry["path"].rpartition("/")[2]
+        (moved / name).write_bytes((tmp_path / name).read_bytes())
+    there = [{**entry, "path": str(moved / entry["path"].rpartition("/")[2])} for entry in (a, b)]
+    assert cached(mixture=tuple(there))[1]
+    assert cached(mixture=({**a, "weight": 9}, b))[1]
+    assert not cached(max_length=511)[1]
+    assert not cached(ranked_pairs="all")[1]
+    assert not cached("sft")[1]
+    assert not cached(mixture=({**a, "limit": 3}, b))[1]
+    write(tmp_path / "b.jsonl", pairs(7, "e"))
+    assert not cached()[1]
+
+
+def test_generated_data_is_kept_by_seed(tmp_path):
+    def reused(seed):
+        config = config_lib.default("dpo")
+        config.data.update(format="synthetic", synthetic_pairs=20, cache=str(tmp_path))
+        config.seed = seed
+        data = data_lib.load(config, load_tokenizer("bytes"), "pairs")
+        assert data.train.scores.shape == (len(data.train), 2)
+        return "reused" in "".join(data.notes)
+
+    assert [reused(0), reused(1), reused(0)] == [False, False, True]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    path = write(tmp_path / "x.jsonl", pairs(5, "a"))
+    with pytest.raises(UserError, match=r"data.cache is .*nothing can be written"):
+        load(path=path, eval_fraction=0.0, cache=str(tmp_path / "file" / "kept"))
+
+
+def test_hub_data_is_known_by_its_own_fingerprint(tmp_path, monkeypatch):
+    import datasets
+
+    rows = {"now": datasets.Dataset.from_list(pairs(9, "a"))}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: rows["now"])
+
+    def reused():
+        data = load(path="owner/name", eval_fraction=0.0, cache=str(tmp_path))
+        return "reused" in "".join(data.notes)
+
+    assert [reused(), reused()] == [False, True]
+    rows["now"] = datasets.Dataset.from_list(pairs(8, "a"))
+    assert not reused()
