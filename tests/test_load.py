@@ -108,6 +108,23 @@ def test_nothing_is_dropped_without_a_count(tmp_path):
     assert len(records) == 5 + sum(dropped.values())
 
 
+def test_prompts_alone_make_batches(tmp_path):
+    from jaxpref.packing import Budget
+
+    data = load("prompts", path=write(tmp_path / "x.jsonl", pairs(6, "a")), eval_fraction=0.0)
+    batch = data_lib.BatchStream(data.train, batch_size=4, budget=Budget(64, 16)).batch(0)
+    assert batch.lengths.tolist() == [[[0]] * 4]
+    assert (batch.tokens > 0).sum() == 4 * len("question 0")
+
+
+def test_generated_scores_are_a_true_reward_of_pairs_alone():
+    def scores(kind):
+        return load(kind, format="synthetic", synthetic_pairs=20).train.scores
+
+    assert scores("pairs").shape[1] == 2
+    assert scores("unpaired") is scores("sft") is scores("prompts") is None
+
+
 def test_a_source_with_nothing_left_is_an_error(tmp_path):
     long = [{"prompt": "p" * 600, "chosen": "a", "rejected": "b"}]
     a, b = write(tmp_path / "a.jsonl", pairs(5, "a")), write(tmp_path / "b.jsonl", long)

@@ -91,10 +91,11 @@ def write(
                 if dataset is not None:
                     _write_dataset(temporary / side, dataset)
             (temporary / _COUNTS).write_text(json.dumps(counts))
-            # Another run may have been faster; then its data is the same.
-            if not folder.exists():
-                os.replace(temporary, folder)
+            os.replace(temporary, folder)
     except OSError as error:
+        if folder.exists():
+            # Another run was faster; its data is the same.
+            return
         raise UserError(
             f"data.cache is {str(folder.parent)!r}, where nothing can be written "
             f"({error.strerror or error}); name another directory, or leave it empty."

@@ -21,7 +21,7 @@ class TokenizedDataset:
       tokens: all pieces end to end: each example's prompt, then its responses.
       pieces: where each piece starts, and the end.
       examples: the first piece of each example, and the end.
-      scores: true rewards `[examples, responses]`, or None.
+      scores: true rewards of pairs, or None.
       counts: what truncation did, and names of special tokens that stood in the texts.
       extras: further values `[examples, ...]`, for `PackedBatch.extras`: where all examples
         have them, `labels` (1 or 0), `margins`, and `scores` of each response, 0 where there
@@ -81,8 +81,9 @@ class TokenizedDataset:
 
 
 def true_scores(examples: Sequence[Example]) -> Float[np.ndarray, "examples responses"] | None:
-    """The true rewards, if all examples have them."""
-    if not examples or not all(e.scores is not None and e.scores_are_true for e in examples):
+    """The true rewards of pairs, if all examples are pairs that have them."""
+    known = (e.scores_are_true and e.scores is not None and len(e.scores) == 2 for e in examples)
+    if not examples or not all(known):
         return None
     return np.asarray([example.scores for example in examples], np.float32)
 

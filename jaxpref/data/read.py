@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxpref.data import formats, sources
 from jaxpref.data.examples import Example, Excluded, SkippableError
@@ -46,7 +46,7 @@ FORMATS: dict[str, Format] = {
 
 
 def read_examples(
-    path: str, format: str = "auto", *, subset: str = "", split: str = "train", **options: object
+    path: str, format: str = "auto", *, subset: str = "", split: str = "train", **options: Any
 ) -> tuple[list[Example], Counter[str]]:
     """Reads all examples of a source.
 
@@ -64,7 +64,7 @@ def read_examples(
       UserError: naming the file, the line and what is wrong.
     """
     format, records = open_source(path, format, subset=subset, split=split)
-    return parse(records, format, path, **options)  # type: ignore[arg-type]
+    return parse(records, format, path, **options)
 
 
 def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str, Iterator[Record]]:

@@ -66,8 +66,8 @@ def stack_exchange(record: Mapping, where: str) -> Example:
     """HuggingFaceH4/stack-exchange-preferences: answers ranked by score.
 
     Reads `question` and, of each of `answers`, `text` and `pm_score` (the score of Askell
-    et al. 2021, arXiv 2112.00861, appendix C: the log of its votes, and one more for the
-    answer that was accepted). HTML becomes text. A question with fewer than two answers is
+    et al. 2021, arXiv 2112.00861: the log of its votes, and one more for the answer that
+    was accepted). HTML becomes text. A question with fewer than two answers is
     left out.
     """
     answers = columns.objects(record, "answers", where)
@@ -133,8 +133,8 @@ def ultrafeedback(record: Mapping, where: str) -> Example:
 def imdb(record: Mapping, where: str) -> Example:
     """stanfordnlp/imdb (Maas et al. 2011), begun reviews as in Rafailov et al. 2023: prompts.
 
-    Reads `text`. A prompt is its first 2 to 8 words (arXiv 2305.18290, section 6, has 2 to
-    8 tokens, which depend on the tokenizer); how many follows from the text's hash.
+    Reads `text`. A prompt is its first 2 to 8 words (arXiv 2305.18290, appendix C.1, has 2
+    to 8 tokens, which depend on the tokenizer); how many follows from the text's hash.
     """
     review = columns.text(record, "text", where)
     low, high = _IMDB_WORDS
