@@ -5,6 +5,11 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Of a run: its checkpoints and measurements; the same workdir resumes."
+)
+OUTPUT = flags.DEFINE_string("output", None, "What to write: a new directory, or a file.")
+
 
 def fail(message: str) -> NoReturn:
     """Ends a command with a message and the exit status of wrong usage."""

@@ -8,11 +8,9 @@ from pathlib import Path
 from absl import app, flags
 
 from jaxpref import config as config_lib
-from jaxpref.commands import fail, quiet
+from jaxpref.commands import OUTPUT, WORKDIR, fail, quiet
 from jaxpref.errors import UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run whose last checkpoint is written.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to write; new or empty.")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
@@ -29,11 +27,11 @@ def main(argv: list[str]) -> None:
     """Hands the flags to `run`."""
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
-    if not _WORKDIR.value or not _OUTPUT.value:
+    if not WORKDIR.value or not OUTPUT.value:
         fail("give --workdir=W, a run's workdir, and --output=DIR, the directory to write.")
     quiet()
     try:
-        run(_WORKDIR.value, _OUTPUT.value, _DTYPE.value, adapters=_ADAPTERS.value)
+        run(WORKDIR.value, OUTPUT.value, _DTYPE.value, adapters=_ADAPTERS.value)
     except UserError as error:
         fail(str(error))
 

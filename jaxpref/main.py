@@ -12,32 +12,29 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib
-from jaxpref.commands import fail, quiet
+from jaxpref.commands import WORKDIR, fail, quiet
 from jaxpref.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints and measurements go; the same workdir resumes."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
 
 
 def main(argv: list[str]) -> None:
     """Hands the config to the train loop."""
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
-    if _CONFIG.value is None:
+    if CONFIG.value is None:
         print(_recipes())
         sys.exit(2)
-    workdir = _WORKDIR.value
+    workdir = WORKDIR.value
     if not workdir:
         fail("--workdir is missing: the directory for checkpoints and measurements.")
     quiet()
     try:
-        config_lib.check(_CONFIG.value)
+        config_lib.check(CONFIG.value)
         # JAX loads here, so that everything above answers at once.
         from jaxpref import train
 
-        train.run(_CONFIG.value, workdir)
+        train.run(CONFIG.value, workdir)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt as interrupt:

@@ -480,6 +480,11 @@ def _stream(
     )
 
 
+def train_stream(config: ConfigDict, data: Data) -> BatchStream:
+    """The batches that a run of the config trains on, but for a reference's log-probs."""
+    return _stream(config, sharding.make_mesh(**config.mesh), data, data.train, training=True)
+
+
 def _streams(
     config: ConfigDict, mesh: Mesh, data: Data, tables: dict[str, np.ndarray]
 ) -> tuple[BatchStream, BatchStream | None]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxpref import checkpoint, config as config_lib, export, metrics, models, train
+from jaxpref import checkpoint, config as config_lib, export, metrics, models, score, train
 from jaxpref.errors import UserError
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
@@ -264,6 +264,18 @@ def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_pat
     train.run(config, tmp_path / "reward")
     lines = metrics.read(tmp_path / "reward" / "metrics.jsonl")
     assert {"eval/accuracy", "eval/margin", "eval/mean_reward"} <= set(lines[-1])
+    pairs = [
+        {"prompt": "Is it good?", "chosen": f" Yes{'.' * i}", "rejected": " No"} for i in range(3)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    score.run(tmp_path / "reward", str(tmp_path / "pairs.jsonl"), tmp_path / "scored.jsonl")
+    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [line["responses"] for line in scored] == [[p["chosen"], p["rejected"]] for p in pairs]
+    # The same response to the same prompt has the same reward, whatever is beside it.
+    assert len({line["rewards"][1] for line in scored}) == 1
+    assert len({line["rewards"][0] for line in scored}) == 3
+    with pytest.raises(UserError, match="is a run of sft, not of a reward model"):
+        score.run(folder / "sft", str(tmp_path / "pairs.jsonl"), tmp_path / "x.jsonl")
     export.run(tmp_path / "reward", tmp_path / "out")
     described = json.loads((tmp_path / "out" / "config.json").read_text())
     assert described["architectures"] == ["Qwen3ForSequenceClassification"]

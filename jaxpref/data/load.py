@@ -13,7 +13,7 @@ from jaxpref.data import cache, synthetic
 from jaxpref.data.convert import adapt, deduplicate
 from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.examples import Example, hold_out
-from jaxpref.data.read import open_source, parse
+from jaxpref.data.read import open_source, parse, read_examples
 from jaxpref.data.records import check_source
 from jaxpref.data.tokenize import Limits, begins_with_bos, tokenize
 from jaxpref.errors import UserError
@@ -80,13 +80,7 @@ def load(
         )
     if config.eval.max_examples:
         held_out = held_out[: config.eval.max_examples]
-    limits = Limits(
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-        eos=tokenizer.eos_token_id,
-        bos=begins_with_bos(tokenizer, config.tokenizer.bos),
-        on_long_prompt=config.data.on_long_prompt,
-    )
+    limits = _limits(config, tokenizer)
 
     def tokenized(examples: list[Example], progress: Callable[[int], None]) -> TokenizedDataset:
         return tokenize(
@@ -119,6 +113,41 @@ def load(
         cache.write(folder, train_set, held_out_set, counts)
         reading.notes.append(f"tokenised data kept in {folder}")
     return Data(train_set, held_out_set, counts, weights, reading.notes)
+
+
+def load_file(
+    config: ConfigDict, tokenizer: Any, path: str, format: str = "auto"
+) -> tuple[list[Example], TokenizedDataset]:
+    """All examples of a file as they are, and tokenised as a config says.
+
+    Args:
+      config: a checked config.
+      tokenizer: a `transformers` tokenizer.
+      path: see `data.path`.
+      format: see `data.format`.
+
+    Raises:
+      UserError: the file cannot be read, or a prompt has no response.
+    """
+    examples, _ = read_examples(path, format)
+    bare = next((example for example in examples if not example.responses), None)
+    if bare is not None:
+        raise UserError(f"{bare.where}: has a prompt, but no response.")
+    parse_special_tokens = config.tokenizer.parse_special_tokens
+    limits = _limits(config, tokenizer)
+    return examples, tokenize(
+        examples, tokenizer, limits, parse_special_tokens=parse_special_tokens
+    )
+
+
+def _limits(config: ConfigDict, tokenizer: Any) -> Limits:
+    return Limits(
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        eos=tokenizer.eos_token_id,
+        bos=begins_with_bos(tokenizer, config.tokenizer.bos),
+        on_long_prompt=config.data.on_long_prompt,
+    )
 
 
 class _Reading:

@@ -1,0 +1,125 @@
+"""What a tokenised data set is like, in figures."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxpref.data.dataset import TokenizedDataset
+from jaxpref.packing import PackedBatch
+
+PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+class Statistics(NamedTuple):
+    """Figures of a data set.
+
+    Attributes:
+      lengths: percentiles (`PERCENTILES`) of tokens by part: prompt, response (or chosen and
+        rejected), and prompt plus response.
+      shared: share of the tokens that computing each prompt once saves.
+      longer: share of pairs whose chosen response is the longer one, equal lengths counting
+        one half; None without pairs.
+      same_prompt: examples whose prompt another example has too.
+      repeated: examples that are exactly like an earlier one.
+    """
+
+    lengths: dict[str, Int[np.ndarray, " percentiles"]]
+    shared: float
+    longer: float | None
+    same_prompt: int
+    repeated: int
+
+
+def describe(dataset: TokenizedDataset) -> Statistics:
+    """The figures of a data set, after truncation."""
+    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
+    there = responses > 0
+    parts = {"prompt": prompts}
+    pairs = dataset.responses == 2 and bool(there.all()) and "labels" not in dataset.extras
+    if pairs:
+        parts |= {"chosen": responses[:, 0], "rejected": responses[:, 1]}
+    else:
+        parts["response"] = responses[there]
+    parts["prompt + response"] = (prompts[:, None] + responses)[there]
+    together = int(prompts.sum() + responses.sum())
+    apart = int((prompts * there.sum(1)).sum() + responses.sum())
+    seen: set[bytes] = set()
+    by_prompt: dict[bytes, int] = {}
+    repeated = 0
+    for index in range(len(dataset)):
+        first, last = dataset.examples[index], dataset.examples[index + 1]
+        bounds = dataset.pieces[first : last + 1]
+        whole = dataset.tokens[bounds[0] : bounds[-1]].tobytes() + np.diff(bounds).tobytes()
+        prompt = dataset.tokens[bounds[0] : bounds[1]].tobytes()
+        repeated += whole in seen
+        seen.add(whole)
+        by_prompt[prompt] = by_prompt.get(prompt, 0) + 1
+    margin = np.sign(responses[:, 0] - responses[:, 1]) if pairs else None
+    return Statistics(
+        {
+            name: np.percentile(values, PERCENTILES).astype(int) if len(values) else values
+            for name, values in parts.items()
+        },
+        1 - together / max(apart, 1),
+        None if margin is None else float(((1 + margin) / 2).mean()),
+        sum(count for count in by_prompt.values() if count > 1),
+        repeated,
+    )
+
+
+class Fill(NamedTuple):
+    """How full the batches are.
+
+    Attributes:
+      rows: rows a batch, by how many batches have so many.
+      tokens: share of the rows' places that hold a token.
+      scored: share of the scored table that is used.
+    """
+
+    rows: dict[int, int]
+    tokens: float
+    scored: float
+
+
+def fill(batches: Iterable[PackedBatch]) -> Fill:
+    """How full some batches are, with a leading axis of micro-batches."""
+    rows: dict[int, int] = {}
+    used, places, scored, table = 0, 0, 0, 0
+    for batch in batches:
+        group = np.asarray(batch.group)
+        rows[group.shape[1]] = rows.get(group.shape[1], 0) + 1
+        used, places = used + int((group > 0).sum()), places + group.size
+        scored, table = scored + int(np.sum(batch.lengths)), table + np.size(batch.target)
+    return Fill(rows, used / max(places, 1), scored / max(table, 1))
+
+
+def plot_lengths(dataset: TokenizedDataset, path: Path, title: str) -> None:
+    """Draws a histogram of the tokens of prompts and of responses.
+
+    Args:
+      dataset: after truncation.
+      path: the PNG to write.
+      title: of the figure.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
+    whole = (prompts[:, None] + responses)[responses > 0]
+    parts = {"prompt": prompts, "response": responses[responses > 0], "prompt + response": whole}
+    longest = max(int(values.max(initial=1)) for values in parts.values())
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name, values in parts.items():
+        axis.hist(values, 40, range=(0, longest), histtype="step", linewidth=1.4, label=name)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("how many")
+    axis.set_title(title, fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
