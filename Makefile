@@ -35,6 +35,7 @@ format: .venv/installed-test
 # DATA: Anthropic's HH dialogues, .jsonl or .jsonl.gz. Takes about twenty minutes.
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/logprobs.py
+	$(BIN)/python benchmarks/pipeline.py --data=$(DATA)
 	$(BIN)/python benchmarks/layouts.py --data=$(DATA)
 
 .venv/bin/python:

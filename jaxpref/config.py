@@ -263,7 +263,7 @@ def default(algorithm: str) -> ConfigDict:
     config.tokenizer.chat_template = ""
 
     config.data = ConfigDict()
-    # A .jsonl, .jsonl.gz or .parquet file, or a name on the hub.
+    # A .jsonl, .jsonl.gz, .json or .parquet file, a directory of them, or a name on the hub.
     config.data.path = ""
     # In its place several sources: dicts with a path, and if need be format, subset, split,
     # limit (else those of data), weight (share of the examples in a step, against the other
@@ -276,7 +276,7 @@ def default(algorithm: str) -> ConfigDict:
     # stack_exchange, tldr, tldr_sft, ultrafeedback, imdb, cnn_dailymail; synthetic, which is
     # generated. A prompt is a text or a list of messages.
     config.data.format = "auto"
-    # Of a hub data set: its folder and split.
+    # Of a directory or a hub data set: a folder in it, and the split.
     config.data.subset = ""
     config.data.split = "train"
     # Held-out data: a source of its own, else this share of the prompts of data.path.
@@ -507,8 +507,8 @@ def check(config: ConfigDict) -> None:
         )
     if config.data.format != "synthetic" and not mixture:
         raise UserError(
-            "data.path is empty: give a .jsonl, .jsonl.gz or .parquet file or a hub name "
-            "(--config.data.path=...), or use data.format 'synthetic'."
+            "data.path is empty: give a .jsonl, .jsonl.gz, .json or .parquet file, a directory or a "
+            "hub name (--config.data.path=...), or use data.format 'synthetic'."
         )
     if config.data.mixture and config.data.eval_split and not config.data.eval_path:
         raise UserError(

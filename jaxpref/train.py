@@ -424,7 +424,10 @@ def _reference(
         return reference, {}
     sides = {"train": data.train, "held_out": data.held_out}
     present = {name: dataset for name, dataset in sides.items() if dataset is not None}
-    data_fingerprint = "-".join(dataset.fingerprint() for dataset in present.values())
+    # The reference's sums are weighted as the policy's are.
+    weighting = str(config.algorithm.get("length_alpha", 1.0))
+    parts = [dataset.fingerprint() for dataset in present.values()]
+    data_fingerprint = "-".join([*parts, weighting])
     digest = None if resuming else reference_lib.digest(merge(state.params, frozen))
     tables = reference_lib.load_table(workdir, data_fingerprint, digest)
     if tables is not None:

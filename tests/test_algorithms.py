@@ -11,7 +11,7 @@ import optax
 import pytest
 from conftest import TINY, random_groups
 
-from jaxpref import algorithms, config as config_lib, losses, models, packing, train
+from jaxpref import algorithms, config as config_lib, losses, models, packing, sharding, train
 from jaxpref.algorithms.base import response_logps
 from jaxpref.logprobs import LMHead
 from jaxpref.models import Decoder, Lora
@@ -302,3 +302,27 @@ def test_rewards_are_read_at_the_last_token_and_named_as_trl_does():
     assert names <= set(found[-1])
     assert found[-1]["accuracy"] > found[0]["accuracy"]
     assert found[-1]["min_reward"] <= found[-1]["mean_reward"] <= found[-1]["max_reward"]
+
+
+@pytest.mark.parametrize("name", ["kto", "aot", "aot_unpaired"])
+def test_what_compares_examples_is_the_same_on_eight_devices(name):
+    """A batch's KL estimate and quantiles are of the whole batch, wherever its parts lie."""
+    algorithm, params = algorithms.build(config_of(name), model_of()), params_of()
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    found = []
+    for devices in (1, 8):
+        mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
+        batch = jax.tree.map(np.asarray, batch_of(algorithm.kind, 16, devices))
+        with sharding.use(mesh):
+            loss = jax.jit(
+                lambda batch: algorithm.loss(
+                    params, algorithm.prepare(other, jax.tree.map(lambda x: x[0], batch)), None
+                )
+            )
+            found.append(jax.device_get(loss(sharding.put_batch(mesh, batch))))
+    np.testing.assert_allclose(found[0].loss.values, found[1].loss.values, rtol=1e-5)
+    if name == "kto":
+        assert found[0].metrics["kl"].values[0] > 0
+        np.testing.assert_allclose(
+            found[0].metrics["kl"].values, found[1].metrics["kl"].values, rtol=1e-5
+        )

@@ -9,7 +9,7 @@ import pytest
 from jaxpref.data import load_tokenizer, synthetic
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import read_examples
-from jaxpref.data.records import read_records
+from jaxpref.data.records import fingerprint, read_records
 from jaxpref.data.tokenize import Limits, begins_with_bos, encode, tokenize
 from jaxpref.errors import UserError
 
@@ -146,6 +146,42 @@ def test_missing_sources_are_errors(path, message):
         list(read_records(path))
 
 
+def test_a_directory_holds_the_files_of_its_splits(tmp_path):
+    import pyarrow.parquet
+
+    def pair(name):
+        return {**PAIR, "chosen": name}
+
+    folder = tmp_path / "set" / "base"
+    (folder / "test").mkdir(parents=True)
+    write(folder / "train.jsonl.gz", [pair("a")], gzip.open)
+    (folder / "train-00001-of-00002.json").write_text(json.dumps([pair("b"), pair("c")]))
+    table = pyarrow.Table.from_pylist([pair("d")])
+    pyarrow.parquet.write_table(table, folder / "test" / "0.parquet")
+    (folder / "README.md").write_text("none")
+    path = str(tmp_path / "set")
+    by_split = {
+        split: [r["chosen"] for r, _ in read_records(path, subset="base", split=split)]
+        for split in ("train", "test")
+    }
+    assert by_split == {"train": ["b", "c", "a"], "test": ["d"]}
+    with pytest.raises(UserError, match=r"named after the split 'valid'.*holds README.md, test/0"):
+        list(read_records(path, subset="base", split="valid"))
+    before = fingerprint(path, "base", "train")
+    write(folder / "train.jsonl.gz", [pair("e")], gzip.open)
+    assert fingerprint(path, "base", "train") != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[{}, 1]", "x.json:2: expected a JSON object a record; got int"), ("[{]", "not valid JSON")],
+)
+def test_bad_arrays_are_errors_that_say_where(tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_records(str(tmp_path / "x.json")))
+
+
 def test_unreadable_parquet_is_an_error(tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 and then nothing")
@@ -176,7 +212,7 @@ def test_unreachable_hub_says_how_to_do_without(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"cannot be reached: offline\n.*local \.jsonl"):
+    with pytest.raises(UserError, match=r"cannot be reached: offline\n.*local file or directory"):
         read_examples("owner/name", "explicit")
 
 

@@ -40,9 +40,13 @@ class Data(NamedTuple):
 def check(config: ConfigDict) -> None:
     """Refuses missing files before anything is computed."""
     for source in config_lib.sources(config):
-        check_source(source["path"], "data.mixture" if config.data.mixture else "data.path")
+        key = "data.mixture" if config.data.mixture else "data.path"
+        check_source(source["path"], key, subset=source["subset"], split=source["split"])
     if config.data.eval_path:
-        check_source(config.data.eval_path, "data.eval_path")
+        split = config.data.eval_split or config.data.split
+        check_source(
+            config.data.eval_path, "data.eval_path", subset=config.data.subset, split=split
+        )
 
 
 def load(

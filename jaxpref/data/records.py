@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,48 +14,75 @@ from jaxpref.errors import UserError
 # A record and where it stands, as "file:line".
 Record = tuple[Mapping[str, Any], str]
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterator[Record]:
-    """Reads a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a data set of the hub.
+    """Reads a file, a directory of files as the hub has them, or a data set of the hub.
 
     Args:
-      path: a file, or a hub name such as "Anthropic/hh-rlhf".
-      subset: a folder of the hub data set, such as "harmless-base".
-      split: a split of the hub data set.
+      path: a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file; a directory; or a hub name
+        such as "Anthropic/hh-rlhf".
+      subset: a folder of the directory or the hub data set, such as "harmless-base".
+      split: of the directory, the files named after it; or a split of the hub data set.
 
     Raises:
       UserError: the source is missing, truncated or malformed; says where.
     """
-    check_source(path, "the data")
-    if not path.endswith(_SUFFIXES):
+    check_source(path, "the data", subset=subset, split=split)
+    files = _files(path, subset, split)
+    if files is None:
         yield from _read_hub(path, subset, split)
-    elif path.endswith(".parquet"):
-        yield from _read_parquet(path)
-    else:
-        yield from _read_jsonl(path)
+        return
+    for file in files:
+        read = _read_parquet if file.endswith(".parquet") else _read_json_lines
+        yield from read(file)
 
 
-def check_source(path: str, key: str) -> None:
-    """Refuses a path, given as `key`, that is neither a file of a known kind nor a hub name."""
+def check_source(path: str, key: str, *, subset: str = "", split: str = "train") -> None:
+    """Refuses a path, given as `key`, that is no file of a known kind, directory or hub name."""
+    suffixes = ", ".join(_SUFFIXES)
+    if Path(path).is_dir():
+        if not _files(path, subset, split):
+            folder = Path(path, subset)
+            there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+            raise UserError(
+                f"{path} ({key}): {folder} holds no file ({suffixes}) named after the split "
+                f"{split!r}, as in {split}.jsonl or {split}-00000-of-00001.parquet; it holds "
+                f"{', '.join(there[:8]) or 'nothing'}. Name the file itself, or the split."
+            )
+        return
     if Path(path).is_file() and not path.endswith(_SUFFIXES):
-        raise UserError(f"{path} ({key}): expected a file ending in {', '.join(_SUFFIXES)}.")
+        raise UserError(f"{path} ({key}): expected a file ending in {suffixes}.")
     if path.endswith(_SUFFIXES):
         if not Path(path).is_file():
             raise UserError(f"{path} ({key}): no such file, seen from {Path.cwd()}.")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(
-            f"{path} ({key}): neither a file ({', '.join(_SUFFIXES)}) nor a hub name "
-            "like owner/name."
+            f"{path} ({key}): neither a file ({suffixes}), nor a directory, nor a hub name like "
+            "owner/name."
         )
 
 
-def _read_jsonl(path: str) -> Iterator[Record]:
+def _files(path: str, subset: str, split: str) -> list[str] | None:
+    """The files that a path stands for; None for a hub name."""
+    if not Path(path).is_dir():
+        return [path] if path.endswith(_SUFFIXES) else None
+    found = (p for p in Path(path, subset).rglob("*") if p.name.endswith(_SUFFIXES))
+    # The split stands in the file's name or is the folder's.
+    return sorted(str(p) for p in found if split in [*re.split("[-.]", p.name), p.parent.name])
+
+
+def _read_json_lines(path: str) -> Iterator[Record]:
     opener = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
         with opener(path, "rb") as file:
+            if path.endswith(".json") and file.read(1) == b"[":
+                file.seek(0)
+                yield from _array(file.read(), path)
+                return
+            file.seek(0)
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _parse_line(line, f"{path}:{number}"), f"{path}:{number}"
@@ -65,6 +93,20 @@ def _read_jsonl(path: str) -> Iterator[Record]:
         ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _array(text: bytes, path: str) -> Iterator[Record]:
+    """The records of a JSON array, which a .json file may be as a whole."""
+    try:
+        records = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}.") from error
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}:{number}: expected a JSON object a record; got {type(record).__name__}."
+            )
+        yield record, f"{path}:{number}"
 
 
 def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
@@ -100,13 +142,17 @@ def fingerprint(path: str, subset: str, split: str) -> str:
     Raises:
       UserError: the source cannot be read.
     """
-    if not path.endswith(_SUFFIXES):
+    files = _files(path, subset, split)
+    if files is None:
         return _load_hub(path, subset, split)._fingerprint
+    digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        for name in files:
+            with Path(name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    return digest.hexdigest()
 
 
 def _load_hub(name: str, subset: str, split: str) -> Any:
@@ -117,7 +163,7 @@ def _load_hub(name: str, subset: str, split: str) -> Any:
     except Exception as error:  # The hub's client raises many kinds, none of them ours.
         raise UserError(
             f"{name} (split {split!r}): the hub gave no such data set, or cannot be reached: "
-            f"{error}\nWithout a network, give a local .jsonl, .jsonl.gz or .parquet file as "
+            f"{error}\nWithout a network, give a local file or directory as "
             "data.path."
         ) from error
 
