@@ -507,8 +507,8 @@ def check(config: ConfigDict) -> None:
         )
     if config.data.format != "synthetic" and not mixture:
         raise UserError(
-            "data.path is empty: give a .jsonl, .jsonl.gz, .json or .parquet file, a directory or a "
-            "hub name (--config.data.path=...), or use data.format 'synthetic'."
+            "data.path is empty: give a .jsonl, .jsonl.gz, .json or .parquet file, a directory or "
+            "a hub name (--config.data.path=...), or use data.format 'synthetic'."
         )
     if config.data.mixture and config.data.eval_split and not config.data.eval_path:
         raise UserError(
