@@ -34,3 +34,8 @@ def check_smoothing(loss: str, label_smoothing: object, *, above: bool = False) 
             f"{loss} expected label_smoothing {'above' if above else 'from'} 0 to below 0.5; got "
             f"{label_smoothing}."
         )
+
+
+def per_token(sums: Array, lengths: Array) -> Array:
+    """Sums over responses divided by their lengths; an absent response keeps its 0."""
+    return sums / jnp.maximum(lengths, 1)

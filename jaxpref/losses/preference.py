@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses.divergences import reverse_kl
-from jaxpref.losses.inputs import check_smoothing, checked
+from jaxpref.losses.inputs import check_smoothing, checked, per_token
 
 Scalar = float | Float[Array, ""]
 
@@ -107,7 +107,7 @@ def dpo(
     )
     chosen, rejected = _per_token("dpo", chosen, rejected, chosen_lengths, rejected_lengths)
     chosen, rejected = beta * divergence(chosen), beta * divergence(rejected)
-    return _output(smoothed_logistic(chosen - rejected, label_smoothing), chosen, rejected)
+    return without_gradient(smoothed_logistic(chosen - rejected, label_smoothing), chosen, rejected)
 
 
 def robust_dpo(
@@ -152,7 +152,7 @@ def robust_dpo(
     margins = chosen - rejected
     clean, flipped = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
     losses = label_smoothing * flipped - (1 - label_smoothing) * clean
-    return _output(losses / (1 - 2 * label_smoothing), chosen, rejected)
+    return without_gradient(losses / (1 - 2 * label_smoothing), chosen, rejected)
 
 
 def ipo(
@@ -198,7 +198,7 @@ def ipo(
     )
     chosen, rejected = _per_token("ipo", chosen, rejected, chosen_lengths, rejected_lengths)
     losses = jnp.square(chosen - rejected - 1 / (2 * beta))
-    return _output(losses, beta * chosen, beta * rejected)
+    return without_gradient(losses, beta * chosen, beta * rejected)
 
 
 def hinge(
@@ -235,7 +235,7 @@ def hinge(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return _output(jax.nn.relu(1 - (chosen - rejected)), chosen, rejected)
+    return without_gradient(jax.nn.relu(1 - (chosen - rejected)), chosen, rejected)
 
 
 def exo(
@@ -282,7 +282,7 @@ def exo(
     log_q, log_not_q = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
     losses = jax.nn.sigmoid(margins) * (log_q - jnp.log1p(-label_smoothing))
     losses += jax.nn.sigmoid(-margins) * (log_not_q - jnp.log(label_smoothing))
-    return _output(losses, chosen, rejected)
+    return without_gradient(losses, chosen, rejected)
 
 
 def nca(
@@ -323,7 +323,7 @@ def nca(
         reference_rejected_logps,
     )
     noise = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
-    return _output(-jax.nn.log_sigmoid(chosen) - noise / 2, chosen, rejected)
+    return without_gradient(-jax.nn.log_sigmoid(chosen) - noise / 2, chosen, rejected)
 
 
 def sppo_hard(
@@ -363,7 +363,7 @@ def sppo_hard(
     )
     target = 1 / (2 * beta)
     losses = jnp.square(chosen - target) + jnp.square(rejected + target)
-    return _output(losses, beta * chosen, beta * rejected)
+    return without_gradient(losses, beta * chosen, beta * rejected)
 
 
 def aot(
@@ -413,7 +413,7 @@ def aot(
         policy_chosen - policy_rejected, reference_chosen - reference_rejected, where
     )
     losses = smoothed_logistic(beta * differences, label_smoothing)
-    return _output(
+    return without_gradient(
         losses if where is None else jnp.where(where, losses, 0.0),
         beta * (policy_chosen - reference_chosen),
         beta * (policy_rejected - reference_rejected),
@@ -464,7 +464,7 @@ def aot_unpaired(
     )
     losses = smoothed_logistic(_quantile_differences(chosen, rejected, where), label_smoothing)
     losses = losses if where is None else jnp.where(where, losses, 0.0)
-    return _output(losses, chosen, rejected)
+    return without_gradient(losses, chosen, rejected)
 
 
 def apo_zero(
@@ -503,7 +503,7 @@ def apo_zero(
         reference_chosen_logps,
         reference_rejected_logps,
     )
-    return _output(jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), chosen, rejected)
+    return without_gradient(jax.nn.sigmoid(-chosen) + jax.nn.sigmoid(rejected), chosen, rejected)
 
 
 def apo_down(
@@ -543,7 +543,7 @@ def apo_down(
         reference_rejected_logps,
     )
     losses = jax.nn.sigmoid(chosen) + jax.nn.sigmoid(rejected - chosen)
-    return _output(losses, chosen, rejected)
+    return without_gradient(losses, chosen, rejected)
 
 
 def discopop(
@@ -588,7 +588,7 @@ def discopop(
     logistic = -jax.nn.log_sigmoid(margins) * jax.nn.sigmoid(-margins / temperature)
     # One exponent, since at margins far below 0 the first factor is 0 and the second infinite.
     exponential = jnp.exp(jax.nn.log_sigmoid(margins / temperature) - margins)
-    return _output(logistic + exponential, chosen, rejected)
+    return without_gradient(logistic + exponential, chosen, rejected)
 
 
 def bco(
@@ -633,7 +633,17 @@ def bco(
     )
     shift = jax.lax.stop_gradient(shift)
     losses = -jax.nn.log_sigmoid(chosen - shift) - jax.nn.log_sigmoid(shift - rejected)
-    return _output(losses, chosen, rejected)
+    return without_gradient(losses, chosen, rejected)
+
+
+def without_gradient(
+    losses: Float[Array, "*batch"],
+    chosen_rewards: Float[Array, "*batch"],
+    rejected_rewards: Float[Array, "*batch"],
+) -> PreferenceOutput:
+    """The output of a loss, with rewards that carry no gradient."""
+    stop = jax.lax.stop_gradient
+    return PreferenceOutput(losses, stop(chosen_rewards), stop(rejected_rewards))
 
 
 def smoothed_logistic(
@@ -677,8 +687,7 @@ def _per_token(
     if chosen_lengths is None or rejected_lengths is None:
         raise ValueError(f"{loss} got one of chosen_lengths and rejected_lengths; pass both.")
     checked(loss, chosen=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
-    # A response of no tokens is an absent one; its sum is 0.
-    return chosen / jnp.maximum(chosen_lengths, 1), rejected / jnp.maximum(rejected_lengths, 1)
+    return per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
 
 
 def _quantile_differences(a: Array, b: Array, where: Array | None) -> Array:
@@ -688,8 +697,3 @@ def _quantile_differences(a: Array, b: Array, where: Array | None) -> Array:
     by_a, by_b = (jnp.argsort(jax.lax.stop_gradient(x) + last, axis=-1) for x in (a, b))
     differences = jnp.take_along_axis(a, by_a, -1) - jnp.take_along_axis(b, by_b, -1)
     return jnp.take_along_axis(differences, jnp.argsort(by_a, axis=-1), -1)
-
-
-def _output(losses: Array, chosen_rewards: Array, rejected_rewards: Array) -> PreferenceOutput:
-    stop = jax.lax.stop_gradient
-    return PreferenceOutput(losses, stop(chosen_rewards), stop(rejected_rewards))

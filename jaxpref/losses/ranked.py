@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.losses.inputs import checked
+from jaxpref.losses.inputs import checked, per_token
 from jaxpref.losses.preference import Scalar
 from jaxpref.losses.reward import plackett_luce
 
@@ -58,7 +58,7 @@ def rrhf(
     )
     present = counts > 0
     logps = jnp.where(present, logps, 0.0)
-    means = logps / jnp.maximum(counts, 1)
+    means = per_token(logps, counts)
     worse = scores[..., :, None] < scores[..., None, :]
     both = present[..., :, None] & present[..., None, :]
     violations = jax.nn.relu(means[..., :, None] - means[..., None, :])

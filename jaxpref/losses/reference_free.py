@@ -8,8 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.losses.inputs import check_smoothing, checked
-from jaxpref.losses.preference import PreferenceOutput, Scalar, smoothed_logistic
+from jaxpref.losses.inputs import check_smoothing, checked, per_token
+from jaxpref.losses.preference import (
+    PreferenceOutput,
+    Scalar,
+    smoothed_logistic,
+    without_gradient,
+)
 
 # The largest log-probability whose complement float32 can tell from 0.
 _ALMOST_ONE = -1e-7
@@ -53,7 +58,7 @@ def simpo(
     )
     chosen, rejected = beta * chosen, beta * rejected
     losses = smoothed_logistic(chosen - rejected - margin, label_smoothing)
-    return _output(losses, chosen, rejected)
+    return without_gradient(losses, chosen, rejected)
 
 
 def orpo(
@@ -90,7 +95,7 @@ def orpo(
     )
     log_odds = _log_odds(chosen) - _log_odds(rejected)
     losses = -chosen - beta * jax.nn.log_sigmoid(log_odds)
-    return _output(losses, beta * chosen, beta * rejected)
+    return without_gradient(losses, beta * chosen, beta * rejected)
 
 
 def cpo(
@@ -128,9 +133,9 @@ def cpo(
     chosen, rejected = checked(
         "cpo", policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps
     )
-    nll = -chosen if chosen_lengths is None else -chosen / jnp.maximum(chosen_lengths, 1)
+    nll = -chosen if chosen_lengths is None else -per_token(chosen, chosen_lengths)
     losses = smoothed_logistic(beta * (chosen - rejected), label_smoothing) + nll_weight * nll
-    return _output(losses, beta * chosen, beta * rejected)
+    return without_gradient(losses, beta * chosen, beta * rejected)
 
 
 def slic_hf(
@@ -166,7 +171,7 @@ def slic_hf(
         policy_rejected_logps=policy_rejected_logps,
     )
     losses = jax.nn.relu(margin - chosen + rejected) - nll_weight * chosen
-    return _output(losses, chosen, rejected)
+    return without_gradient(losses, chosen, rejected)
 
 
 def unlikelihood(
@@ -200,7 +205,7 @@ def unlikelihood(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
     )
-    return _output(alpha * rejected - chosen, chosen, rejected)
+    return without_gradient(alpha * rejected - chosen, chosen, rejected)
 
 
 def _mean_logps(
@@ -213,16 +218,10 @@ def _mean_logps(
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
     )
-    # A response of no tokens is an absent one; its sum is 0.
-    return chosen / jnp.maximum(chosen_lengths, 1), rejected / jnp.maximum(rejected_lengths, 1)
+    return per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
 
 
 def _log_odds(logps: Array) -> Array:
     """$\\log \\frac{p}{1 - p}$ of log-probabilities."""
     logps = jnp.minimum(logps, _ALMOST_ONE)
     return logps - jnp.log(-jnp.expm1(logps))
-
-
-def _output(losses: Array, chosen_rewards: Array, rejected_rewards: Array) -> PreferenceOutput:
-    stop = jax.lax.stop_gradient
-    return PreferenceOutput(losses, stop(chosen_rewards), stop(rejected_rewards))
