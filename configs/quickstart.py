@@ -9,7 +9,7 @@ which is
 
 On two CPU cores (2026-11-21) both take about 70 seconds; on held-out pairs DPO reaches a
 preference accuracy of 0.781 (the true reward: 0.807) and a rank correlation of 0.93 with
-the true reward.
+the true reward. In the place of `dpo` any other method can stand, such as `reward` or `ipo`.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,9 @@ from jaxpref import config as base
 
 
 def get_config(stage: str = "sft") -> ConfigDict:
-    """The config of one stage, "sft" or "dpo"."""
+    """The config of one stage, "sft" or a method that goes on from it."""
+    if stage not in base.ALGORITHMS:
+        raise ValueError(base.one_of("the recipe's argument", stage, base.ALGORITHMS))
     config = base.default(stage)
     config.model.width = 128
     config.model.layers = 3
@@ -41,7 +43,8 @@ def get_config(stage: str = "sft") -> ConfigDict:
         config.train.steps = 80
     else:
         config.model.init_from = "runs/quickstart/sft"
-        config.algorithm.beta = 0.3
+        if stage == "dpo":
+            config.algorithm.beta = 0.3
         config.optimizer.learning_rate = 3e-4
         config.train.steps = 80
         config.train.eval_every = 20

@@ -9,8 +9,7 @@ from jaxpref.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [
-    ("quickstart", "sft"),
-    ("quickstart", "dpo"),
+    *(("quickstart", name) for name in algorithms._BUILDERS),
     ("sft_hh", "tiny"),
     ("sft_hh", "paper"),
     ("dpo_hh", "tiny"),

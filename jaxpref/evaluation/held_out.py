@@ -13,6 +13,9 @@ from jaxpref.evaluation.truth import reward_recovery
 from jaxpref.metrics import Metric
 from jaxpref.packing import PackedBatch
 
+# The learned margin of a pair, whatever the method calls it.
+_MARGINS = ("rewards/margins", "margin")
+
 
 class HeldOut(NamedTuple):
     """What a model is worth on held-out examples.
@@ -51,12 +54,9 @@ def evaluate(
         for name in named[0]
     }
     results = _means(metrics)
-    if scores is not None and "rewards/chosen" in metrics:
-        rewards = np.stack(
-            [metrics[f"rewards/{which}"].values[: len(scores)] for which in ("chosen", "rejected")],
-            axis=1,
-        )
-        results |= reward_recovery(rewards, scores)
+    learned = next((metrics[name] for name in _MARGINS if name in metrics), None)
+    if scores is not None and learned is not None:
+        results |= reward_recovery(np.asarray(learned.values[: len(scores)]), scores)
     for source, examples in (sources or {}).items():
         part = {
             name: Metric(metric.values[examples], metric.weights[examples])

@@ -5,16 +5,16 @@ from jaxtyping import Float
 
 
 def reward_recovery(
-    rewards: Float[np.ndarray, "pairs 2"], scores: Float[np.ndarray, "pairs 2"]
+    margins: Float[np.ndarray, " pairs"], scores: Float[np.ndarray, "pairs 2"]
 ) -> dict[str, float]:
     """How well learned rewards of chosen and rejected responses recover the true ones.
 
     A reward is only determined up to a function of the prompt, since the Bradley-Terry
     likelihood does not change with it (Rafailov et al. 2023, arXiv 2305.18290, lemma 1).
-    So rewards are compared after subtracting each prompt's mean.
+    So rewards are compared after subtracting each prompt's mean, and a pair's margin says it all.
 
     Args:
-      rewards: learned rewards of the chosen and the rejected response.
+      margins: learned reward of the chosen response less that of the rejected one.
       scores: true rewards of the same.
 
     Returns:
@@ -24,7 +24,6 @@ def reward_recovery(
     """
     from scipy import stats
 
-    margins = rewards[:, 0] - rewards[:, 1]
     true_margins = scores[:, 0] - scores[:, 1]
     # A pair's rewards less their mean are plus and minus half its margin.
     learned = np.concatenate([margins, -margins])
