@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxpref import checkpoint, config as config_lib, export, metrics, models, score, train
+from jaxpref import checkpoint, config as config_lib, evaluation, export, metrics, models, train
 from jaxpref.errors import UserError
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
@@ -268,17 +268,28 @@ def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_pat
         {"prompt": "Is it good?", "chosen": f" Yes{'.' * i}", "rejected": " No"} for i in range(3)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    score.run(tmp_path / "reward", str(tmp_path / "pairs.jsonl"), tmp_path / "scored.jsonl")
-    scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+
+    def score(model):
+        done = evaluation.score_file(model, str(tmp_path / "pairs.jsonl"), tmp_path / "scored")
+        lines = [json.loads(line) for line in (tmp_path / "scored").read_text().splitlines()]
+        assert done.prompts == len(lines)
+        return lines
+
+    scored = score(tmp_path / "reward")
     assert [line["responses"] for line in scored] == [[p["chosen"], p["rejected"]] for p in pairs]
     # The same response to the same prompt has the same reward, whatever is beside it.
     assert len({line["rewards"][1] for line in scored}) == 1
     assert len({line["rewards"][0] for line in scored}) == 3
     with pytest.raises(UserError, match="is a run of sft, not of a reward model"):
-        score.run(folder / "sft", str(tmp_path / "pairs.jsonl"), tmp_path / "x.jsonl")
+        score(folder / "sft")
+    with pytest.raises(UserError, match="has no scalar head"):
+        score(folder / "hf")
     export.run(tmp_path / "reward", tmp_path / "out")
     described = json.loads((tmp_path / "out" / "config.json").read_text())
     assert described["architectures"] == ["Qwen3ForSequenceClassification"]
+    export.run(tmp_path / "reward", tmp_path / "float32", "float32")
+    for ours, exported in zip(scored, score(tmp_path / "float32"), strict=True):
+        np.testing.assert_allclose(ours["rewards"], exported["rewards"], atol=1e-5)
     if begin == "hf":
         # A reward model is where another run may begin, with its head.
         train.run(small("reward", tmp_path / "out", train__steps=1), tmp_path / "again")

@@ -121,8 +121,10 @@ def load(
 
 def load_file(
     config: ConfigDict, tokenizer: Any, path: str, format: str = "auto"
-) -> tuple[list[Example], TokenizedDataset]:
+) -> tuple[list[Example], TokenizedDataset, dict[str, int]]:
     """All examples of a file as they are, and tokenised as a config says.
+
+    Those with an empty response or without a common prompt are left out.
 
     Args:
       config: a checked config.
@@ -130,18 +132,23 @@ def load_file(
       path: see `data.path`.
       format: see `data.format`.
 
+    Returns:
+      The examples in the file's order; tokenised; and what was left out or cut, by reason.
+
     Raises:
       UserError: the file cannot be read, or a prompt has no response.
     """
-    examples, _ = read_examples(path, format)
+    examples, dropped = read_examples(
+        path, format, on_divergent="skip", on_empty="skip", min_score_ratio=1.0
+    )
     bare = next((example for example in examples if not example.responses), None)
     if bare is not None:
         raise UserError(f"{bare.where}: has a prompt, but no response.")
     parse_special_tokens = config.tokenizer.parse_special_tokens
     limits = _limits(config, tokenizer)
-    return examples, tokenize(
-        examples, tokenizer, limits, parse_special_tokens=parse_special_tokens
-    )
+    dataset = tokenize(examples, tokenizer, limits, parse_special_tokens=parse_special_tokens)
+    counts = {f"dropped/{reason}": count for reason, count in dropped.items()}
+    return examples, dataset, {**counts, **dataset.counts}
 
 
 def _limits(config: ConfigDict, tokenizer: Any) -> Limits:

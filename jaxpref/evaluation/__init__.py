@@ -3,13 +3,16 @@
 from jaxpref.evaluation.calibration import plot_reliability, reliability
 from jaxpref.evaluation.held_out import evaluate
 from jaxpref.evaluation.report import closing_table, plot_curves
+from jaxpref.evaluation.rewards import Scored, score_file
 from jaxpref.evaluation.truth import reward_recovery
 
 __all__ = [
+    "Scored",
     "closing_table",
     "evaluate",
     "plot_curves",
     "plot_reliability",
     "reliability",
     "reward_recovery",
+    "score_file",
 ]

@@ -1,0 +1,148 @@
+"""The rewards that a trained reward model gives a file's responses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from jaxpref import (
+    checkpoint,
+    config as config_lib,
+    data as data_lib,
+    packing,
+    reference,
+    sharding,
+    weights,
+)
+from jaxpref.algorithms import response_scalars
+from jaxpref.data import BatchStream, Example
+from jaxpref.errors import UserError
+from jaxpref.metrics import console
+from jaxpref.models import Decoder, huggingface
+from jaxpref.packing import Budget, PackedBatch
+
+
+class Scored(NamedTuple):
+    """What became of a file.
+
+    Attributes:
+      prompts: records scored, each a line of the output.
+      counts: records left out and texts cut, by reason.
+    """
+
+    prompts: int
+    counts: dict[str, int]
+
+
+def score_file(
+    model: str | Path,
+    path: str,
+    output: str | Path,
+    *,
+    data_format: str = "auto",
+    batch_size: int = 64,
+    max_length: int = 0,
+) -> Scored:
+    """Writes the rewards of all responses of a file, with progress in the terminal.
+
+    Records with an empty response, or whose dialogues have no common prompt, are left out and
+    counted.
+
+    Args:
+      model: the workdir of a run of algorithm `reward`, or a Hugging Face directory or hub
+        name with a sequence classifier that has one label.
+      path: what is scored; see `data.path`.
+      output: receives one JSON object a record: `where`, `prompt`, `responses`, `rewards`.
+      data_format: see `data.format`.
+      batch_size: prompts scored at a time.
+      max_length: tokens of a prompt with a response; a prompt that has to be cut keeps half of
+        them. 0: the run's own `data.max_length` and `data.max_prompt_length`, or 1,024.
+
+    Raises:
+      UserError: there is no reward model, or the input cannot be read.
+    """
+    output = Path(output)
+    if not output.parent.is_dir():
+        raise UserError(f"{output}: the directory {output.parent} does not exist.")
+    config = _config(model, max_length)
+    workdir = Path(model)
+    source = weights.find(config, workdir)
+    name = config.tokenizer.name
+    tokenizer = data_lib.load_tokenizer(
+        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
+    )
+    decoder = weights.build_model(config, source, len(tokenizer))
+    trained = checkpoint.read_run(workdir) is not None
+    if not trained and not huggingface.has_scalar_head(decoder):
+        raise UserError(
+            f"{model}: has no scalar head ('score.weight'), so it is not a reward model."
+        )
+    with console.status("tokenising"):
+        examples, dataset, counts = data_lib.load_file(config, tokenizer, path, data_format)
+    mesh = sharding.make_mesh(**config.mesh)
+    abstract = huggingface.abstract_params(decoder, mesh)
+    if trained:
+        params, _ = checkpoint.restore_params(workdir, abstract)
+    else:
+        params = huggingface.load_params(decoder, abstract)
+    row_length = config.data.row_length or config.data.max_length
+    scored = packing.scored_budget(dataset.prompt_lengths, dataset.response_lengths, row_length)
+    budget = Budget(row_length, scored, sharding.batch_shards(mesh))
+    stream = BatchStream(dataset, batch_size=batch_size, budget=budget)
+    score = _make_score(decoder)
+    with sharding.use(mesh), console.status("scoring") as status:
+        rewards = reference.precompute(
+            lambda batch: score(params, sharding.put_batch(mesh, batch)),
+            stream.once(),
+            len(dataset),
+            lambda done: status.update(f"scoring: {done} of {len(dataset)} prompts"),
+        )
+    if not jax.process_index():
+        with output.open("w", encoding="utf-8") as file:
+            for example, row in zip(examples, rewards, strict=True):
+                file.write(json.dumps(_line(example, row), ensure_ascii=False) + "\n")
+    return Scored(len(examples), counts)
+
+
+def _config(model: str | Path, max_length: int) -> ConfigDict:
+    described = checkpoint.read_run(Path(model))
+    if described is None:
+        config = config_lib.default("reward")
+        config.model.init_from = str(model)
+        max_length = max_length or 1024
+    else:
+        config = config_lib.from_flat(described)
+        if config.algorithm.name != "reward":
+            raise UserError(f"{model}: is a run of {config.algorithm.name}, not of a reward model.")
+        if checkpoint.latest_step(Path(model)) is None:
+            raise UserError(f"{model}: that run has no complete checkpoint yet.")
+    if max_length:
+        config.data.max_length = max_length
+        config.data.max_prompt_length = max_length // 2
+        config.data.row_length = 0
+    # Every record gets its rewards.
+    config.data.on_long_prompt = "truncate"
+    return config
+
+
+def _make_score(
+    model: Decoder,
+) -> Callable[[Any, PackedBatch], Float[Array, "groups responses"]]:
+    return jax.jit(
+        lambda params, batch: response_scalars(model, params, jax.tree.map(lambda x: x[0], batch))
+    )
+
+
+def _line(example: Example, rewards: Float[np.ndarray, " _"]) -> dict[str, Any]:
+    prompt, responses = example.prompt, example.responses
+    return {
+        "where": example.where,
+        "prompt": prompt if isinstance(prompt, str) else list(prompt.messages),
+        "responses": list(responses),
+        "rewards": [round(float(reward), 6) for reward in rewards[: len(responses)]],
+    }
