@@ -67,6 +67,19 @@ def test_sources_keep_their_names_and_a_prompt_its_side(mixture):
     ]
 
 
+def test_a_held_out_source_of_its_own_is_read_whole_and_compared(tmp_path):
+    write(tmp_path / "train.jsonl", pairs(5, "a"))
+    held_out = write(tmp_path / "test.jsonl", pairs(9, "b"))
+    for changes in (
+        {"path": str(tmp_path / "train.jsonl"), "eval_path": held_out},
+        {"path": str(tmp_path), "eval_split": "test"},
+    ):
+        data = load(limit=3, **changes)
+        assert [chosen for _, chosen, _ in texts(data.train)] == [" a 0", " a 1", " a 2"]
+        assert [chosen for _, chosen, _ in texts(data.held_out)] == [f" b {i}" for i in range(9)]
+        assert data.counts["held_out_prompts_trained_on"] == 3
+
+
 def test_the_first_held_out_examples_are_of_all_sources(mixture):
     config = config_lib.default("dpo")
     config.data.update(**mixture, eval_fraction=0.3)

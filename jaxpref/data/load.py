@@ -190,7 +190,11 @@ class _Reading:
                     "name": "",
                 }
             )
-            return examples, self._distinct(held_out)
+            held_out = self._distinct(held_out)
+            trained_on = {str(example.prompt) for example in examples}
+            both = sum(str(example.prompt) in trained_on for example in held_out)
+            self.counts["held_out_prompts_trained_on"] = both
+            return examples, held_out
         train, held_out = hold_out(examples, data.eval_fraction)
         return train, _in_turn(held_out)
 
