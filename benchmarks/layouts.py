@@ -69,7 +69,7 @@ def prepare(data_path: str, folder: Path) -> None:
 
     from jaxpref.data import read_examples
 
-    examples, dropped = read_examples(data_path, "hh", on_divergent="skip")
+    examples, dropped = read_examples(data_path, "hh", on_divergent="skip", on_empty="skip")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -111,7 +111,9 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
         width=WIDTH, layers=LAYERS, heads=HEADS, kv_heads=HEADS, head_dim=WIDTH // HEADS
     )
     config.model.update(feed_forward=FEED_FORWARD, remat=case.remat)
-    config.data.update(format="hh", path=data_path, on_divergent="skip", on_long_prompt="truncate")
+    config.data.update(
+        format="hh", path=data_path, on_divergent="skip", on_empty="skip", on_long_prompt="truncate"
+    )
     config.data.update(batch_size=BATCH_SIZE, max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT)
     config_lib.check(config)
 

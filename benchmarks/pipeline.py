@@ -31,7 +31,9 @@ def stream_of(data_path: str, folder: Path, batch_size: int, row_length: int) ->
     from jaxpref import config as config_lib, data, train
 
     config = config_lib.default("dpo")
-    config.data.update(format="hh", path=data_path, on_divergent="skip", on_long_prompt="truncate")
+    config.data.update(
+        format="hh", path=data_path, on_divergent="skip", on_empty="skip", on_long_prompt="truncate"
+    )
     config.data.update(max_length=layouts.MAX_LENGTH, max_prompt_length=layouts.MAX_PROMPT)
     config.data.update(batch_size=batch_size, row_length=row_length)
     tokenizer = data.load_tokenizer(str(folder))

@@ -69,7 +69,7 @@ def prepare(data_path: str, folder: Path, family: str) -> dict[str, Any]:
 
     from jaxpref.data import read_examples
 
-    examples, _ = read_examples(data_path, "hh", on_divergent="skip")
+    examples, _ = read_examples(data_path, "hh", on_divergent="skip", on_empty="skip")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()

@@ -26,6 +26,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     config.algorithm.beta = 0.1
     config.data.format = "hh"
     config.data.on_divergent = "skip"
+    config.data.on_empty = "skip"
     config.data.on_long_prompt = "truncate"
     config.train.log_every = 10
     if size == "tiny":

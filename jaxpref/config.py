@@ -103,6 +103,7 @@ DATA_FORMATS = (
     "implicit",
     "unpaired",
     "ranked",
+    "responses",
     "sft",
     "messages",
     "alpaca",
@@ -117,6 +118,9 @@ DATA_FORMATS = (
     "cnn_dailymail",
     "synthetic",
 )
+
+# How the names of data files end.
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 # What an entry of data.mixture may say, and of which type.
 _MIXTURE_KEYS: dict[str, type | tuple[type, ...]] = {
@@ -271,15 +275,16 @@ def default(algorithm: str) -> ConfigDict:
     config.data.mixture = ()
     # How a record is read: auto (by its columns), explicit (prompt, chosen, rejected), implicit
     # (chosen, rejected: conversations that begin alike), unpaired (prompt, completion, label),
-    # ranked (prompt, responses, scores), sft (prompt, completion), messages (a conversation),
-    # alpaca (instruction, input, output), prompts (prompt); the data sets hh, shp,
-    # stack_exchange, tldr, tldr_sft, ultrafeedback, imdb, cnn_dailymail; synthetic, which is
-    # generated. A prompt is a text or a list of messages.
+    # ranked (prompt, responses, scores), responses (prompt, responses: to be scored), sft
+    # (prompt, completion), messages (a conversation), alpaca (instruction, input, output),
+    # prompts (prompt); the data sets hh, shp, stack_exchange, tldr, tldr_sft, ultrafeedback,
+    # imdb, cnn_dailymail; synthetic, which is generated. A prompt is a text or a list of messages.
     config.data.format = "auto"
     # Of a directory or a hub data set: a folder in it, and the split.
     config.data.subset = ""
     config.data.split = "train"
-    # Held-out data: a source of its own, else this share of the prompts of data.path.
+    # Held-out data: a source of its own (eval_split: of data.path), else this share of the
+    # prompts of data.path.
     config.data.eval_path = ""
     config.data.eval_split = ""
     config.data.eval_fraction = 0.05
@@ -290,7 +295,7 @@ def default(algorithm: str) -> ConfigDict:
     config.data.ranked_pairs = "best_worst"
     # Pairs of format shp with a lower ratio of their scores are dropped.
     config.data.min_score_ratio = 2.0
-    # Drop examples that are there before, prompt and responses alike.
+    # Drop examples whose tokens, prompt and responses, are there before.
     config.data.deduplicate = False
     # Processes that tokenise.
     config.data.num_proc = 1
@@ -310,7 +315,8 @@ def default(algorithm: str) -> ConfigDict:
     config.data.on_divergent = "error"
     # Rows with an empty response: error or skip.
     config.data.on_empty = "error"
-    # Responses with equal scores where one has to be the better: error or skip.
+    # Responses with equal scores where one has to be the better: error, or skip (of a ranking,
+    # all but the first of each score).
     config.data.on_tie = "error"
     # Responses that equal their rival: keep or skip.
     config.data.on_identical = "keep"
@@ -446,6 +452,16 @@ def check(config: ConfigDict) -> None:
         )
     if config.reference.mode == "synced" and config.reference.dtype != "float32":
         raise UserError("reference.mode 'synced' mixes the reference; keep it in float32.")
+    if config.reference.dtype != "float32" and config.reference.mode not in ("live", "synced"):
+        raise UserError(
+            f"reference.dtype {config.reference.dtype!r} is that of a live copy, which "
+            f"reference.mode {config.reference.mode!r} does without; leave it at 'float32'."
+        )
+    if config.model.frozen_dtype != "float32" and not trainable(config):
+        raise UserError(
+            f"model.frozen_dtype is {config.model.frozen_dtype!r}, but every parameter is "
+            "trained; set model.lora.rank or train.trainable, or leave it at 'float32'."
+        )
     if config.reference.mode == "adapter" and not config.model.lora.rank:
         raise UserError(
             "reference.mode 'adapter' is the policy with its adapters off; give it some with "
@@ -510,6 +526,17 @@ def check(config: ConfigDict) -> None:
             "data.path is empty: give a .jsonl, .jsonl.gz, .json or .parquet file, a directory or "
             "a hub name (--config.data.path=...), or use data.format 'synthetic'."
         )
+    if config.data.format == "synthetic":
+        for key in ("eval_path", "eval_split", "limit"):
+            if config.data[key]:
+                raise UserError(
+                    f"data.{key} is {config.data[key]!r}, which means nothing where data.format "
+                    "'synthetic' generates the data; use data.synthetic_pairs, data.eval_fraction."
+                )
+    if config.data.eval_split == config.data.split and not config.data.eval_path:
+        raise UserError(
+            f"data.eval_split is {config.data.eval_split!r}, which is trained on (data.split)."
+        )
     if config.data.mixture and config.data.eval_split and not config.data.eval_path:
         raise UserError(
             f"data.eval_split ({config.data.eval_split!r}) is a split of data.path; with "
@@ -542,7 +569,8 @@ def sources(config: ConfigDict) -> list[dict[str, Any]]:
     for number, given in enumerate(data.mixture):
         _check_entry(given, f"data.mixture[{number}]")
         name = given["path"].rpartition("/")[2].partition(".")[0]
-        entries.append({**whole, "weight": 1.0, "name": name, **given})
+        of_files = {"subset": "", "split": "train"} if is_file(given["path"]) else {}
+        entries.append({**whole, **of_files, "weight": 1.0, "name": name, **given})
     names = [entry["name"] for entry in entries]
     if len(set(names)) < len(names):
         raise UserError(
@@ -550,6 +578,27 @@ def sources(config: ConfigDict) -> list[dict[str, Any]]:
             "'name' of its own."
         )
     return entries
+
+
+def held_out_source(config: ConfigDict) -> dict[str, Any] | None:
+    """The source of the held-out data, as one of `sources`; None if it is a share of those."""
+    data = config.data
+    if not data.eval_path and not data.eval_split:
+        return None
+    # The split and the subset of data.path say nothing of a file.
+    return {
+        "path": data.eval_path or data.path,
+        "format": data.format,
+        "subset": "" if is_file(data.eval_path) else data.subset,
+        "split": data.eval_split or ("train" if is_file(data.eval_path) else data.split),
+        "limit": 0,
+        "name": "",
+    }
+
+
+def is_file(path: str) -> bool:
+    """Whether a source is a single file, by its name."""
+    return path.endswith(DATA_SUFFIXES)
 
 
 def _check_entry(entry: Any, where: str) -> None:
@@ -626,10 +675,15 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """What keeps a run with config `ours` from resuming one with `theirs`, a line each."""
     lines = []
     for key, here in ours.items():
-        free = key.startswith(_RESUMABLE) or (
+        free = (key.startswith(_RESUMABLE) and not _precomputed(key, ours)) or (
             # A constant rate does not depend on how long the run is.
             key in ("train.steps", "train.epochs") and ours.get("optimizer.schedule") == "constant"
         )
         if not free and here != theirs[key]:
             lines.append(f"{key}: {here!r} now, {theirs[key]!r} there")
     return lines
+
+
+def _precomputed(key: str, values: dict[str, Any]) -> bool:
+    """Whether the reference's log-probs were computed for what this key chooses."""
+    return key == "eval.max_examples" and values["reference.mode"] == "precomputed"

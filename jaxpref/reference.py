@@ -99,8 +99,13 @@ def load_table(
     wanted = {"data_fingerprint": data_fingerprint, "reference_digest": reference_digest}
     for name, value in wanted.items():
         if value is not None and (there := str(tables[name])) != value:
+            advice = (
+                "Remove the file to compute the reference's log-probs anew, or give another "
+                "--workdir."
+                if reference_digest
+                else "Put back the held-out data that the run began with."
+            )
             raise UserError(
-                f"{path}: {name.replace('_', ' ')} {there}, but this run's is {value}. Remove the "
-                "file to compute the reference's log-probs anew, or give another --workdir."
+                f"{path}: {name.replace('_', ' ')} {there}, but this run's is {value}. {advice}"
             )
     return {name: table for name, table in tables.items() if name not in wanted}

@@ -10,12 +10,21 @@ output has the place of a record, its prompt, its responses and their rewards.
 from absl import app, flags
 
 from jaxpref.commands import OUTPUT, fail, quiet
+from jaxpref.config import DATA_FORMATS
 from jaxpref.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "A reward model's workdir, directory or hub name.")
 _INPUT = flags.DEFINE_string("input", None, "File, or hub name, with prompts and responses.")
-_FORMAT = flags.DEFINE_string("format", "auto", "See data.format; auto goes by the columns.")
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "auto",
+    [name for name in DATA_FORMATS if name != "synthetic"],
+    "See data.format; auto goes by the columns.",
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Prompts scored at a time.", lower_bound=1)
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", "", "See tokenizer.chat_template. Empty: the run's, or the tokenizer's own."
+)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", 0, "Tokens of prompt plus response. 0: the run's, or 1,024.", lower_bound=0
 )
@@ -40,6 +49,7 @@ def main(argv: list[str]) -> None:
             data_format=_FORMAT.value,
             batch_size=_BATCH_SIZE.value,
             max_length=_MAX_LENGTH.value,
+            chat_template=_CHAT_TEMPLATE.value,
         )
     except UserError as error:
         fail(str(error))

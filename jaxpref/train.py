@@ -1,6 +1,7 @@
 """The one train loop: mesh, data, state, resume; then batch, update, log, evaluate, save."""
 
 import dataclasses
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,13 +90,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     )
     model = weights.build_model(config, source, len(tokenizer))
     algorithm = algorithms.build(config, model)
-    with console.status("tokenising") as status:
-        data = data_lib.load(
-            config,
-            tokenizer,
-            algorithm.kind,
-            progress=lambda done: status.update(f"tokenising: {done} examples"),
-        )
+    with metrics_lib.progress("tokenising", "examples") as tell:
+        data = data_lib.load(config, tokenizer, algorithm.kind, progress=tell)
     steps = config.train.steps or max(
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1
     )
@@ -130,7 +126,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
             checkpoint.save_frozen(workdir, frozen)
         with sharding.use(mesh):
             reference, tables = _reference(
-                config, workdir, mesh, algorithm, data, state, frozen, abstract
+                config, workdir, mesh, algorithm, model, data, state, frozen, abstract
             )
             train_stream, held_out_stream = _streams(config, mesh, data, tables)
             _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
@@ -394,6 +390,7 @@ def _reference(
     workdir: Path,
     mesh: Mesh,
     algorithm: Algorithm,
+    model: Decoder,
     data: Data,
     state: State,
     frozen: Any,
@@ -424,10 +421,10 @@ def _reference(
         return reference, {}
     sides = {"train": data.train, "held_out": data.held_out}
     present = {name: dataset for name, dataset in sides.items() if dataset is not None}
-    # The reference's sums are weighted as the policy's are.
-    weighting = str(config.algorithm.get("length_alpha", 1.0))
+    # How the reference's sums are made, beside its parameters.
+    settings = f"{model.config}, {config.algorithm.get('length_alpha', 1.0)}"
     parts = [dataset.fingerprint() for dataset in present.values()]
-    data_fingerprint = "-".join([*parts, weighting])
+    data_fingerprint = "-".join([*parts, hashlib.sha256(settings.encode()).hexdigest()[:16]])
     digest = None if resuming else reference_lib.digest(merge(state.params, frozen))
     tables = reference_lib.load_table(workdir, data_fingerprint, digest)
     if tables is not None:
@@ -443,12 +440,12 @@ def _reference(
     )
     params, tables = merge(state.params, frozen), {}
     for name, dataset in present.items():
-        with console.status("reference") as status:
+        with metrics_lib.progress("reference log-probs", "examples") as tell:
             tables[name] = reference_lib.precompute(
                 lambda batch: logps(params, sharding.put_batch(mesh, batch)),
                 _stream(config, mesh, data, dataset, training=False).once(),
                 len(dataset),
-                lambda done: status.update(f"reference log-probs: {done} examples"),
+                tell,
             )
     reference_lib.save_table(workdir, tables, data_fingerprint, str(digest))
     return None, tables

@@ -408,6 +408,38 @@ def test_no_template_says_how_to_give_one(tmp_path):
         load_tokenizer("bytes", "chatlm")
 
 
+BARE_CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+PARTS = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    ("chat", "response", "message"),
+    [
+        (Chat((PARTS,)), GOOD, "writes messages of text alone"),
+        (Chat(TALK), BARE_CALL, "writes messages of text alone"),
+        (Chat(TALK, tools=({"name": "f"},)), GOOD, "has no place for tools"),
+    ],
+)
+def test_templates_refuse_what_they_cannot_show(name, chat, response, message):
+    with pytest.raises(UserError, match=f"x:1: the chat template fails.*{message}"):
+        tokenize(
+            [Example(chat, (response,), where="x:1")],
+            load_tokenizer("bytes", name),
+            Limits(512, 256, 1),
+        )
+
+
+def test_a_response_that_the_template_does_not_show_is_an_error():
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    with pytest.raises(UserError, match=r"x:1: the chat template shows nothing .*tool_calls"):
+        tokenize(
+            [Example(Chat(TALK), (BARE_CALL,), where="x:1")],
+            load_tokenizer("bytes", template),
+            Limits(512, 256, 1),
+        )
+
+
 def write(path, record) -> str:
     path.write_text(json.dumps(record) + "\n")
     return str(path)

@@ -53,6 +53,16 @@ def valid(**changes):
 
 BAD = [
     ({"data__format": "hhh"}, "data.format is 'hhh'.*Did you mean 'hh'"),
+    ({"data__eval_split": "train"}, "data.eval_split is 'train', which is trained on"),
+    (
+        {"data__path": "", "data__format": "synthetic", "data__limit": 5},
+        "data.limit is 5, which means nothing where data.format 'synthetic'",
+    ),
+    (
+        {"reference__mode": "precomputed", "reference__dtype": "bfloat16"},
+        "reference.dtype 'bfloat16' is that of a live copy",
+    ),
+    ({"model__frozen_dtype": "nf4"}, "frozen_dtype is 'nf4', but every parameter is trained"),
     ({"reference__mode": "lve"}, "Did you mean 'live'"),
     ({"optimizer__name": "adam"}, "Did you mean 'adamw'"),
     ({"algorithm__name": "dppo"}, "algorithm.name is 'dppo'.*one of sft, dpo, .*'dpo'"),
@@ -118,10 +128,11 @@ def test_a_source_takes_what_it_leaves_out_from_the_data():
     mixture = ({"path": "x/b.jsonl"}, {"path": "owner/c", "format": "hh", "limit": 3})
     config = valid(data__path="", data__mixture=mixture, data__subset="s", data__limit=9)
     config_lib.check(config)
-    shared = {"subset": "s", "split": "train", "weight": 1.0}
+    shared = {"split": "train", "weight": 1.0}
     assert config_lib.sources(config) == [
-        {"path": "x/b.jsonl", "name": "b", "format": "auto", "limit": 9, **shared},
-        {"path": "owner/c", "name": "c", "format": "hh", "limit": 3, **shared},
+        # A file has no subset.
+        {"path": "x/b.jsonl", "name": "b", "format": "auto", "limit": 9, "subset": "", **shared},
+        {"path": "owner/c", "name": "c", "format": "hh", "limit": 3, "subset": "s", **shared},
     ]
     config.data.eval_split = "test"
     with pytest.raises(UserError, match=r"data.eval_split .'test'. is a split of data.path"):
@@ -167,3 +178,12 @@ def test_differences_list_what_changes_the_updates():
     assert config_lib.differences(described(train__steps=7, **cosine), described(**cosine)) == [
         "train.steps: 7 now, 0 there"
     ]
+
+
+def test_a_table_of_log_probs_holds_for_the_examples_that_it_was_made_for():
+    flat = dict(config_lib.flatten(valid(reference__mode="precomputed")))
+    assert config_lib.differences({**flat, "eval.max_examples": 3}, flat) == [
+        "eval.max_examples: 3 now, 0 there"
+    ]
+    live = {**flat, "reference.mode": "live"}
+    assert not config_lib.differences({**live, "eval.max_examples": 3}, live)

@@ -10,7 +10,7 @@ from jaxpref.data import load_tokenizer, synthetic
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import read_examples
 from jaxpref.data.records import fingerprint, read_records
-from jaxpref.data.tokenize import Limits, begins_with_bos, encode, tokenize
+from jaxpref.data.tokenize import Limits, begins_with_bos, complete, tokenize, truncate
 from jaxpref.errors import UserError
 
 PAIR = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
@@ -172,6 +172,28 @@ def test_a_directory_holds_the_files_of_its_splits(tmp_path):
     assert fingerprint(path, "base", "train") != before
 
 
+def test_a_split_is_in_the_name_of_a_file_before_that_of_a_folder(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for name in ("train", "test"):
+        write(folder / f"{name}.jsonl", [{**PAIR, "chosen": name}])
+    for split in ("train", "test"):
+        assert [r["chosen"] for r, _ in read_records(str(folder), split=split)] == [split]
+
+
+@pytest.mark.parametrize("part", [{"split": "test"}, {"subset": "base"}])
+def test_a_file_has_no_splits(tmp_path, part):
+    write(tmp_path / "x.jsonl", [PAIR])
+    with pytest.raises(UserError, match=r"x.jsonl .*is a single file, which has no subset"):
+        list(read_records(str(tmp_path / "x.jsonl"), **part))
+
+
+@pytest.mark.parametrize("start", ["\ufeff", " \n"])
+def test_an_array_may_begin_with_blanks(tmp_path, start):
+    (tmp_path / "x.json").write_text(start + json.dumps([PAIR]))
+    assert [record for record, _ in read_records(str(tmp_path / "x.json"))] == [PAIR]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("[{}, 1]", "x.json:2: expected a JSON object a record; got int"), ("[{]", "not valid JSON")],
@@ -195,13 +217,17 @@ def test_hub_data_sets_come_through_datasets(monkeypatch):
     rows = datasets.Dataset.from_list([PAIR, PAIR])
     asked = {}
 
-    def load_dataset(name, **kwargs):
-        asked.update(name=name, **kwargs)
+    def load_dataset(path, **kwargs):
+        asked.update(path=path, **kwargs)
         return rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["3.0.0"])
+    examples, _ = read_examples("owner/name", "explicit", subset="3.0.0", split="test")
+    assert asked == {"path": "owner/name", "name": "3.0.0", "split": "test"}
+    asked.clear()
     examples, _ = read_examples("owner/name", "explicit", subset="folder", split="test")
-    assert asked == {"name": "owner/name", "data_dir": "folder", "split": "test"}
+    assert asked == {"path": "owner/name", "data_dir": "folder", "split": "test"}
     assert [e.where for e in examples] == ["owner/name[test]:1", "owner/name[test]:2"]
 
 
@@ -233,7 +259,8 @@ EOS, BOS = 1, 2
 def run_encode(prompt, responses, *, max_length=10, max_prompt=4, bos=None, **kwargs):
     counts = Counter()
     limits = Limits(max_length, max_prompt, EOS, bos, **kwargs)
-    return encode(prompt, responses, limits, counts, "file:7"), dict(counts)
+    whole = complete(prompt, responses, limits, "file:7")
+    return truncate(whole[0], whole[1:], limits, counts, "file:7"), dict(counts)
 
 
 def test_specials_are_added_once():

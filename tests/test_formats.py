@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 from jaxpref import config as config_lib
 from jaxpref.data import convert
 from jaxpref.data.chat import Chat
-from jaxpref.data.convert import KINDS, adapt, deduplicate, kind_of
+from jaxpref.data.convert import KINDS, adapt, kind_of
+from jaxpref.data.dataset import deduplicate, mismatch
 from jaxpref.data.examples import Example
 from jaxpref.data.read import FORMATS, read_examples
 from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
@@ -45,6 +48,11 @@ RECORDS = {
         {"prompt": ASKED, "chosen": [ONION], "rejected": STONE},
         Example(CHAT, (ONION, STONE)),
     ),
+    "explicit, prompt said again": (
+        "explicit",
+        {"prompt": ASKED, "chosen": [*ASKED, ONION], "rejected": [*ASKED, STONE]},
+        Example(CHAT, (ONION, STONE)),
+    ),
     "implicit": (
         "implicit",
         {"chosen": [*ASKED, ONION], "rejected": [*ASKED, STONE], "margin": 0.5},
@@ -56,6 +64,11 @@ RECORDS = {
         Example(CHAT, (ONION, STONE)),
     ),
     "hh": ("hh", {"chosen": f"{HH} x", "rejected": f"{HH} y"}, Example(HH, (" x", " y"))),
+    "hh, margin": (
+        "hh",
+        {"chosen": f"{HH} x", "rejected": f"{HH} y", "margin": 2},
+        Example(HH, (" x", " y"), margin=2.0),
+    ),
     "unpaired": (
         "unpaired",
         {"prompt": "p", "completion": "a", "label": True},
@@ -69,12 +82,17 @@ RECORDS = {
     "ranked": (
         "ranked",
         {"prompt": "p", "responses": ["a", "b", "c"], "scores": [1, 3, 2.5]},
-        Example("p", ("b", "c", "a"), (3.0, 2.5, 1.0)),
+        Example("p", ("a", "b", "c"), (1.0, 3.0, 2.5), ordered=False),
     ),
     "ranked, messages": (
         "ranked",
         {"prompt": ASKED, "responses": [[STONE], LEEK, [ONION]], "scores": [0, 1, 1]},
-        Example(CHAT, (LEEK, ONION, STONE), (1.0, 1.0, 0.0)),
+        Example(CHAT, (STONE, LEEK, ONION), (0.0, 1.0, 1.0), ordered=False),
+    ),
+    "responses": (
+        "responses",
+        {"prompt": "p", "responses": ["a"]},
+        Example("p", ("a",), ordered=False),
     ),
     "sft": ("sft", {"prompt": "p", "completion": "a"}, Example("p", ("a",))),
     "sft, messages": ("sft", {"prompt": ASKED, "completion": [LEEK]}, Example(CHAT, (LEEK,))),
@@ -188,6 +206,7 @@ BY_KIND = {
     "ranked": Example("p", ("a", "b", "c", "d"), (4.0, 3.0, 2.0, 1.0)),
     "unpaired": Example("p", ("a",), label=True),
     "prompts": Example("p", ()),
+    "responses": Example("p", ("a", "b"), ordered=False),
 }
 # To each kind, what can be converted, and the responses that come of it.
 CONVERTED = {
@@ -211,7 +230,10 @@ def test_every_kind_is_converted_or_refused(kind, has):
         return
     examples, counts = adapt([example], kind)
     assert ["".join(e.responses) for e in examples] == CONVERTED[kind][has]
-    assert not any(counts.values())
+    used = sum(len(e.responses) for e in examples) if kind != "prompts" else 0
+    compared = has in ("pairs", "ranked") and kind != "prompts"
+    unused = len(example.responses) - used if compared else 0
+    assert +counts == +Counter(unused_responses=unused)
     assert all(e.scores is None or len(e.scores) == len(e.responses) for e in examples)
     if kind == "unpaired":
         assert [e.label for e in examples] == [True, False][: len(examples)]
@@ -262,6 +284,10 @@ def test_ties_matter_only_where_they_are_compared():
     examples, counts = adapt([tied], "pairs", ranked_pairs="all", on_tie="skip")
     assert [e.responses for e in examples] == [("a", "b"), ("a", "c")]
     assert counts == {"dropped/tie": 1}
+    # Of a ranking the others stay.
+    examples, counts = adapt([tied], "ranked", on_tie="skip")
+    assert [(e.responses, e.scores) for e in examples] == [(("a", "b"), (2.0, 1.0))]
+    assert counts == {"dropped/tied_response": 1}
     # A true reward is not what these labels were read off.
     known = dataclasses.replace(tied, responses=("a", "b"), scores=(1.0, 1.0), scores_are_true=True)
     assert adapt([known], "pairs")[0] == [known]
@@ -277,22 +303,83 @@ def test_a_response_that_equals_its_rival_is_counted_and_dropped_if_asked():
     assert counts == {"dropped/identical_responses": 2}
 
 
-def test_duplicates_have_the_same_prompt_responses_and_label():
-    examples = [
-        Example("p", ("a",), label=True, where="x:1"),
-        Example("p", ("a",), label=False),
-        Example("p", ("a",), label=True, where="x:3"),
-        Example("q", ("a",), label=True),
-        Example(CHAT, (LEEK,)),
-        Example(Chat(tuple(dict(m) for m in ASKED)), ({**LEEK},)),
-    ]
-    kept, repeated = deduplicate(examples)
-    assert kept == [*examples[:2], *examples[3:5]]
-    assert repeated == 2
+def test_scores_order_the_responses_where_an_order_is_needed():
+    given = Example("p", ("a", "b", "c"), (1.0, 3.0, 2.0), ordered=False)
+    (ranked,), _ = adapt([given], "ranked")
+    assert (ranked.responses, ranked.scores) == (("b", "c", "a"), (3.0, 2.0, 1.0))
+    (pair,), counts = adapt([given], "pairs")
+    assert pair.responses == ("b", "a")
+    assert counts == {"unused_responses": 1}
 
 
 def tokenized(*examples, **options):
     return tokenize(examples, load_tokenizer("bytes"), Limits(64, 32, 1), **options)
+
+
+def everything(data):
+    """What each example is, as lists."""
+    return [
+        [data.group(i).prompt.tolist(), *(r.tolist() for r in data.group(i).responses)]
+        for i in range(len(data))
+    ]
+
+
+def test_duplicates_have_the_same_tokens_and_label():
+    one = Example("p", ("a",), label=True, source="x")
+    examples = [
+        one,
+        dataclasses.replace(one, label=False),
+        dataclasses.replace(one, where="x:3"),
+        dataclasses.replace(one, prompt="q", source="y"),
+        dataclasses.replace(one, prompt="pa", responses=("",)),
+        # What is cut away does not tell them apart.
+        dataclasses.replace(one, responses=("b" * 100,)),
+        dataclasses.replace(one, responses=("b" * 200,)),
+    ]
+    data = tokenized(*examples)
+    kept = deduplicate(data)
+    assert everything(kept) == [everything(data)[i] for i in (0, 1, 3, 4, 5)]
+    assert kept.extras["labels"].tolist() == [1, 0, 1, 1, 1]
+    assert {name: rows.tolist() for name, rows in kept.sources.items()} == {
+        "x": [0, 1, 3, 4],
+        "y": [2],
+    }
+    assert kept.counts["dropped/duplicate"] == 2
+
+
+@given(st.data())
+def test_taking_examples_is_taking_from_lists(data):
+    lengths = st.integers(0, 5)
+    examples = [
+        Example("p" * (1 + data.draw(lengths)), tuple("r" * data.draw(lengths) for _ in range(k)))
+        for k in data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=5))
+    ]
+    whole = tokenized(*examples)
+    chosen = data.draw(st.lists(st.integers(0, len(examples) - 1), unique=True, min_size=1))
+    part = whole.take(np.asarray(chosen))
+    assert everything(part) == [everything(whole)[i] for i in chosen]
+    assert [part.uncut_lengths(i) for i in range(len(part))] == [
+        whole.uncut_lengths(i) for i in chosen
+    ]
+
+
+def test_borrowed_responses_answer_another_prompt_and_take_nothing_away():
+    labelled = [
+        Example(prompt, (response,), label=True)
+        for prompt, response in (("a" * 40, "1"), ("a" * 40, "2"), ("b", "3" * 60), ("c", "4"))
+    ]
+    plain = tokenized(*labelled)
+    data = mismatch(plain, 64)
+    assert [group[:2] for group in everything(data)] == everything(plain)
+    # The next with another prompt, cut to the room beside the prompt, 63 - 40 = 24.
+    partners = [2, 2, 3, 0]
+    assert [group[2] for group in everything(data)] == [
+        everything(plain)[partner][1][: 64 - len(everything(plain)[i][0])]
+        for i, partner in enumerate(partners)
+    ]
+    assert data.extras["labels"].tolist() == [1] * 4
+    with pytest.raises(UserError, match=r"all 2 examples on one side .* the same prompt"):
+        mismatch(tokenized(*labelled[:2]), 64)
 
 
 def test_labels_margins_and_scores_are_extras():
@@ -313,10 +400,10 @@ def test_a_margin_that_only_some_have_is_an_error():
         tokenized(Example("p", ("a", "b"), margin=1.0), Example("p", ("a", "b"), where="x:2"))
 
 
-def test_margins_are_left_out_if_a_whole_source_has_none():
+def test_a_source_without_margins_asks_for_none():
     one, other = Example("p", ("a", "b"), margin=1.0, source="x"), Example("p", ("a", "b"))
     data = tokenized(one, dataclasses.replace(other, source="y"))
-    assert not data.extras
+    assert data.extras["margins"].tolist() == [1.0, 0.0]
     assert {name: rows.tolist() for name, rows in data.sources.items()} == {"x": [0], "y": [1]}
 
 

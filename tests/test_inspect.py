@@ -33,6 +33,14 @@ def test_figures_of_pairs():
     assert (found.same_prompt, found.repeated) == (4, 1)
 
 
+def test_the_longer_response_is_the_one_before_truncation():
+    data = dataset_of(("a", ("b" * 100, "c" * 200)), ("a", ("b" * 300, "c" * 200)))
+    assert data.response_lengths.tolist() == [[63, 63]] * 2
+    assert statistics.describe(data).longer == 0.5
+    # Of which the second response is another's.
+    assert statistics.describe(data, borrowed=True).lengths["response"].tolist() == [63] * 6
+
+
 def test_figures_of_other_kinds():
     data = dataset_of(("aa", ("b", "cc", "ddd")), ("aaa", ("b",)))
     found = statistics.describe(data)

@@ -70,14 +70,60 @@ def test_sources_keep_their_names_and_a_prompt_its_side(mixture):
 def test_a_held_out_source_of_its_own_is_read_whole_and_compared(tmp_path):
     write(tmp_path / "train.jsonl", pairs(5, "a"))
     held_out = write(tmp_path / "test.jsonl", pairs(9, "b"))
-    for changes in (
-        {"path": str(tmp_path / "train.jsonl"), "eval_path": held_out},
-        {"path": str(tmp_path), "eval_split": "test"},
-    ):
+    whole = {"path": str(tmp_path), "eval_split": "test"}
+    for changes in ({"path": str(tmp_path / "train.jsonl"), "eval_path": held_out}, whole):
         data = load(limit=3, **changes)
         assert [chosen for _, chosen, _ in texts(data.train)] == [" a 0", " a 1", " a 2"]
         assert [chosen for _, chosen, _ in texts(data.held_out)] == [f" b {i}" for i in range(9)]
         assert data.counts["held_out_prompts_trained_on"] == 3
+
+
+def test_conversations_are_held_out_by_what_is_said(tmp_path):
+    records = [
+        {
+            "prompt": [{"role": "user", "content": f"question {i % 20}", "id": i}],
+            "chosen": [{"role": "assistant", "content": f"a {i}"}],
+            "rejected": [{"role": "assistant", "content": "b"}],
+        }
+        for i in range(80)
+    ]
+    config = config_lib.default("dpo")
+    config.data.update(path=write(tmp_path / "x.jsonl", records), eval_fraction=0.3)
+    config.tokenizer.chat_template = "hh"
+    data = data_lib.load(config, load_tokenizer("bytes", "hh"), "pairs")
+    assert data.held_out is not None
+    assert data.counts["held_out_prompts_trained_on"] == 0
+    assert not {p for p, *_ in texts(data.train)} & {p for p, *_ in texts(data.held_out)}
+
+
+def test_no_held_out_response_is_borrowed_for_training(tmp_path):
+    records = [{"prompt": f"question {i}", "completion": f" {i}", "label": True} for i in range(60)]
+    records += records[:5]
+    data = load(
+        "mismatched", path=write(tmp_path / "x.jsonl", records), eval_fraction=0.3, deduplicate=True
+    )
+    assert data.counts["dropped/duplicate"] == 5
+    for side in (data.train, data.held_out):
+        own = {response for _, response, _ in texts(side)}
+        assert {borrowed for *_, borrowed in texts(side)} <= own
+    assert len(data.train) + len(data.held_out) == 60
+
+
+def test_held_out_examples_beyond_the_first_are_counted_and_share_the_cache(tmp_path):
+    config = config_lib.default("dpo")
+    path = write(tmp_path / "x.jsonl", pairs(40, "a"))
+    config.data.update(path=path, eval_fraction=0.5, cache=str(tmp_path / "kept"))
+    whole = data_lib.load(config, load_tokenizer("bytes"), "pairs")
+    config.eval.max_examples = 3
+    part = data_lib.load(config, load_tokenizer("bytes"), "pairs")
+    assert "reused" in part.notes[0]
+    assert texts(part.held_out) == texts(whole.held_out)[:3]
+    assert part.counts["held_out_examples"] == 3
+    assert part.counts["held_out_unused"] == len(whole.held_out) - 3
+    damaged = next((tmp_path / "kept").rglob("tokens.npy"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"tokenised data is damaged .*remove it"):
+        data_lib.load(config, load_tokenizer("bytes"), "pairs")
 
 
 def test_the_first_held_out_examples_are_of_all_sources(mixture):
@@ -146,6 +192,15 @@ def test_a_source_with_nothing_left_is_an_error(tmp_path):
         load(mixture=({"path": a}, {"path": b}), **options)
     with pytest.raises(UserError, match=r"no example is left to train on: .*dropped/long_prompt"):
         load(path=b, **options)
+
+
+def test_data_of_which_nothing_is_left_says_why(tmp_path):
+    same = [{"prompt": f"p{i}", "chosen": "a", "rejected": "a"} for i in range(4)]
+    path = write(tmp_path / "x.jsonl", same)
+    with pytest.raises(UserError, match=r"no example is left .*'dropped/identical_responses': 4"):
+        load(path=path, on_identical="skip")
+    with pytest.raises(UserError, match=r"no example is left.* Lower data.eval_fraction \(0.999\)"):
+        load(path=path, eval_fraction=0.999)
 
 
 def test_data_of_another_kind_names_format_and_columns(tmp_path):
@@ -253,3 +308,42 @@ def test_hub_data_is_known_by_its_own_fingerprint(tmp_path, monkeypatch):
     assert [reused(), reused()] == [False, True]
     rows["now"] = datasets.Dataset.from_list(pairs(8, "a"))
     assert not reused()
+
+
+FILES = {
+    "responses in no order": (
+        [{"prompt": "p", "responses": [" one"]}, {"prompt": "p", "responses": [" a", " b", " c"]}],
+        [(" one",), (" a", " b", " c")],
+    ),
+    "a ranking, in the order of the file": (
+        [{"prompt": "p", "responses": [" a", " b", " c"], "scores": [1, 5, 3]}],
+        [(" a", " b", " c")],
+    ),
+    "pairs, some with a margin": (
+        [*pairs(1, "a", margin=2), *pairs(1, "b")],
+        [(" a 0", " no"), (" b 0", " no")],
+    ),
+    "labelled, one of them blank": (
+        [{"prompt": "p", "completion": text, "label": True} for text in (" a", " ")],
+        [(" a",)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_to_be_scored_is_read_as_it_is(tmp_path, case):
+    records, expected = FILES[case]
+    examples, dataset, counts = data_lib.load_file(
+        config_lib.default("reward"),
+        load_tokenizer("bytes"),
+        write(tmp_path / "x.jsonl", records),
+    )
+    assert [example.responses for example in examples] == expected
+    assert [responses for _, *responses in texts(dataset)] == [list(r) for r in expected]
+    assert counts.get("dropped/empty_response", 0) == len(records) - len(expected)
+
+
+def test_a_file_without_responses_cannot_be_scored(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "p"}])
+    with pytest.raises(UserError, match=r"x.jsonl:1: has a prompt, but no response; columns"):
+        data_lib.load_file(config_lib.default("reward"), load_tokenizer("bytes"), path)

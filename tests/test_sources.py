@@ -50,8 +50,9 @@ FIRST = {
     ),
     "stack_exchange": Example(
         "\n\nHuman: Is 2 < 3 cups of water enough for rice?\n\nAssistant:",
-        (" Yes:\n\nrinse it\ncover it", " Rarely.", " No."),
-        (4.0, 1.0, 0.0),
+        (" Rarely.", " Yes:\n\nrinse it\ncover it", " No."),
+        (1.0, 4.0, 0.0),
+        ordered=False,
     ),
     "tldr": Example(
         post("cooking", "Soup too salty", "I made soup and put in salt twice. What now?"),
@@ -65,7 +66,6 @@ FIRST = {
         Chat((user("Name three herbs."),)),
         (assistant("Basil, thyme and sage."), assistant("Basil.")),
         (8.5, 5.0),
-        margin=3.5,
     ),
     "cnn_dailymail": Example(
         "The village fair drew a record crowd on Sunday. Its largest pumpkin weighed as much as "
@@ -119,6 +119,14 @@ def test_the_preferred_response_comes_first_whichever_column_it_is_in():
     assert third.responses[1] == " Roads have tires.\n"
 
 
+def test_news_among_the_posts_is_left_out(tmp_path):
+    news = {"article": "x", "post": None, "title": None, "subreddit": None}
+    lines = [json.dumps(record) for record in (records("tldr")[0], changed("tldr", info=news))]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    examples, dropped = read_examples(str(tmp_path / "x.jsonl"))
+    assert (len(examples), dropped) == (1, {"not_a_post": 1})
+
+
 def test_shp_takes_another_ratio():
     assert len(read("shp", min_score_ratio=1.0)[0]) == 4
     assert len(read("shp", min_score_ratio=5.0)[0]) == 1
@@ -134,7 +142,7 @@ def test_equal_ratings_are_a_tie():
     with pytest.raises(UserError, match=r"ultrafeedback.jsonl:2: two responses .*score \(9, 9\)"):
         adapt(examples, "pairs")
     kept, counts = adapt(examples, "pairs", on_tie="skip")
-    assert [example.margin for example in kept] == [3.5, 6.0]
+    assert [example.scores for example in kept] == [(8.5, 5.0), (9.0, 3.0)]
     assert counts == {"dropped/tie": 1}
 
 

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import losses
 from jaxpref.algorithms.base import Algorithm, Objective, Params, present, scalars
+from jaxpref.errors import UserError
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
@@ -19,6 +20,11 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         said = scalars(model, params, batch, key)
         rewards, there = said.values, present(batch)
         if knobs.ranking == "plackett_luce":
+            if "margins" in batch.extras:
+                raise UserError(
+                    "the data has margins, which algorithm.ranking 'plackett_luce' has no place "
+                    "for; use 'all_pairs', or leave the column out."
+                )
             values = losses.plackett_luce(rewards, where=there)
             values += knobs.center_coefficient * jnp.square(jnp.where(there, rewards, 0).sum(1))
         else:

@@ -25,7 +25,7 @@ from jaxpref.errors import UserError
 
 _COUNTS = "counts.json"
 _SIDES = ("train", "held_out")
-_ARRAYS = ("tokens", "pieces", "examples", "scores")
+_ARRAYS = ("tokens", "pieces", "examples", "scores", "uncut")
 _GROUPS = ("extras", "sources")
 # Settings that change no token, and paths, in whose place the content counts.
 _IRRELEVANT = (
@@ -52,25 +52,32 @@ def folder(config: ConfigDict, tokenizer: Any, kind: str) -> Path:
         }
         for source in config_lib.sources(config)
     ]
-    if data.eval_path or data.eval_split:
-        path, split = data.eval_path or data.path, data.eval_split or data.split
-        sources.append(fingerprint(path, data.subset, split))
+    held_out = config_lib.held_out_source(config)
+    if held_out:
+        sources.append(fingerprint(held_out["path"], held_out["subset"], held_out["split"]))
     if data.format == "synthetic":
         sources.append(config.seed)
     versions = [importlib.metadata.version(name) for name in ("jaxpref", "transformers")]
-    parts = [of_data, sources, config.eval.max_examples, kind, versions, _digest(tokenizer)]
+    parts = [of_data, sources, kind, versions, _digest(tokenizer)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(data.cache) / key
 
 
 def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[str, int]] | None:
-    """What `write` left, with its arrays mapped from the files; None if there is nothing."""
+    """What `write` left, with its arrays mapped from the files; None if there is nothing.
+
+    Raises:
+      UserError: it is damaged.
+    """
     if not (folder / _COUNTS).exists():
         return None
-    counts = json.loads((folder / _COUNTS).read_text())
-    train, held_out = (
-        _read_dataset(folder / side) if (folder / side).is_dir() else None for side in _SIDES
-    )
+    try:
+        counts = json.loads((folder / _COUNTS).read_text())
+        train, held_out = (
+            _read_dataset(folder / side) if (folder / side).is_dir() else None for side in _SIDES
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: tokenised data is damaged ({error}); remove it.") from error
     assert train is not None
     return train, held_out, counts
 

@@ -22,6 +22,12 @@ Message = Mapping[str, Any]
 TEMPLATES: dict[str, str] = {
     # Instructions as Stanford Alpaca writes them; a system message takes the preamble's place.
     "alpaca": """
+{%- if tools -%}{{- raise_exception('alpaca has no place for tools') -}}{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.content is not string or message.tool_calls -%}
+    {{- raise_exception('alpaca writes messages of text alone') -}}
+  {%- endif -%}
+{%- endfor -%}
 {%- if messages[0].role != 'system' -%}
   {{- 'Below is an instruction that describes a task. Write a response that appropriately '
       + 'completes the request.\n\n' -}}
@@ -42,6 +48,12 @@ TEMPLATES: dict[str, str] = {
 """,
     # Dialogues as Anthropic's HH writes them.
     "hh": """
+{%- if tools -%}{{- raise_exception('hh has no place for tools') -}}{%- endif -%}
+{%- for message in messages -%}
+  {%- if message.content is not string or message.tool_calls -%}
+    {{- raise_exception('hh writes messages of text alone') -}}
+  {%- endif -%}
+{%- endfor -%}
 {%- for message in messages -%}
   {%- if message.role == 'user' -%}
     {{- '\n\nHuman: ' + message.content | trim -}}
@@ -76,13 +88,15 @@ class Chat:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """The ids of a tokenizer's special tokens by name."""
     added = tokenizer.added_tokens_decoder.items()
-    return {token.content: id for id, token in added if token.special}
+    # Some tokenizers do not mark EOS and the like among what was added.
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {token.content: id for id, token in added if token.special} | dict(named)
 
 
 def special_names(tokenizer: Any) -> re.Pattern:
@@ -133,7 +147,8 @@ class ChatEncoder:
         self._eos = eos
         self._parse = parse_special_tokens
         self._special = set(special_tokens(tokenizer).values())
-        self._names = re.compile(f"{special_names(tokenizer).pattern}|{_MARKS.pattern}")
+        self._special_names = special_names(tokenizer)
+        self._names = re.compile(f"{self._special_names.pattern}|{_MARKS.pattern}")
 
     def encode(
         self, chat: Chat, responses: Sequence[str | Message], where: str
@@ -161,6 +176,11 @@ class ChatEncoder:
             )
             if not whole.startswith(prompt):
                 raise self._boundary_error(prompt, whole, "text", where)
+            if not (self._parse or self._special_names.sub("", whole[len(prompt) :]).strip()):
+                raise UserError(
+                    f"{where}: the chat template shows nothing of the response (it has "
+                    f"{', '.join(sorted(response))}); use a template that does."
+                )
             whole_ids = self._tokenize(whole, names)
             if whole_ids[: len(prompt_ids)] != prompt_ids:
                 raise self._boundary_error(prompt_ids, whole_ids, "tokens", where)

@@ -1,5 +1,6 @@
 """The values of a record's columns, checked."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -45,9 +46,13 @@ def number(record: Mapping, name: str, where: str) -> float:
 
 def as_number(value: Any, name: str) -> float:
     """The value, which `name` describes, if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{name} should be a finite number; got {value!r}.")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} should be a finite number; got {repr(value)[:80]}.")
+    return number
 
 
 def boolean(record: Mapping, name: str, where: str) -> bool:
@@ -58,6 +63,14 @@ def boolean(record: Mapping, name: str, where: str) -> bool:
             f"{where}: column {name!r} should be true or false (or 1 or 0); got {value!r}."
         )
     return bool(value)
+
+
+def listed(record: Mapping, name: str, where: str) -> list:
+    """A column that holds a list."""
+    values = column(record, name, where)
+    if not isinstance(values, list):
+        raise UserError(f"{where}: column {name!r} should be a list; got {type(values).__name__}.")
+    return values
 
 
 def objects(record: Mapping, name: str, where: str) -> list[Mapping]:
@@ -144,15 +157,24 @@ def not_empty(example: Example, names: tuple[str, ...]) -> Example:
     """The example, if each of its responses, which `names` describe, says something."""
     for name, response in zip(names, example.responses, strict=True):
         if isinstance(response, str):
-            empty = not response
+            empty = not response.strip()
         else:
-            empty = not response["content"] and set(response) <= _BARE
+            content = response["content"]
+            said = content.strip() if isinstance(content, str) else content
+            empty = not said and set(response) <= _BARE
         if empty:
             raise EmptyResponseError(
                 f"{example.where}: the {name} response is empty. Skip such rows with "
                 "--config.data.on_empty=skip."
             )
     return example
+
+
+def with_margin(example: Example, record: Mapping) -> Example:
+    """The example with the record's `margin`, if there is one."""
+    if record.get("margin") is None:
+        return example
+    return dataclasses.replace(example, margin=number(record, "margin", example.where))
 
 
 def _kind(value: Any) -> str:

@@ -1,7 +1,6 @@
 """What a data set holds to what an algorithm needs; nothing is converted by guessing."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
@@ -22,11 +21,14 @@ KINDS: dict[str, str] = {
     "mismatched": "one response with a label (prompt, completion, label; or prompt, chosen, "
     "rejected)",
     "prompts": "a prompt (any format)",
+    "responses": "responses in no order (prompt, responses)",
 }
 
 
 def kind_of(example: Example) -> str:
     """What an example holds, one of `KINDS`."""
+    if not example.ordered and example.scores is None:
+        return "responses"
     if len(example.responses) > 2:
         return "ranked"
     if len(example.responses) == 2:
@@ -34,6 +36,31 @@ def kind_of(example: Example) -> str:
     if example.label is not None:
         return "unpaired"
     return "sft" if example.responses else "prompts"
+
+
+def best_first(example: Example) -> Example:
+    """The example with its responses by falling score; equal ones stay in order."""
+    if example.ordered or example.scores is None:
+        return example
+    scores, responses = example.scores, example.responses
+    order = sorted(range(len(scores)), key=lambda k: -scores[k])
+    return dataclasses.replace(
+        example,
+        responses=tuple(responses[k] for k in order),
+        scores=tuple(scores[k] for k in order),
+        ordered=True,
+    )
+
+
+def without_ties(example: Example) -> Example:
+    """The first response of each score."""
+    scores = example.scores or ()
+    kept = [k for k in range(len(scores)) if scores[k] not in scores[:k]]
+    return dataclasses.replace(
+        example,
+        responses=tuple(example.responses[k] for k in kept),
+        scores=tuple(scores[k] for k in kept),
+    )
 
 
 def ranked_to_pairs(example: Example, which: str = "best_worst") -> list[Example]:
@@ -84,32 +111,6 @@ def ranked_to_sft(example: Example) -> Example:
 pairs_to_sft = ranked_to_sft
 
 
-def mismatch(examples: Sequence[Example]) -> list[Example]:
-    """Gives each example a second response, the first of the next one with another prompt.
-
-    KTO estimates a KL divergence from such pairs (arXiv 2402.01306, section 4.1).
-
-    Raises:
-      UserError: there is no other prompt.
-    """
-    prompts = [str(example.prompt) for example in examples]
-    given: list[Example] = []
-    following = 0
-    for i, example in enumerate(examples):
-        following = max(following, i + 1)
-        while following < i + len(examples) and prompts[following % len(examples)] == prompts[i]:
-            following += 1
-        other = examples[following % len(examples)]
-        if following >= i + len(examples):
-            raise UserError(
-                f"{example.where}: all {len(examples)} examples have the same prompt; the "
-                "algorithm needs responses to other prompts too, for its KL estimate."
-            )
-        responses = (*example.responses, other.responses[0])
-        given.append(dataclasses.replace(example, responses=responses, scores=None))
-    return given
-
-
 def to_prompt(example: Example) -> Example:
     """The prompt alone."""
     return dataclasses.replace(example, responses=(), scores=None, label=None, margin=None)
@@ -131,43 +132,52 @@ def adapt(
       kind: one of `KINDS`.
       found: the format that they were read as, for messages.
       ranked_pairs: the pairs of more than two responses, see `ranked_to_pairs`.
-      on_tie: "error", or "skip" to drop comparisons of responses with the same score.
+      on_tie: "error", or "skip" to drop comparisons of responses with the same score; of a
+        ranking, all but the first response of each score.
       on_identical: "keep", or "skip" to drop comparisons of a response with its equal.
 
     Returns:
-      The examples, and counts: `identical_responses` of those kept, `dropped/<reason>`.
+      The examples, and counts: `identical_responses` of those kept, `unused_responses` that
+        the algorithm does not need, `dropped/<reason>`.
 
     Raises:
       UserError: an example does not hold what is needed, or its order is a tie.
     """
     counts: Counter[str] = Counter()
-    mismatched = kind == "mismatched"
-    kind = "unpaired" if mismatched else kind
+    kind = "unpaired" if kind == "mismatched" else kind
 
     def compared(candidates: Iterable[Example]) -> Iterator[Example]:
         for example in candidates:
+            if _is_tied(example) and on_tie != "skip":
+                raise UserError(
+                    f"{example.where}: two responses have the same score "
+                    f"({', '.join(f'{score:g}' for score in example.scores or ())}), so "
+                    "neither is the better one. Skip such comparisons with "
+                    "--config.data.on_tie=skip."
+                )
             if _is_tied(example):
-                if on_tie != "skip":
-                    raise UserError(
-                        f"{example.where}: two responses have the same score "
-                        f"({', '.join(f'{score:g}' for score in example.scores or ())}), so "
-                        "neither is the better one. Skip such comparisons with "
-                        "--config.data.on_tie=skip."
-                    )
-                counts["dropped/tie"] += 1
-            elif _has_identical(example.responses):
+                untied = without_ties(example)
+                if len(untied.responses) < 2:
+                    counts["dropped/tie"] += 1
+                    continue
+                counts["dropped/tied_response"] += len(example.responses) - len(untied.responses)
+                example = untied
+            if _has_identical(example.responses):
                 skip = on_identical == "skip"
                 counts["dropped/identical_responses" if skip else "identical_responses"] += 1
-                if not skip:
-                    yield example
-            else:
-                yield example
+                if skip:
+                    continue
+            yield example
 
     def converted(example: Example) -> Iterable[Example]:
         has = kind_of(example)
         rivals = has in ("pairs", "ranked")
         if kind == "prompts":
             return [to_prompt(example)]
+        example = best_first(example)
+        if rivals and kind != "ranked":
+            unused = len(example.responses) - used(len(example.responses))
+            counts.update({"unused_responses": unused} if unused else {})
         if kind == "sft" and (rivals or has == "sft"):
             return [ranked_to_sft(example)]
         if kind == "sft" and has == "unpaired":
@@ -190,18 +200,12 @@ def adapt(
             "something else."
         )
 
-    adapted = [one for example in examples for one in converted(example)]
-    return mismatch(adapted) if mismatched else adapted, counts
+    def used(responses: int) -> int:
+        if kind == "sft":
+            return 1
+        return 2 if kind == "unpaired" or ranked_pairs == "best_worst" else responses
 
-
-def deduplicate(examples: Iterable[Example]) -> tuple[list[Example], int]:
-    """The first of all examples with the same prompt, responses and label, and how many went."""
-    examples = list(examples)
-    first: dict[tuple[str, str, bool | None], Example] = {}
-    for example in examples:
-        responses = json.dumps(example.responses, sort_keys=True)
-        first.setdefault((str(example.prompt), responses, example.label), example)
-    return list(first.values()), len(examples) - len(first)
+    return [one for example in examples for one in converted(example)], counts
 
 
 def _is_tied(example: Example) -> bool:

@@ -24,9 +24,10 @@ class TokenizedDataset:
       scores: true rewards of pairs, or None.
       counts: what truncation did, and names of special tokens that stood in the texts.
       extras: further values `[examples, ...]`, for `PackedBatch.extras`: where all examples
-        have them, `labels` (1 or 0), `margins`, and `scores` of each response, 0 where there
-        is none.
+        have them, `labels` (1 or 0) and `scores` of each response, 0 where there is none; and
+        `margins`, 0 in sources without any.
       sources: the examples of each source by name, where several are mixed.
+      uncut: tokens of each piece before any was cut.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -34,11 +35,43 @@ class TokenizedDataset:
     examples: Int[np.ndarray, " examples"]
     scores: Float[np.ndarray, "_ responses"] | None
     counts: Counter[str]
+    uncut: Int[np.ndarray, " _"]
     extras: Mapping[str, Float[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
     sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.examples) - 1
+
+    def take(self, chosen: Int[np.ndarray, " _"]) -> "TokenizedDataset":
+        """The data set of some examples, by index and in that order."""
+        first, pieces = self.examples[chosen], np.diff(self.examples)[chosen]
+        kept = _ranges(first, pieces)
+        starts, lengths = self.pieces[kept], np.diff(self.pieces)[kept]
+        places = np.full(len(self), -1)
+        places[chosen] = np.arange(len(chosen))
+        moved = {name: np.sort(places[there]) for name, there in self.sources.items()}
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[_ranges(starts, lengths)],
+            pieces=_ends(lengths),
+            examples=_ends(pieces),
+            scores=None if self.scores is None else self.scores[chosen],
+            uncut=self.uncut[kept],
+            extras={name: values[chosen] for name, values in self.extras.items()},
+            sources={name: there[there >= 0] for name, there in moved.items() if there.max() >= 0},
+        )
+
+    def prompt(self, index: int) -> bytes:
+        """What tells the prompt of one example from others."""
+        first = self.examples[index]
+        return self.tokens[self.pieces[first] : self.pieces[first + 1]].tobytes()
+
+    def whole(self, index: int) -> bytes:
+        """What tells one example, its label included, from others."""
+        bounds = self.pieces[self.examples[index] : self.examples[index + 1] + 1]
+        label = self.extras["labels"][index].tobytes() if "labels" in self.extras else b""
+        tokens = self.tokens[bounds[0] : bounds[-1]]
+        return b"".join((tokens.tobytes(), np.diff(bounds).tobytes(), label))
 
     def group(self, index: int) -> Group:
         """The prompt and responses of one example."""
@@ -47,6 +80,10 @@ class TokenizedDataset:
             self.tokens[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)
         )
         return Group(prompt, responses)
+
+    def uncut_lengths(self, index: int) -> list[int]:
+        """Tokens of the prompt and of each response of one example before any was cut."""
+        return self.uncut[self.examples[index] : self.examples[index + 1]].tolist()
 
     @property
     def prompt_lengths(self) -> Int[np.ndarray, " examples"]:
@@ -57,12 +94,16 @@ class TokenizedDataset:
     @property
     def response_lengths(self) -> Int[np.ndarray, "examples responses"]:
         """Tokens of each response of each example; 0 where there is none."""
+        return self.of_responses(np.diff(self.pieces))
+
+    def of_responses(self, values: Int[np.ndarray, " _"]) -> Int[np.ndarray, "examples responses"]:
+        """A value of each piece, for each response of each example; 0 where there is none."""
         is_response = np.arange(self.responses) < np.diff(self.examples)[:, None] - 1
         is_prompt = np.zeros(len(self.pieces) - 1, bool)
         is_prompt[self.examples[:-1]] = True
-        lengths = np.zeros(is_response.shape, self.pieces.dtype)
-        lengths[is_response] = np.diff(self.pieces)[~is_prompt]
-        return lengths
+        table = np.zeros(is_response.shape, values.dtype)
+        table[is_response] = values[~is_prompt]
+        return table
 
     @property
     def responses(self) -> int:
@@ -78,6 +119,69 @@ class TokenizedDataset:
             for name, array in sorted(named.items()):
                 digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
+
+
+def deduplicate(dataset: TokenizedDataset) -> TokenizedDataset:
+    """The first of all examples that are the same to the model; counts `dropped/duplicate`."""
+    first: dict[bytes, int] = {}
+    for index in range(len(dataset)):
+        first.setdefault(dataset.whole(index), index)
+    counts = dataset.counts + Counter({"dropped/duplicate": len(dataset) - len(first)})
+    kept = np.asarray(list(first.values()), np.int64)
+    return dataclasses.replace(dataset.take(kept), counts=counts)
+
+
+def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
+    """Gives each single response a second one, that of the next example with another prompt.
+
+    KTO estimates a KL divergence from such pairs (arXiv 2402.01306, section 4.1). A borrowed
+    response is cut to the room that the prompt leaves; it takes nothing from its new example.
+
+    Args:
+      dataset: examples with one response each.
+      max_length: tokens of prompt plus response.
+
+    Raises:
+      UserError: there is no other prompt.
+    """
+    prompts = [dataset.prompt(index) for index in range(len(dataset))]
+    partner = np.zeros(len(dataset), np.int64)
+    following = 0
+    for index, prompt in enumerate(prompts):
+        following = max(following, index + 1)
+        end = index + len(prompts)
+        while following < end and prompts[following % len(prompts)] == prompt:
+            following += 1
+        if following >= end:
+            raise UserError(
+                f"all {len(prompts)} examples on one side of the data have the same prompt; the "
+                "algorithm needs responses to other prompts too, for its KL estimate."
+            )
+        partner[index] = following % len(prompts)
+    own = (dataset.pieces[:-1], np.diff(dataset.pieces), dataset.uncut)
+    starts, lengths, uncut = (
+        np.column_stack([pieces.reshape(-1, 2), pieces[1::2][partner]]) for pieces in own
+    )
+    lengths[:, 2] = np.minimum(lengths[:, 2], max_length - lengths[:, 0])
+    return dataclasses.replace(
+        dataset,
+        tokens=dataset.tokens[_ranges(starts.ravel(), lengths.ravel())],
+        pieces=_ends(lengths.ravel()),
+        examples=3 * np.arange(len(dataset) + 1),
+        uncut=uncut.ravel(),
+        scores=None,
+        extras={name: values for name, values in dataset.extras.items() if name != "scores"},
+    )
+
+
+def _ends(lengths: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def _ranges(starts: Int[np.ndarray, " _"], lengths: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
+    """`starts[0]`, `starts[0] + 1`, ... `lengths[0]` of them, then those of the next."""
+    ends = _ends(lengths)
+    return np.repeat(starts - ends[:-1], lengths) + np.arange(ends[-1])
 
 
 def true_scores(examples: Sequence[Example]) -> Float[np.ndarray, "examples responses"] | None:
@@ -99,18 +203,16 @@ def extras_of(examples: Sequence[Example]) -> dict[str, Float[np.ndarray, "examp
         return extras
     if all(example.label is not None for example in examples):
         extras["labels"] = np.asarray([example.label for example in examples], np.float32)
-    margins = [example.margin for example in examples]
-    if None not in margins:
-        extras["margins"] = np.asarray(margins, np.float32)
-    else:
-        # A source may have none at all.
-        having = {example.source for example in examples if example.margin is not None}
+    having = {example.source for example in examples if example.margin is not None}
+    if having:
         for example in examples:
             if example.margin is None and example.source in having:
                 raise UserError(
                     f"{example.where}: has no margin, but other examples do; give every example "
                     "of a source one, or none."
                 )
+        # A source may have none at all, and then asks for none.
+        extras["margins"] = np.asarray([example.margin or 0 for example in examples], np.float32)
     scores = [example.scores for example in examples]
     if None not in scores:
         table = np.zeros((len(examples), max(len(e.responses) for e in examples)), np.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -17,13 +18,14 @@ class Example:
 
     Attributes:
       prompt: the text before the responses, or the conversation.
-      responses: the texts, or the messages, that continue it, best first; none if they are
-        still to be sampled.
+      responses: the texts, or the messages, that continue it; none if they are still to be
+        sampled.
       scores: of each response, where there are any.
       where: the place in the source, for messages.
       label: whether a single response is a good one; None if it is not said.
       margin: by how much the first of two responses is the better one.
       source: the name of the source, where several are mixed.
+      ordered: the responses are there best first; else as in the record.
       scores_are_true: the scores are the reward that the order was drawn from, which may
         have drawn the other way; else the order is that of the scores.
     """
@@ -35,6 +37,7 @@ class Example:
     label: bool | None = None
     margin: float | None = None
     source: str = ""
+    ordered: bool = True
     scores_are_true: bool = False
 
 
@@ -76,7 +79,15 @@ def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example
     kept: list[Example] = []
     held: list[Example] = []
     for example in examples:
-        digest = hashlib.sha256(str(example.prompt).encode()).digest()
+        digest = hashlib.sha256(_said(example.prompt).encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         (held if share < fraction else kept).append(example)
     return kept, held
+
+
+def _said(prompt: str | Chat) -> str:
+    """The texts of a prompt, without what a template may or may not show of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    said = [(message["role"], message["content"]) for message in prompt.messages]
+    return json.dumps(said, default=str)

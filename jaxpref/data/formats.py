@@ -1,7 +1,7 @@
 """Records to examples, by the columns that they have.
 
 A prompt is a text, and then a response is one too, or a list of messages, and then a
-response is a message of the assistant, or a list that holds one.
+response is a message of the assistant, a list that holds one, or one that repeats the prompt.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _ALPACA_WITH_INPUT = (
 def explicit(record: Mapping, where: str) -> Example:
     """`prompt`, `chosen`, `rejected`, and `margin` if there is one."""
     pair = _continued(record, ("chosen", "rejected"), where)
-    return _with_margin(pair, record)
+    return columns.with_margin(pair, record)
 
 
 def implicit(record: Mapping, where: str) -> Example:
@@ -48,7 +48,7 @@ def implicit(record: Mapping, where: str) -> Example:
             )
         return hh(record, where)
     dialogues = [columns.messages(record, name, where) for name in names]
-    return _with_margin(columns.conversations(record, dialogues, names, where), record)
+    return columns.with_margin(columns.conversations(record, dialogues, names, where), record)
 
 
 def unpaired(record: Mapping, where: str) -> Example:
@@ -59,39 +59,33 @@ def unpaired(record: Mapping, where: str) -> Example:
 
 def ranked(record: Mapping, where: str) -> Example:
     """`prompt`, `responses` and `scores`, higher for better ones."""
-    lists = [columns.column(record, name, where) for name in ("responses", "scores")]
-    for name, values in zip(("responses", "scores"), lists, strict=True):
-        if not isinstance(values, list):
-            raise UserError(
-                f"{where}: column {name!r} should be a list; got {type(values).__name__}."
-            )
-    responses, scores = lists
-    if len(responses) != len(scores):
+    scores = columns.listed(record, "scores", where)
+    example = responses(record, where)
+    if len(example.responses) != len(scores):
         raise UserError(
-            f"{where}: there are {len(responses)} responses and {len(scores)} scores; each "
+            f"{where}: there are {len(example.responses)} responses and {len(scores)} scores; each "
             "response should have one."
         )
-    if len(responses) < 2:
+    if len(scores) < 2:
         raise UserError(
-            f"{where}: a ranking should have two responses or more; got {len(responses)}. Give "
+            f"{where}: a ranking should have two responses or more; got {len(scores)}. Give "
             "single ones as prompt and completion (format sft, or unpaired with a label)."
         )
-    named = {f"responses[{i}]": response for i, response in enumerate(responses)}
     values = [
         columns.as_number(score, f"{where}: column 'scores', place {i}")
         for i, score in enumerate(scores)
     ]
-    return best_first(_continued({**record, **named}, tuple(named), where), values)
+    return dataclasses.replace(example, scores=tuple(values))
 
 
-def best_first(example: Example, scores: list[float]) -> Example:
-    """The example with its responses by falling score; equal ones stay in order."""
-    order = sorted(range(len(scores)), key=lambda k: -scores[k])
-    return dataclasses.replace(
-        example,
-        responses=tuple(example.responses[k] for k in order),
-        scores=tuple(scores[k] for k in order),
-    )
+def responses(record: Mapping, where: str) -> Example:
+    """`prompt` and `responses` that are still to be scored."""
+    given = columns.listed(record, "responses", where)
+    named = {f"responses[{i}]": response for i, response in enumerate(given)}
+    if not named:
+        raise UserError(f"{where}: column 'responses' should not be empty.")
+    example = _continued({**record, **named}, tuple(named), where)
+    return dataclasses.replace(example, ordered=False)
 
 
 def sft(record: Mapping, where: str) -> Example:
@@ -128,7 +122,10 @@ def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
     """`prompt` with the responses in the named columns, all texts or all messages."""
     if isinstance(record.get("prompt"), list):
         before = columns.messages(record, "prompt", where)
-        dialogues = [[*before, *_response(record, name, where)] for name in names]
+        after = [_response(record, name, where) for name in names]
+        # Some data sets repeat the prompt in each response.
+        whole = all(len(r) > len(before) and r[: len(before)] == before for r in after)
+        dialogues = after if whole else [[*before, *response] for response in after]
         return columns.conversations(record, dialogues, names, where)
     prompt = columns.text(record, "prompt", where)
     responses = tuple(columns.text(record, name, where) for name in names)
@@ -139,10 +136,3 @@ def _response(record: Mapping, name: str, where: str) -> list[Message]:
     value: Any = columns.column(record, name, where)
     value = [value] if isinstance(value, Mapping) else value
     return columns.as_messages(value, f"{where}: column {name!r}")
-
-
-def _with_margin(example: Example, record: Mapping) -> Example:
-    if record.get("margin") is None:
-        return example
-    margin = columns.number(record, "margin", example.where)
-    return dataclasses.replace(example, margin=margin)

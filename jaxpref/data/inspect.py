@@ -19,8 +19,6 @@ from jaxpref.main import CONFIG, parse_flags
 _EXAMPLES = flags.DEFINE_integer("examples", 3, "How many are shown whole.", lower_bound=0)
 # Batches whose rows are looked at.
 _BATCHES = 20
-# Longer than any text, so that nothing is cut.
-_UNLIMITED = 2**30
 
 
 def main(argv: list[str]) -> None:
@@ -51,8 +49,10 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     # JAX loads here, so that a mistake above is told at once.
     from jaxpref import algorithms, data as data_lib, train, weights
     from jaxpref.data import statistics
-    from jaxpref.metrics import console
+    from jaxpref.metrics import console, progress
 
+    if not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--output={output}: the directory {Path(output).parent} does not exist.")
     data_lib.check(config)
     source = weights.find(config, Path("."))
     name = config.tokenizer.name
@@ -60,17 +60,19 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
     kind = algorithms.build(config, weights.build_model(config, source, len(tokenizer))).kind
-    with console.status("tokenising"):
-        data = data_lib.load(config, tokenizer, kind)
-    for number, (whole, cut) in enumerate(_shown(config, tokenizer, kind, examples), start=1):
-        console.rule(f"example {number}", align="left")
-        console.print(_marked("prompt", whole.prompt, cut.prompt, tokenizer, at_end=False))
-        for k, (before, after) in enumerate(zip(whole.responses, cut.responses, strict=True)):
-            console.print(_marked(_label(k, kind), before, after, tokenizer, at_end=True))
+    with progress("tokenising", "examples") as tell:
+        data = data_lib.load(config, tokenizer, kind, progress=tell)
+    for index in range(min(examples, len(data.train))):
+        console.rule(f"example {index + 1}", align="left")
+        group, (prompt, *responses) = data.train.group(index), data.train.uncut_lengths(index)
+        console.print(_marked("prompt", group.prompt, prompt, tokenizer, at_end=False))
+        for k, (response, length) in enumerate(zip(group.responses, responses, strict=True)):
+            console.print(_marked(_label(k, kind), response, length, tokenizer, at_end=True))
     console.rule("all", align="left")
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
     console.print("\n".join([*data.notes, f"data: {counts}"]))
-    found = statistics.describe(data.train)
+    borrowed = kind == "mismatched"
+    found = statistics.describe(data.train, borrowed=borrowed)
     heads = "".join(f"{'max' if p == 100 else f'{p}%':>8}" for p in statistics.PERCENTILES)
     console.print(f"{'tokens':<20}{heads}")
     for part, values in found.lengths.items():
@@ -85,36 +87,22 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
         f"{config.data.batch_size}"
     )
     if found.longer is not None:
-        console.print(f"the chosen response is the longer one in {found.longer:.1%} of the pairs")
+        console.print(
+            f"the chosen response is the longer one in {found.longer:.1%} of the pairs, before "
+            "any is cut"
+        )
     console.print(
         f"{found.same_prompt:,} examples share their prompt with another; {found.repeated:,} are "
         "exactly like an earlier one"
     )
-    statistics.plot_lengths(data.train, Path(output), f"{len(data.train):,} examples")
+    title = f"{len(data.train):,} examples"
+    statistics.plot_lengths(data.train, Path(output), title, borrowed=borrowed)
     console.print(f"lengths drawn in {output}")
 
 
-def _shown(config: ConfigDict, tokenizer: Any, kind: str, examples: int) -> list[tuple[Any, Any]]:
-    """The first examples before and after truncation."""
-    from jaxpref import data as data_lib
-
-    if not examples:
-        return []
-    few = ConfigDict(config.to_dict())
-    # Enough that some stay when others are dropped or held out.
-    few.data.limit, few.data.cache = 20 * examples, ""
-    few.data.synthetic_pairs = min(config.data.synthetic_pairs, 20 * examples)
-    cut = data_lib.load(few, tokenizer, kind).train
-    few.data.max_length, few.data.max_prompt_length = _UNLIMITED, _UNLIMITED - 1
-    whole = data_lib.load(few, tokenizer, kind).train
-    # Where on_long_prompt is skip, some whole ones have no counterpart.
-    before = whole if len(whole) == len(cut) else cut
-    return [(before.group(i), cut.group(i)) for i in range(min(examples, len(cut)))]
-
-
-def _marked(label: str, whole: Any, kept: Any, tokenizer: Any, *, at_end: bool) -> str:
+def _marked(label: str, kept: Any, uncut: int, tokenizer: Any, *, at_end: bool) -> str:
     """A piece's text with its special tokens, and how much of it is cut."""
-    missing = len(whole) - len(kept)
+    missing = uncut - len(kept)
     note = f" [... {missing} tokens cut ...] " if missing else ""
     text = tokenizer.decode(kept, skip_special_tokens=False)
     text = text + note if at_end else note + text

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.data import cache, synthetic
-from jaxpref.data.convert import adapt, deduplicate
-from jaxpref.data.dataset import TokenizedDataset
+from jaxpref.data.convert import adapt
+from jaxpref.data.dataset import TokenizedDataset, deduplicate, mismatch
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import open_source, parse, read_examples
 from jaxpref.data.records import check_source
@@ -42,11 +43,10 @@ def check(config: ConfigDict) -> None:
     for source in config_lib.sources(config):
         key = "data.mixture" if config.data.mixture else "data.path"
         check_source(source["path"], key, subset=source["subset"], split=source["split"])
-    if config.data.eval_path:
-        split = config.data.eval_split or config.data.split
-        check_source(
-            config.data.eval_path, "data.eval_path", subset=config.data.subset, split=split
-        )
+    held_out = config_lib.held_out_source(config)
+    if held_out:
+        key = "data.eval_path" if config.data.eval_path else "data.path"
+        check_source(held_out["path"], key, subset=held_out["subset"], split=held_out["split"])
 
 
 def load(
@@ -67,60 +67,94 @@ def load(
     Raises:
       UserError: see `open_source`, `parse`, `adapt` and `tokenize`.
     """
-    sources = config_lib.sources(config)
-    weights = {s["name"]: float(s["weight"]) for s in sources} if len(sources) > 1 else {}
+    weights = _weights(config)
     folder = cache.folder(config, tokenizer, kind) if config.data.cache else None
     if folder is not None and (kept := cache.read(folder)) is not None:
-        train_set, held_out_set, counts = kept
         notes = [f"tokenised data reused from {folder}"]
-        return Data(train_set, held_out_set, counts, weights, notes)
+        return _limited(Data(*kept, weights, notes), config.eval.max_examples)
 
     reading = _Reading(config, kind)
-    train, held_out = reading.sides()
-    if not train:
-        raise UserError(
-            f"all {len(held_out)} examples fell on the held-out side; lower data.eval_fraction "
-            f"({config.data.eval_fraction}) or name a held-out file in data.eval_path."
+    train, held_out = (
+        _tokenized(config, tokenizer, kind, examples, say)
+        for examples, say in zip(reading.sides(), (progress, lambda done: None), strict=True)
+    )
+    cut = train.counts + held_out.counts
+    counts = {
+        "train_examples": len(train),
+        "held_out_examples": len(held_out),
+        **reading.counts,
+        **{reason: cut[reason] for reason in [*train.counts, *held_out.counts]},
+    }
+    missing = [name for name in weights if name not in train.sources]
+    if not len(train) or missing:
+        hint = (
+            f" Lower data.eval_fraction ({config.data.eval_fraction}) or name a held-out file in "
+            "data.eval_path."
+            if len(held_out) and not missing
+            else ""
         )
-    if config.eval.max_examples:
-        held_out = held_out[: config.eval.max_examples]
-    limits = _limits(config, tokenizer)
-
-    def tokenized(examples: list[Example], progress: Callable[[int], None]) -> TokenizedDataset:
-        return tokenize(
-            examples,
-            tokenizer,
-            limits,
-            parse_special_tokens=config.tokenizer.parse_special_tokens,
-            processes=config.data.num_proc,
-            progress=progress,
-        )
-
-    train_set = tokenized(train, progress)
-    held_out_set = tokenized(held_out, lambda done: None) if held_out else None
-    cut = train_set.counts + (held_out_set.counts if held_out_set else Counter())
-    missing = [name for name in weights if name not in train_set.sources]
-    if not len(train_set) or missing:
         raise UserError(
             f"no example is left to train on{f' of the source {missing[0]!r}' if missing else ''}: "
-            f"{dict(reading.counts + cut)}."
+            f"{counts}.{hint}"
         )
-    counts = {
-        "train_examples": len(train_set),
-        "held_out_examples": len(held_out_set) if held_out_set else 0,
-        **reading.counts,
-        **{reason: cut[reason] for reason in [*train_set.counts, *cut]},
-    }
-    if held_out_set is not None and not len(held_out_set):
-        held_out_set = None
+    if len(held_out):
+        trained_on = {train.prompt(index) for index in range(len(train))}
+        counts["held_out_prompts_trained_on"] = sum(
+            held_out.prompt(index) in trained_on for index in range(len(held_out))
+        )
+    data = Data(train, held_out if len(held_out) else None, counts)
     if folder is not None:
-        cache.write(folder, train_set, held_out_set, counts)
+        cache.write(folder, *data[:3])
         reading.notes.append(f"tokenised data kept in {folder}")
-    return Data(train_set, held_out_set, counts, weights, reading.notes)
+    data = data._replace(weights=weights, notes=reading.notes)
+    return _limited(data, config.eval.max_examples)
+
+
+def _weights(config: ConfigDict) -> dict[str, float]:
+    """The shares of the sources, if there are several."""
+    sources = config_lib.sources(config)
+    return {s["name"]: float(s["weight"]) for s in sources} if len(sources) > 1 else {}
+
+
+def _limited(data: Data, examples: int) -> Data:
+    """The data with the first held-out examples alone. 0: all."""
+    if data.held_out is None or not 0 < examples < len(data.held_out):
+        return data
+    unused = len(data.held_out) - examples
+    counts = {**data.counts, "held_out_examples": examples, "held_out_unused": unused}
+    return data._replace(held_out=data.held_out.take(np.arange(examples)), counts=counts)
+
+
+def _tokenized(
+    config: ConfigDict,
+    tokenizer: Any,
+    kind: str,
+    examples: Sequence[Example],
+    progress: Callable[[int], None],
+) -> TokenizedDataset:
+    """One side of the data as the algorithm needs it."""
+    dataset = tokenize(
+        examples,
+        tokenizer,
+        _limits(config, tokenizer),
+        parse_special_tokens=config.tokenizer.parse_special_tokens,
+        processes=config.data.num_proc,
+        progress=progress,
+    )
+    if config.data.deduplicate:
+        dataset = deduplicate(dataset)
+    if kind == "mismatched" and len(dataset):
+        dataset = mismatch(dataset, config.data.max_length)
+    return dataset
 
 
 def load_file(
-    config: ConfigDict, tokenizer: Any, path: str, format: str = "auto"
+    config: ConfigDict,
+    tokenizer: Any,
+    path: str,
+    format: str = "auto",
+    *,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Example], TokenizedDataset, dict[str, int]]:
     """All examples of a file as they are, and tokenised as a config says.
 
@@ -131,6 +165,7 @@ def load_file(
       tokenizer: a `transformers` tokenizer.
       path: see `data.path`.
       format: see `data.format`.
+      progress: called with the number of examples tokenised so far.
 
     Returns:
       The examples in the file's order; tokenised; and what was left out or cut, by reason.
@@ -143,10 +178,19 @@ def load_file(
     )
     bare = next((example for example in examples if not example.responses), None)
     if bare is not None:
-        raise UserError(f"{bare.where}: has a prompt, but no response.")
-    parse_special_tokens = config.tokenizer.parse_special_tokens
-    limits = _limits(config, tokenizer)
-    dataset = tokenize(examples, tokenizer, limits, parse_special_tokens=parse_special_tokens)
+        raise UserError(
+            f"{bare.where}: has a prompt, but no response; columns that hold some are "
+            "prompt, responses; or prompt, completion; or prompt, chosen, rejected."
+        )
+    dataset = tokenize(
+        # A text's tokens do not depend on what is known of it.
+        [dataclasses.replace(example, margin=None, label=None) for example in examples],
+        tokenizer,
+        _limits(config, tokenizer),
+        parse_special_tokens=config.tokenizer.parse_special_tokens,
+        processes=config.data.num_proc,
+        progress=progress,
+    )
     counts = {f"dropped/{reason}": count for reason, count in dropped.items()}
     return examples, dataset, {**counts, **dataset.counts}
 
@@ -174,27 +218,12 @@ class _Reading:
         data = self._config.data
         if data.format == "synthetic":
             examples = synthetic.generate(data.synthetic_pairs, self._config.seed)
-            examples = self._adapted(examples, "synthetic")
-            return hold_out(self._distinct(examples), data.eval_fraction)
+            return hold_out(self._adapted(examples, "synthetic"), data.eval_fraction)
         sources = config_lib.sources(self._config)
         examples = [example for source in sources for example in self._read(source)]
-        examples = self._distinct(examples)
-        if data.eval_path or data.eval_split:
-            held_out = self._read(
-                {
-                    "path": data.eval_path or data.path,
-                    "format": data.format,
-                    "subset": data.subset,
-                    "split": data.eval_split or data.split,
-                    "limit": 0,
-                    "name": "",
-                }
-            )
-            held_out = self._distinct(held_out)
-            trained_on = {str(example.prompt) for example in examples}
-            both = sum(str(example.prompt) in trained_on for example in held_out)
-            self.counts["held_out_prompts_trained_on"] = both
-            return examples, held_out
+        held_out_source = config_lib.held_out_source(self._config)
+        if held_out_source:
+            return examples, self._read(held_out_source)
         train, held_out = hold_out(examples, data.eval_fraction)
         return train, _in_turn(held_out)
 
@@ -231,12 +260,6 @@ class _Reading:
             on_identical=data.on_identical,
         )
         self.counts.update(counts)
-        return examples
-
-    def _distinct(self, examples: list[Example]) -> list[Example]:
-        if self._config.data.deduplicate:
-            examples, repeated = deduplicate(examples)
-            self.counts["dropped/duplicate"] += repeated
         return examples
 
 

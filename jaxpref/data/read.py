@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from jaxpref.data import formats, sources
@@ -12,6 +12,9 @@ from jaxpref.data.records import Record, read_records
 from jaxpref.errors import UserError
 
 Parser = Callable[[Mapping, str], Example]
+
+# Records that tell which columns a source has.
+_LOOKED_AT = 100
 
 
 class Format(NamedTuple):
@@ -36,6 +39,7 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(formats.alpaca, ("instruction", "output")),
     "unpaired": Format(formats.unpaired, ("prompt", "completion", "label")),
     "ranked": Format(formats.ranked, ("prompt", "responses", "scores")),
+    "responses": Format(formats.responses, ("prompt", "responses")),
     "explicit": Format(formats.explicit, ("prompt", "chosen", "rejected")),
     "hh": Format(sources.hh),
     "implicit": Format(formats.implicit, ("chosen", "rejected")),
@@ -68,16 +72,25 @@ def read_examples(
 
 
 def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str, Iterator[Record]]:
-    """The format of a source, detected from its first record if it is "auto", and its records.
+    """The format of a source, detected from its first records if it is "auto", and its records.
 
     Raises:
       UserError: the source is empty or cannot be read, or no format has its columns.
     """
     records = read_records(path, subset=subset, split=split)
-    first = next(records, None)
-    if first is None:
+    first = list(islice(records, _LOOKED_AT))
+    if not first:
         raise UserError(f"{path}: holds no usable record (it is empty).")
-    return detect(*first) if format == "auto" else format, chain([first], records)
+    if format != "auto":
+        return format, chain(first, records)
+    # A column may be null at first; one of nulls alone is as good as absent.
+    record, where = first[0]
+    later = {name: value for other, _ in reversed(first) for name, value in _given(other).items()}
+    return detect({name: later.get(name) for name in record}, where), chain(first, records)
+
+
+def _given(record: Mapping) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def detect(record: Mapping, where: str) -> str:
@@ -86,7 +99,7 @@ def detect(record: Mapping, where: str) -> str:
     Raises:
       UserError: none does.
     """
-    present = {name for name, value in record.items() if value is not None}
+    present = set(_given(record))
     detectable = {name: format.columns for name, format in FORMATS.items() if format.columns}
     found = next((name for name, needed in detectable.items() if present >= set(needed)), None)
     if found is None:

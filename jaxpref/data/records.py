@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpref.config import DATA_SUFFIXES, is_file
 from jaxpref.errors import UserError
 
 # A record and where it stands, as "file:line".
 Record = tuple[Mapping[str, Any], str]
-
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterator[Record]:
@@ -41,7 +40,7 @@ def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterat
 
 def check_source(path: str, key: str, *, subset: str = "", split: str = "train") -> None:
     """Refuses a path, given as `key`, that is no file of a known kind, directory or hub name."""
-    suffixes = ", ".join(_SUFFIXES)
+    suffixes = ", ".join(DATA_SUFFIXES)
     if Path(path).is_dir():
         if not _files(path, subset, split):
             folder = Path(path, subset)
@@ -52,11 +51,17 @@ def check_source(path: str, key: str, *, subset: str = "", split: str = "train")
                 f"{', '.join(there[:8]) or 'nothing'}. Name the file itself, or the split."
             )
         return
-    if Path(path).is_file() and not path.endswith(_SUFFIXES):
+    if Path(path).is_file() and not path.endswith(DATA_SUFFIXES):
         raise UserError(f"{path} ({key}): expected a file ending in {suffixes}.")
-    if path.endswith(_SUFFIXES):
+    if is_file(path):
         if not Path(path).is_file():
             raise UserError(f"{path} ({key}): no such file, seen from {Path.cwd()}.")
+        if subset or split != "train":
+            raise UserError(
+                f"{path} ({key}): is a single file, which has no subset {subset!r} and no split "
+                f"{split!r}; those are of directories and of data sets on the hub. Name the "
+                "held-out file in data.eval_path."
+            )
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(
             f"{path} ({key}): neither a file ({suffixes}), nor a directory, nor a hub name like "
@@ -67,10 +72,13 @@ def check_source(path: str, key: str, *, subset: str = "", split: str = "train")
 def _files(path: str, subset: str, split: str) -> list[str] | None:
     """The files that a path stands for; None for a hub name."""
     if not Path(path).is_dir():
-        return [path] if path.endswith(_SUFFIXES) else None
-    found = (p for p in Path(path, subset).rglob("*") if p.name.endswith(_SUFFIXES))
-    # The split stands in the file's name or is the folder's.
-    return sorted(str(p) for p in found if split in [*re.split("[-.]", p.name), p.parent.name])
+        return [path] if is_file(path) else None
+    folder = Path(path, subset)
+    found = [p for p in folder.rglob("*") if is_file(p.name)]
+    # The split stands in the file's name, or else in that of a folder.
+    named = [p for p in found if split in re.split("[-.]", p.name)]
+    inside = [p for p in found if split in p.relative_to(folder).parts[:-1]]
+    return sorted(str(p) for p in named or inside)
 
 
 def _read_json_lines(path: str) -> Iterator[Record]:
@@ -78,7 +86,7 @@ def _read_json_lines(path: str) -> Iterator[Record]:
     number = 0
     try:
         with opener(path, "rb") as file:
-            if path.endswith(".json") and file.read(1) == b"[":
+            if path.endswith(".json") and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
                 file.seek(0)
                 yield from _array(file.read(), path)
                 return
@@ -99,7 +107,7 @@ def _array(text: bytes, path: str) -> Iterator[Record]:
     """The records of a JSON array, which a .json file may be as a whole."""
     try:
         records = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from error
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
@@ -116,6 +124,8 @@ def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON: {error}.") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object a line; got {type(record).__name__}.")
     return record
@@ -159,7 +169,10 @@ def _load_hub(name: str, subset: str, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, data_dir=subset or None, split=split)
+        # Some data sets call a part of theirs a configuration, others have it as a folder.
+        named = subset and subset in datasets.get_dataset_config_names(name)
+        part = {"name": subset} if named else {"data_dir": subset or None}
+        return datasets.load_dataset(name, split=split, **part)
     except Exception as error:  # The hub's client raises many kinds, none of them ours.
         raise UserError(
             f"{name} (split {split!r}): the hub gave no such data set, or cannot be reached: "

@@ -26,8 +26,8 @@ _HTML_LINES = {"br", "li", "tr"}
 def hh(record: Mapping, where: str) -> Example:
     """Anthropic/hh-rlhf (Bai et al. 2022, arXiv 2204.05862): pairs.
 
-    Reads `chosen` and `rejected`, whole dialogues. The prompt is everything through the
-    last assistant mark, which must be the same in both.
+    Reads `chosen` and `rejected`, whole dialogues, and `margin` if there is one. The prompt is
+    everything through the last assistant mark, which must be the same in both.
     """
     chosen, rejected = (columns.text(record, name, where) for name in _PAIR)
     cut = chosen.rfind(ASSISTANT_TURN)
@@ -41,7 +41,7 @@ def hh(record: Mapping, where: str) -> Example:
             "so they have no common prompt. Skip such rows with --config.data.on_divergent=skip."
         )
     example = Example(chosen[:cut], (chosen[cut:], rejected[cut:]), where=where)
-    return columns.not_empty(example, _PAIR)
+    return columns.with_margin(columns.not_empty(example, _PAIR), record)
 
 
 def shp(record: Mapping, where: str, min_score_ratio: float = 2.0) -> Example:
@@ -66,8 +66,8 @@ def stack_exchange(record: Mapping, where: str) -> Example:
     """HuggingFaceH4/stack-exchange-preferences: answers ranked by score.
 
     Reads `question` and, of each of `answers`, `text` and `pm_score` (the score of Askell
-    et al. 2021, arXiv 2112.00861: the log of its votes, and one more for the answer that
-    was accepted). HTML becomes text. A question with fewer than two answers is
+    et al. 2021, arXiv 2112.00861: log2(1 + upvotes), rounded, and one more for the answer that
+    was accepted; ties are many). HTML becomes text. A question with fewer than two answers is
     left out.
     """
     answers = columns.objects(record, "answers", where)
@@ -76,26 +76,23 @@ def stack_exchange(record: Mapping, where: str) -> Example:
     places = [f"{where}: answer {i}" for i in range(len(answers))]
     scores = [columns.number(a, "pm_score", p) for a, p in zip(answers, places, strict=True)]
     texts = [html_to_text(columns.text(a, "text", p)) for a, p in zip(answers, places, strict=True)]
-    order = sorted(range(len(scores)), key=lambda k: -scores[k])
-    question = html_to_text(columns.text(record, "question", where))
-    example = Example(
-        f"\n\nHuman: {question}{ASSISTANT_TURN}",
-        tuple(texts[k] for k in order),
-        tuple(scores[k] for k in order),
-        where,
-    )
-    return _spaced(example, tuple(f"answers[{k}]" for k in order))
+    prompt = f"\n\nHuman: {html_to_text(columns.text(record, 'question', where))}{ASSISTANT_TURN}"
+    example = Example(prompt, tuple(texts), tuple(scores), where, ordered=False)
+    return _spaced(example, tuple(f"answers[{k}]" for k in range(len(answers))))
 
 
 def tldr(record: Mapping, where: str) -> Example:
     """openai/summarize_from_feedback, comparisons (Stiennon et al. 2020, arXiv 2009.01325): pairs.
 
     Reads `subreddit`, `title` and `post` of `info`, `text` of the two `summaries`, and
-    `choice`, the place of the better one.
+    `choice`, the place of the better one. The split `validation` also compares summaries of
+    news, which have no `post` but an `article`; they are left out.
     """
     info = columns.column(record, "info", where)
     if not isinstance(info, Mapping):
         raise UserError(f"{where}: column 'info' should be an object; got {type(info).__name__}.")
+    if info.get("post") is None and info.get("article") is not None:
+        raise Excluded("not_a_post")
     summaries = columns.objects(record, "summaries", where)
     if len(summaries) != 2:
         raise UserError(f"{where}: there should be two summaries; got {len(summaries)}.")
@@ -118,15 +115,14 @@ def tldr_sft(record: Mapping, where: str) -> Example:
 def ultrafeedback(record: Mapping, where: str) -> Example:
     """HuggingFaceH4/ultrafeedback_binarized (Tunstall et al. 2023, arXiv 2310.16944): pairs.
 
-    Reads `chosen` and `rejected`, conversations, and `score_chosen` and `score_rejected`,
-    whose difference is the margin; equal scores are a tie.
+    Reads `chosen` and `rejected`, conversations, and `score_chosen` and `score_rejected`;
+    equal scores are a tie.
     """
     dialogues = [columns.messages(record, name, where) for name in _PAIR]
     chosen, rejected = (columns.number(record, f"score_{name}", where) for name in _PAIR)
     return dataclasses.replace(
         columns.conversations(record, dialogues, _PAIR, where),
         scores=(chosen, rejected),
-        margin=chosen - rejected,
     )
 
 

@@ -1,5 +1,6 @@
 """What a tokenised data set is like, in figures."""
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,8 @@ class Statistics(NamedTuple):
       lengths: percentiles (`PERCENTILES`) of tokens by part: prompt, response (or chosen and
         rejected), and prompt plus response.
       shared: share of the tokens that computing each prompt once saves.
-      longer: share of pairs whose chosen response is the longer one, equal lengths counting
-        one half; None without pairs.
+      longer: share of pairs whose chosen response is the longer one before truncation, equal
+        lengths counting one half; None without pairs.
       same_prompt: examples whose prompt another example has too.
       repeated: examples that are exactly like an earlier one.
     """
@@ -33,12 +34,17 @@ class Statistics(NamedTuple):
     repeated: int
 
 
-def describe(dataset: TokenizedDataset) -> Statistics:
-    """The figures of a data set, after truncation."""
-    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
+def describe(dataset: TokenizedDataset, *, borrowed: bool = False) -> Statistics:
+    """The figures of a data set, after truncation.
+
+    Args:
+      dataset: the examples.
+      borrowed: the second response of each is another's (`dataset.mismatch`), and is left out.
+    """
+    prompts, responses = dataset.prompt_lengths, _own(dataset, borrowed)
     there = responses > 0
     parts = {"prompt": prompts}
-    pairs = dataset.responses == 2 and bool(there.all()) and "labels" not in dataset.extras
+    pairs = responses.shape[1] == 2 and bool(there.all()) and "labels" not in dataset.extras
     if pairs:
         parts |= {"chosen": responses[:, 0], "rejected": responses[:, 1]}
     else:
@@ -46,18 +52,10 @@ def describe(dataset: TokenizedDataset) -> Statistics:
     parts["prompt + response"] = (prompts[:, None] + responses)[there]
     together = int(prompts.sum() + responses.sum())
     apart = int((prompts * there.sum(1)).sum() + responses.sum())
-    seen: set[bytes] = set()
-    by_prompt: dict[bytes, int] = {}
-    repeated = 0
-    for index in range(len(dataset)):
-        first, last = dataset.examples[index], dataset.examples[index + 1]
-        bounds = dataset.pieces[first : last + 1]
-        whole = dataset.tokens[bounds[0] : bounds[-1]].tobytes() + np.diff(bounds).tobytes()
-        prompt = dataset.tokens[bounds[0] : bounds[1]].tobytes()
-        repeated += whole in seen
-        seen.add(whole)
-        by_prompt[prompt] = by_prompt.get(prompt, 0) + 1
-    margin = np.sign(responses[:, 0] - responses[:, 1]) if pairs else None
+    seen = {dataset.whole(index) for index in range(len(dataset))}
+    by_prompt = Counter(dataset.prompt(index) for index in range(len(dataset)))
+    uncut = dataset.of_responses(dataset.uncut) if pairs else None
+    margin = None if uncut is None else np.sign(uncut[:, 0] - uncut[:, 1])
     return Statistics(
         {
             name: np.percentile(values, PERCENTILES).astype(int) if len(values) else values
@@ -66,7 +64,7 @@ def describe(dataset: TokenizedDataset) -> Statistics:
         1 - together / max(apart, 1),
         None if margin is None else float(((1 + margin) / 2).mean()),
         sum(count for count in by_prompt.values() if count > 1),
-        repeated,
+        len(dataset) - len(seen),
     )
 
 
@@ -96,20 +94,28 @@ def fill(batches: Iterable[PackedBatch]) -> Fill:
     return Fill(rows, used / max(places, 1), scored / max(table, 1))
 
 
-def plot_lengths(dataset: TokenizedDataset, path: Path, title: str) -> None:
+def _own(dataset: TokenizedDataset, borrowed: bool) -> Int[np.ndarray, "examples responses"]:
+    lengths = dataset.response_lengths
+    return lengths[:, :1] if borrowed else lengths
+
+
+def plot_lengths(
+    dataset: TokenizedDataset, path: Path, title: str, *, borrowed: bool = False
+) -> None:
     """Draws a histogram of the tokens of prompts and of responses.
 
     Args:
       dataset: after truncation.
       path: the PNG to write.
       title: of the figure.
+      borrowed: see `describe`.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    prompts, responses = dataset.prompt_lengths, dataset.response_lengths
+    prompts, responses = dataset.prompt_lengths, _own(dataset, borrowed)
     whole = (prompts[:, None] + responses)[responses > 0]
     parts = {"prompt": prompts, "response": responses[responses > 0], "prompt + response": whole}
     longest = max(int(values.max(initial=1)) for values in parts.values())

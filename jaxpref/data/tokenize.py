@@ -99,27 +99,20 @@ class LongPromptError(UserError):
     """A prompt leaves too little room for its responses."""
 
 
-def encode(
+def complete(
     prompt: Sequence[int],
     responses: Sequence[Sequence[int]],
     limits: Limits,
-    counts: Counter[str],
     where: str = "",
     *,
     turns_end: bool = False,
 ) -> list[Sequence[int]]:
-    """Adds special tokens and truncates.
-
-    BOS and EOS are added once: not where the ids already have them. If the prompt with
-    its longest response exceeds `max_length`, the prompt keeps its last
-    `max_prompt_length` tokens (BOS counts and stays); a response that is still too long
-    keeps its start and so loses EOS, which keeps the model from learning to stop there.
+    """Adds BOS to a prompt and EOS to its responses, once: not where the ids already have them.
 
     Args:
       prompt: ids without special tokens.
       responses: ids without special tokens.
-      limits: the lengths and special tokens.
-      counts: receives how many prompts and responses were cut.
+      limits: the special tokens.
       where: place of the example, for messages.
       turns_end: the responses have their end-of-turn token and need no EOS.
 
@@ -127,7 +120,6 @@ def encode(
       The prompt, then the responses; none is empty.
 
     Raises:
-      LongPromptError: the prompt may not be cut.
       UserError: the prompt is empty and there is no BOS.
     """
     bos = [] if limits.bos is None or list(prompt[:1]) == [limits.bos] else [limits.bos]
@@ -142,6 +134,35 @@ def encode(
             response if response and response[-1] == limits.eos else [*response, limits.eos]
             for response in responses
         ]
+    return [prompt, *responses]
+
+
+def truncate(
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    limits: Limits,
+    counts: Counter[str],
+    where: str = "",
+) -> list[Sequence[int]]:
+    """Cuts to the limits.
+
+    If the prompt with its longest response exceeds `max_length`, the prompt keeps its last
+    `max_prompt_length` tokens (BOS counts and stays); a response that is still too long
+    keeps its start and so loses EOS, which keeps the model from learning to stop there.
+
+    Args:
+      prompt: ids, complete.
+      responses: ids, complete.
+      limits: the lengths.
+      counts: receives how many prompts and responses were cut.
+      where: place of the example, for messages.
+
+    Returns:
+      The prompt, then the responses; none is empty.
+
+    Raises:
+      LongPromptError: the prompt may not be cut.
+    """
     # A response that is still to be sampled may take all the room that it is given.
     longest = max(map(len, responses), default=limits.max_length)
     if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
@@ -186,8 +207,8 @@ def tokenize(
       progress: called with the number of examples done so far.
 
     Raises:
-      UserError: see `encode` and `ChatEncoder.encode`; or some examples of a source have a
-        margin and others do not.
+      UserError: see `complete`, `truncate` and `ChatEncoder.encode`; or some examples of a
+        source have a margin and others do not.
     """
     counts: Counter[str] = Counter(prompts_cut=0, responses_cut=0, special_tokens_in_text=0)
     encoder = _Encoder(tokenizer, limits, parse_special_tokens)
@@ -210,14 +231,16 @@ def tokenize(
         counts=counts,
         extras=extras_of(kept),
         sources=sources_of(kept),
+        uncut=_joined([part.uncut for part in parts]),
     )
 
 
 class _Encoded(NamedTuple):
-    """A chunk of examples as ids end to end, the length of each piece, and which are kept."""
+    """A chunk of examples as ids end to end, each piece's length and uncut length, and the kept."""
 
     tokens: Int[np.ndarray, " tokens"]
     lengths: Int[np.ndarray, " pieces"]
+    uncut: Int[np.ndarray, " pieces"]
     kept: list[bool]
     counts: Counter[str]
 
@@ -248,6 +271,7 @@ class _Encoder:
             else ()
         )
         pieces: list[np.ndarray] = []
+        uncut: list[int] = []
         kept: list[bool] = []
         for example in chunk:
             turns_end = isinstance(example.prompt, Chat)
@@ -255,10 +279,9 @@ class _Encoder:
                 prompt, responses = chats.encode(example.prompt, example.responses, example.where)
             else:
                 prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
+            whole = complete(prompt, responses, self._limits, example.where, turns_end=turns_end)
             try:
-                encoded = encode(
-                    prompt, responses, self._limits, counts, example.where, turns_end=turns_end
-                )
+                encoded = truncate(whole[0], whole[1:], self._limits, counts, example.where)
             except LongPromptError:
                 if self._limits.on_long_prompt != "skip":
                     raise
@@ -266,10 +289,12 @@ class _Encoder:
                 kept.append(False)
                 continue
             pieces += [np.asarray(piece, np.int32) for piece in encoded]
+            uncut += map(len, whole)
             kept.append(True)
         counts["special_tokens_in_text"] += chats.special_names
         lengths = np.asarray([len(piece) for piece in pieces], np.int64)
-        return _Encoded(_joined(pieces).astype(np.int32, copy=False), lengths, kept, counts)
+        tokens = _joined(pieces).astype(np.int32, copy=False)
+        return _Encoded(tokens, lengths, np.asarray(uncut, np.int64), kept, counts)
 
 
 _encoder_of_process: _Encoder

@@ -22,7 +22,7 @@ from jaxpref import (
 from jaxpref.algorithms import response_scalars
 from jaxpref.data import BatchStream, Example
 from jaxpref.errors import UserError
-from jaxpref.metrics import console
+from jaxpref.metrics import progress
 from jaxpref.models import Decoder, huggingface
 from jaxpref.packing import Budget, PackedBatch
 
@@ -47,11 +47,12 @@ def score_file(
     data_format: str = "auto",
     batch_size: int = 64,
     max_length: int = 0,
+    chat_template: str = "",
 ) -> Scored:
     """Writes the rewards of all responses of a file, with progress in the terminal.
 
-    Records with an empty response, or whose dialogues have no common prompt, are left out and
-    counted.
+    The responses of a record are in its order, of a pair the chosen one first. Records with an
+    empty response, or whose dialogues have no common prompt, are left out and counted.
 
     Args:
       model: the workdir of a run of algorithm `reward`, or a Hugging Face directory or hub
@@ -62,14 +63,16 @@ def score_file(
       batch_size: prompts scored at a time.
       max_length: tokens of a prompt with a response; a prompt that has to be cut keeps half of
         them. 0: the run's own `data.max_length` and `data.max_prompt_length`, or 1,024.
+      chat_template: see `tokenizer.chat_template`; empty for the run's own.
 
     Raises:
       UserError: there is no reward model, or the input cannot be read.
     """
     output = Path(output)
-    if not output.parent.is_dir():
-        raise UserError(f"{output}: the directory {output.parent} does not exist.")
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"{output}: should be a file to write, in a directory that exists.")
     config = _config(model, max_length)
+    config.tokenizer.chat_template = chat_template or config.tokenizer.chat_template
     workdir = Path(model)
     source = weights.find(config, workdir)
     name = config.tokenizer.name
@@ -82,8 +85,10 @@ def score_file(
         raise UserError(
             f"{model}: has no scalar head ('score.weight'), so it is not a reward model."
         )
-    with console.status("tokenising"):
-        examples, dataset, counts = data_lib.load_file(config, tokenizer, path, data_format)
+    with progress("tokenising", "prompts") as tell:
+        examples, dataset, counts = data_lib.load_file(
+            config, tokenizer, path, data_format, progress=tell
+        )
     mesh = sharding.make_mesh(**config.mesh)
     abstract = huggingface.abstract_params(decoder, mesh)
     if trained:
@@ -95,12 +100,12 @@ def score_file(
     budget = Budget(row_length, scored, sharding.batch_shards(mesh))
     stream = BatchStream(dataset, batch_size=batch_size, budget=budget)
     score = _make_score(decoder)
-    with sharding.use(mesh), console.status("scoring") as status:
+    with sharding.use(mesh), progress(f"scoring {len(dataset):,} prompts", "done") as tell:
         rewards = reference.precompute(
             lambda batch: score(params, sharding.put_batch(mesh, batch)),
             stream.once(),
             len(dataset),
-            lambda done: status.update(f"scoring: {done} of {len(dataset)} prompts"),
+            tell,
         )
     if not jax.process_index():
         with output.open("w", encoding="utf-8") as file:
@@ -121,6 +126,8 @@ def _config(model: str | Path, max_length: int) -> ConfigDict:
             raise UserError(f"{model}: is a run of {config.algorithm.name}, not of a reward model.")
         if checkpoint.latest_step(Path(model)) is None:
             raise UserError(f"{model}: that run has no complete checkpoint yet.")
+    if max_length == 1:
+        raise UserError("max_length is 1; a prompt and a response need 2 tokens at least.")
     if max_length:
         config.data.max_length = max_length
         config.data.max_prompt_length = max_length // 2
