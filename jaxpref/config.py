@@ -23,6 +23,8 @@ _PAIRS: dict[str, Any] = {
     **_RATIOS,
     # Weigh pairs by how likely the policy is to say them (WPO).
     "wpo": False,
+    # Largest weight of a pair; its authors' code has 1. 0: as large as it comes.
+    "wpo_largest": 0.0,
 }
 # Probability that a label is wrong.
 _SMOOTHED: dict[str, Any] = {"label_smoothing": 0.0}
@@ -50,7 +52,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "exo": {**_PAIRS, "label_smoothing": 1e-3},
     "nca": _PAIRS,
     "sppo_hard": _PAIRS,
-    # Quantiles of a micro-batch, so no weights of its pairs.
+    # They compare quantiles of a whole batch: no weights of its pairs, no micro-batches.
     "aot": {**_RATIOS, **_SMOOTHED},
     "aot_unpaired": {**_RATIOS, **_SMOOTHED},
     "apo_zero": _PAIRS,
@@ -58,7 +60,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "discopop": {**_PAIRS, "beta": 0.05, "temperature": 0.05},
     "bco": _PAIRS,
     # A mixture of DPO's, BCO's and SFT's loss.
-    "mpo": {**_PAIRS, "dpo_weight": 0.8, "bco_weight": 0.2, "nll_weight": 1.0},
+    "mpo": {"beta": 0.1, "dpo_weight": 0.8, "bco_weight": 0.2, "nll_weight": 1.0},
     "simpo": {"beta": 2.0, "margin": 1.0, **_SMOOTHED},
     "orpo": {"beta": 0.1},
     "cpo": {"beta": 0.1, "nll_weight": 1.0, **_SMOOTHED},
@@ -172,6 +174,7 @@ _LOWEST: dict[str, float] = {
             "algorithm.rank_weight",
             "algorithm.temperature",
             "algorithm.undesirable_weight",
+            "algorithm.wpo_largest",
             "data.row_length",
             "data.limit",
             "data.scored_length",
@@ -366,7 +369,7 @@ def default(algorithm: str) -> ConfigDict:
     config.train.steps = 0
     config.train.epochs = 1.0
     # Parameters to train, as a regular expression for paths such as layers/query. Empty: the
-    # adapters if there are any, else all.
+    # adapters (and a reward model's head) if there are any, else all.
     config.train.trainable = ""
     # Parts of a batch whose gradients are added up before the update.
     config.train.micro_batches = 1
@@ -446,22 +449,30 @@ def check(config: ConfigDict) -> None:
             f"reference.mode is 'free', but {name} reads the log-ratio of each response by itself, "
             "which says nothing without a reference; use another mode."
         )
+    if config.reference.mode == "free" and config.algorithm.get("divergence") not in (
+        None,
+        "reverse_kl",
+    ):
+        raise UserError(
+            f"reference.mode is 'free', but algorithm.divergence {config.algorithm.divergence!r} "
+            "reads each log-ratio by itself; only reverse_kl can do without a reference."
+        )
     if not 0 < config.reference.sync_mix <= 1:
         raise UserError(
             f"reference.sync_mix should be above 0 and at most 1; got {config.reference.sync_mix}."
         )
+    if (
+        config.reference.mode == "synced"
+        and config.model.lora.rank
+        and config.reference.sync_mix < 1
+    ):
+        raise UserError(
+            "reference.mode 'synced' would mix the factors of the adapters, which is not to mix "
+            "the weights that they make; with model.lora.rank set reference.sync_mix=1."
+        )
     if config.reference.mode == "synced" and config.reference.dtype != "float32":
         raise UserError("reference.mode 'synced' mixes the reference; keep it in float32.")
-    if config.reference.dtype != "float32" and config.reference.mode not in ("live", "synced"):
-        raise UserError(
-            f"reference.dtype {config.reference.dtype!r} is that of a live copy, which "
-            f"reference.mode {config.reference.mode!r} does without; leave it at 'float32'."
-        )
-    if config.model.frozen_dtype != "float32" and not trainable(config):
-        raise UserError(
-            f"model.frozen_dtype is {config.model.frozen_dtype!r}, but every parameter is "
-            "trained; set model.lora.rank or train.trainable, or leave it at 'float32'."
-        )
+    _refuse_without_effect(config)
     if config.reference.mode == "adapter" and not config.model.lora.rank:
         raise UserError(
             "reference.mode 'adapter' is the policy with its adapters off; give it some with "
@@ -485,6 +496,20 @@ def check(config: ConfigDict) -> None:
         lowest = _LOWEST.get(key)
         if lowest is not None and not value >= lowest:
             raise UserError(f"{key} should be at least {lowest}; got {value}.")
+    for key in ("beta", "temperature"):
+        if config.algorithm.get(key, 1.0) <= 0:
+            raise UserError(f"algorithm.{key} should be above 0; got {config.algorithm[key]}.")
+    if config.algorithm.get("temperature", 0.0) >= 1:
+        raise UserError(
+            f"algorithm.temperature should be below 1; got {config.algorithm.temperature}."
+        )
+    if name == "dpo" and config.algorithm.alpha > 1:
+        raise UserError(f"algorithm.alpha should be from 0 to 1; got {config.algorithm.alpha}.")
+    if name in ("aot", "aot_unpaired") and config.train.micro_batches > 1:
+        raise UserError(
+            f"train.micro_batches is {config.train.micro_batches}, but {name} compares quantiles "
+            "of a whole batch; leave it at 1, with a smaller data.batch_size if need be."
+        )
     if config.algorithm.get("label_smoothing", 0.0) >= 0.5:
         raise UserError(
             f"algorithm.label_smoothing should be below 0.5, where labels say nothing; got "
@@ -547,6 +572,38 @@ def check(config: ConfigDict) -> None:
         raise UserError(
             f"data.eval_fraction should be from 0 to below 1; got {config.data.eval_fraction}."
         )
+
+
+def _refuse_without_effect(config: ConfigDict) -> None:
+    """Refuses values that another value makes meaningless."""
+    chosen, mode, lora = config.algorithm, config.reference.mode, config.model.lora
+    active: dict[str, tuple[bool, str]] = {
+        "reference.dtype": (mode in ("live", "synced"), "reference.mode is 'live'"),
+        "reference.sync_mix": (mode == "synced", "reference.mode is 'synced'"),
+        "reference.sync_every": (mode == "synced", "reference.mode is 'synced'"),
+        "model.lora.alpha": (lora.rank > 0, "model.lora.rank is above 0"),
+        "model.lora.dropout": (lora.rank > 0, "model.lora.rank is above 0"),
+        "model.lora.targets": (lora.rank > 0, "model.lora.rank is above 0"),
+        "model.frozen_dtype": (
+            bool(trainable(config)),
+            "something is frozen (model.lora.rank, train.trainable)",
+        ),
+        "train.epochs": (not config.train.steps, "train.steps is 0"),
+    }
+    if chosen.name == "dpo":
+        active["algorithm.alpha"] = (
+            chosen.divergence == "alpha",
+            "algorithm.divergence is 'alpha'",
+        )
+    if "wpo_largest" in chosen:
+        active["algorithm.wpo_largest"] = (chosen.wpo, "algorithm.wpo is True")
+    usual = default(chosen.name)
+    for key, (has_effect, condition) in active.items():
+        if not has_effect and get(config, key) != get(usual, key):
+            raise UserError(
+                f"{key} is {get(config, key)!r}, which has an effect only where {condition}; "
+                f"leave it at {get(usual, key)!r}."
+            )
 
 
 def sources(config: ConfigDict) -> list[dict[str, Any]]:
@@ -651,7 +708,9 @@ def from_flat(values: dict[str, Any]) -> ConfigDict:
 
 def trainable(config: ConfigDict) -> str:
     """The regular expression for the paths of the parameters that are trained."""
-    return config.train.trainable or (r"_lora_[ab]$" if config.model.lora.rank else "")
+    # A reward model's head is new.
+    adapters = r"_lora_[ab]$|^score$" if config.algorithm.name == "reward" else r"_lora_[ab]$"
+    return config.train.trainable or (adapters if config.model.lora.rank else "")
 
 
 def get(config: ConfigDict, key: str) -> Any:

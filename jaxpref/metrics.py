@@ -82,7 +82,17 @@ class Mean:
 
     def result(self) -> dict[str, float]:
         """The means; a quantity whose weights are all 0 is left out."""
-        return {name: self._sums[name] / weight for name, weight in self._weights.items() if weight}
+        return with_margin(
+            {name: self._sums[name] / weight for name, weight in self._weights.items() if weight}
+        )
+
+
+def with_margin(means: dict[str, float]) -> dict[str, float]:
+    """The means with the margin between those of the rewards, where examples are not pairs."""
+    chosen, rejected = (means.get(f"rewards/{side}") for side in ("chosen", "rejected"))
+    if chosen is None or rejected is None or "rewards/margins" in means:
+        return means
+    return {**means, "rewards/margins": chosen - rejected}
 
 
 class Writer:

@@ -292,6 +292,12 @@ def make_update(
         }
         return sums["loss"].values, sums
 
+    def pooled(params: Any, frozen: Any, reference: Any, batch: PackedBatch) -> dict[str, Metric]:
+        assert algorithm.pooled is not None
+        batch = algorithm.prepare(_whole(frozen, reference), batch)
+        found = algorithm.pooled(merge(params, frozen), batch)
+        return {name: Metric(_weighted_sum(m), m.weights.sum()) for name, m in found.items()}
+
     gradient = jax.grad(weighted_loss, has_aux=True)
 
     def update(
@@ -299,7 +305,12 @@ def make_update(
     ) -> tuple[State, dict[str, Metric]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         reference = state.reference if sync else reference
-        batch = _with_running(batch, state.running)
+        batch = _with_means(batch, "running", state.running)
+        if algorithm.pooled is not None and batch.tokens.shape[0] > 1:
+            totals = _over_micro_batches(
+                lambda micro, _: pooled(state.params, frozen, reference, micro), batch, key
+            )
+            batch = _with_means(batch, "pooled", totals)
         gradients, sums = _over_micro_batches(
             lambda micro, key: gradient(state.params, frozen, reference, micro, key), batch, key
         )
@@ -328,21 +339,21 @@ def make_score(algorithm: Algorithm) -> Callable[[State, Any, Any, PackedBatch],
 
     def score(state: State, frozen: Any, reference: Any, batch: PackedBatch) -> Objective:
         reference = state.reference or reference
-        batch = jax.tree.map(lambda x: x[0], _with_running(batch, state.running))
+        batch = jax.tree.map(lambda x: x[0], _with_means(batch, "running", state.running))
         batch = algorithm.prepare(_whole(frozen, reference), batch)
         return algorithm.loss(merge(state.params, frozen), batch, None)
 
     return jax.jit(score)
 
 
-def _with_running(batch: PackedBatch, running: dict[str, Metric]) -> PackedBatch:
-    """The batch with the means so far, one copy a micro-batch."""
+def _with_means(batch: PackedBatch, kind: str, totals: dict[str, Metric]) -> PackedBatch:
+    """The batch with the means of some sums as `extras["KIND/NAME"]`, one copy a micro-batch."""
     micro_batches = batch.tokens.shape[0]
     means = {
-        f"running/{name}": jnp.broadcast_to(
+        f"{kind}/{name}": jnp.broadcast_to(
             total.values / jnp.maximum(total.weights, 1e-8), (micro_batches,)
         )
-        for name, total in running.items()
+        for name, total in totals.items()
     }
     return dataclasses.replace(batch, extras={**batch.extras, **means}) if means else batch
 

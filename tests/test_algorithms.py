@@ -35,7 +35,8 @@ def config_of(name, mode="live", **knobs):
     config = config_lib.default(name)
     config.data.format = "synthetic"
     config.reference.mode = mode
-    config.reference.sync_every = 2
+    if mode == "synced":
+        config.reference.update(sync_every=2, sync_mix=0.6)
     config.model.lora.rank = LORA.rank if mode == "adapter" else 0
     for knob, value in knobs.items():
         config.algorithm[knob] = value
@@ -43,7 +44,7 @@ def config_of(name, mode="live", **knobs):
 
 
 @functools.cache
-def batch_of(kind: str, groups: int = GROUPS, shards: int = 1):
+def batch_of(kind: str, groups: int = GROUPS, shards: int = 1, micro_batches: int = 1):
     """Good responses are of tokens below 30, bad ones of those above, more the worse."""
     rng = np.random.default_rng(7)
     count = RESPONSES[kind]
@@ -59,13 +60,17 @@ def batch_of(kind: str, groups: int = GROUPS, shards: int = 1):
         ]
         prompt = rng.integers(1, 60, 3).astype(np.int32)
         made.append(Group(prompt, [x.astype(np.int32) for x in ids]))
-    budget = Budget(32, 24, shards)
-    batch = packing.materialise(
-        packing.plan(made, budget), made, budget, responses=count, batch_size=groups
-    )
-    extras = {"labels": labels.astype(np.float32)} if kind in ("unpaired", "mismatched") else {}
-    batch = dataclasses.replace(batch, extras=extras)
-    return jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
+    budget, size = Budget(32, 24, shards), groups // micro_batches
+    parts = []
+    for start in range(0, groups, size):
+        part = made[start : start + size]
+        plan = packing.widen(packing.plan(part, budget), groups, shards)
+        batch = packing.materialise(plan, part, budget, responses=count, batch_size=size)
+        if kind in ("unpaired", "mismatched"):
+            extras = {"labels": labels[start : start + size].astype(np.float32)}
+            batch = dataclasses.replace(batch, extras=extras)
+        parts.append(batch)
+    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
 class Bigram(Decoder):
@@ -101,13 +106,13 @@ def params_of(adapter=False):
     ]
 
 
-def run(name, mode, steps=STEPS, **knobs):
+def run(name, mode, steps=STEPS, micro_batches=1, **knobs):
     """Losses of some updates on one batch, and the last metrics."""
     config = config_of(name, mode, **knobs)
     adapter = mode == "adapter"
     model, params = model_of(adapter), params_of(adapter)
     algorithm = algorithms.build(config, model)
-    batch = batch_of(algorithm.kind)
+    batch = batch_of(algorithm.kind, micro_batches=micro_batches)
     trained, frozen = train.partition(params, config_lib.trainable(config))
     optimizer = optax.adam(3e-2)
     update = train.make_update(
@@ -294,6 +299,65 @@ def test_bco_reads_the_mean_reward_of_all_steps_before():
     means = [step["rewards/mean"] for step in found]
     assert float(total.weights) == 3 * GROUPS
     assert float(total.values / total.weights) == pytest.approx(np.mean(means), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kto", "bco_unpaired", "dpo"])
+def test_micro_batches_change_no_update(name):
+    """KTO's reference point too is that of the whole batch."""
+    whole, cut = live(name)[:3], run(name, "live", steps=3, micro_batches=4)[0]
+    for step, other in zip(whole, cut, strict=True):
+        for key, value in step.items():
+            np.testing.assert_allclose(other[key], value, rtol=2e-4, atol=1e-5, err_msg=key)
+    if name == "kto":
+        assert whole[2]["kl"] > 0
+
+
+def test_quantiles_need_the_whole_batch():
+    config = config_of("aot")
+    config.train.micro_batches = 2
+    with pytest.raises(config_lib.UserError, match="aot compares quantiles of a whole batch"):
+        config_lib.check(config)
+
+
+def test_weights_of_tokens_do_not_show_in_what_is_logged():
+    (plain, *_), (weighted, *_) = live("dpo"), run("dpo", "live", 1, length_alpha=0.25)[0]
+    assert weighted["logps/chosen"] == pytest.approx(plain["logps/chosen"], rel=1e-5)
+
+
+def test_a_wpo_weight_can_be_limited():
+    algorithm = algorithms.build(config_of("dpo", wpo=True, wpo_largest=0.5), model_of())
+    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
+    # All tokens alike, which gives each pair the weight 1.
+    params = jax.tree.map(jnp.zeros_like, params_of())
+    values = algorithm.loss(params, algorithm.prepare(params, batch), None).loss.values
+    np.testing.assert_allclose(values, 0.5 * np.log(2), rtol=1e-5)
+
+
+def test_all_pairs_of_a_ranking_count_in_a_reward_models_measurements():
+    algorithm = algorithms.build(config_of("reward", "free"), model_of())
+    batch = jax.tree.map(lambda x: x[0], batch_of("ranked"))
+    rewards = np.asarray(algorithms.response_scalars(model_of(), params_of(), batch))
+    metrics = algorithm.loss(params_of(), batch, None).metrics
+    expected = [[r[0] - r[1], r[0] - r[2], r[1] - r[2]] for r in rewards]
+    np.testing.assert_allclose(metrics["margin"].values, expected, rtol=1e-5)
+    expected = (1 + np.sign(expected)) / 2
+    assert metrics["accuracy"].values.tolist() == expected.tolist()
+
+
+def test_plackett_luce_has_no_place_for_margins():
+    algorithm = algorithms.build(config_of("reward", "free", ranking="plackett_luce"), model_of())
+    batch = jax.tree.map(lambda x: x[0], batch_of("ranked"))
+    batch = dataclasses.replace(batch, extras={"margins": jnp.ones(GROUPS)})
+    with pytest.raises(config_lib.UserError, match="the data has margins"):
+        algorithm.loss(params_of(), batch, None)
+
+
+def test_a_reward_models_new_head_is_trained_with_its_adapters():
+    config = config_of("reward", "free")
+    config.model.lora.rank = 2
+    params = {"layers": {"query": 0, "query_lora_a": 1}, "score": 2}
+    trained, _ = train.partition(params, config_lib.trainable(config))
+    assert trained == {"layers": {"query_lora_a": 1}, "score": 2}
 
 
 def test_rewards_are_read_at_the_last_token_and_named_as_trl_does():

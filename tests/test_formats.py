@@ -366,20 +366,34 @@ def test_taking_examples_is_taking_from_lists(data):
 def test_borrowed_responses_answer_another_prompt_and_take_nothing_away():
     labelled = [
         Example(prompt, (response,), label=True)
-        for prompt, response in (("a" * 40, "1"), ("a" * 40, "2"), ("b", "3" * 60), ("c", "4"))
+        for prompt, response in (("a" * 40, "1"), ("b", "2"), ("a" * 40, "3" * 60), ("c", "4" * 50))
     ]
     plain = tokenized(*labelled)
     data = mismatch(plain, 64)
     assert [group[:2] for group in everything(data)] == everything(plain)
-    # The next with another prompt, cut to the room beside the prompt, 63 - 40 = 24.
-    partners = [2, 2, 3, 0]
+    # Two further, or the next with another prompt; cut to the room beside the prompt.
+    partners = [3, 3, 1, 1]
     assert [group[2] for group in everything(data)] == [
         everything(plain)[partner][1][: 64 - len(everything(plain)[i][0])]
         for i, partner in enumerate(partners)
     ]
     assert data.extras["labels"].tolist() == [1] * 4
     with pytest.raises(UserError, match=r"all 2 examples on one side .* the same prompt"):
-        mismatch(tokenized(*labelled[:2]), 64)
+        mismatch(tokenized(*labelled[::2]), 64)
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda x: len(set(x)) > 1))
+def test_every_example_borrows_from_another_prompt(prompts):
+    data = mismatch(tokenized(*(Example(f"{p}", (f"{p}",), label=True) for p in prompts)), 64)
+    assert all(prompt[0] != other[0] for prompt, _, other in everything(data))
+
+
+def test_what_is_borrowed_has_the_labels_of_the_data():
+    pairs = [Example(f"{i}", ("good", "bad")) for i in range(20)]
+    examples, _ = adapt(pairs, "mismatched")
+    borrowed = [bytes(other) for *_, other in everything(mismatch(tokenized(*examples), 64))]
+    own = [bytes(response) for _, response in everything(tokenized(*examples))]
+    assert Counter(borrowed) == Counter(own)
 
 
 def test_labels_margins_and_scores_are_extras():
@@ -391,8 +405,11 @@ def test_labels_margins_and_scores_are_extras():
     data = tokenized(Example("p", ("a", "b"), (4.0, 3.0)), BY_KIND["ranked"])
     assert data.extras["scores"].tolist() == [[4, 3, 0, 0], [4, 3, 2, 1]]
     assert all(values.dtype == np.float32 for values in data.extras.values())
-    # Ratings are no true reward to evaluate against.
+    # Ratings are no true reward to evaluate against, nor is a true reward a rating.
     assert data.scores is None
+    data = tokenized(Example("p", ("a", "b"), (1.0, 2.0), scores_are_true=True))
+    assert data.scores.tolist() == [[1, 2]]
+    assert not data.extras
 
 
 def test_a_margin_that_only_some_have_is_an_error():

@@ -18,6 +18,8 @@ def dataset(count=23, responses=2, **fields):
         examples=np.arange(count + 1) * (1 + responses),
         scores=None,
         counts=Counter(),
+        uncut=np.asarray([len(piece) for piece in pieces]),
+        prompts=np.arange(count),
         **fields,
     )
 

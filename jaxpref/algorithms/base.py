@@ -38,12 +38,15 @@ class Algorithm(NamedTuple):
         for a method without one.
       running: metrics whose means over all steps so far the loss reads, as
         `batch.extras["running/NAME"]`; 0 at first.
+      pooled: `(params, batch)` to what the loss reads the means of over the whole batch, as
+        `batch.extras["pooled/NAME"]`, where a batch is cut into micro-batches.
     """
 
     kind: str
     loss: Callable[[Params, PackedBatch, Array | None], Objective]
     reference_logps: Logps | None = None
     running: tuple[str, ...] = ()
+    pooled: Callable[[Params, PackedBatch], dict[str, Metric]] | None = None
 
     def prepare(self, reference: Params | None, batch: PackedBatch) -> PackedBatch:
         """Adds what a live reference says, if there is one."""
@@ -58,6 +61,7 @@ class Scores(NamedTuple):
 
     Attributes:
       logps: summed log-probability of every response, in nats.
+      weighted_logps: the same with each token's weight; without weights, `logps`.
       aligned_logps: mean over each response of the log-probability less the logarithm of its
         expectation under the model, if asked for (see `losses.weighting.wpo`).
       router_loss: a mixture of experts' load-balancing loss over the batch's tokens (a
@@ -65,6 +69,7 @@ class Scores(NamedTuple):
     """
 
     logps: Float[Array, "groups responses"]
+    weighted_logps: Float[Array, "groups responses"]
     aligned_logps: Float[Array, "groups responses"] | None
     router_loss: Float[Array, ""] | None
 
@@ -113,11 +118,12 @@ def score(
         aligned_logps = sums / jnp.maximum(jnp.asarray(batch.lengths), 1)
     else:
         logps = token_logprobs(scored, head, target)
+    summed = weighted = packing.sum_by_response(logps, batch)
     if token_weights is not None:
         # Not a product, which a NaN in padding would survive.
         logps = jnp.where(jnp.asarray(batch.response) < batch.lengths.size, logps, 0)
-        logps = logps * token_weights
-    return Scores(packing.sum_by_response(logps, batch), aligned_logps, router_loss)
+        weighted = packing.sum_by_response(logps * token_weights, batch)
+    return Scores(summed, weighted, aligned_logps, router_loss)
 
 
 def response_logps(

@@ -1,5 +1,6 @@
 """Methods on preference pairs: DPO and its kin, with a reference or without."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -37,7 +38,7 @@ def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
 
     def reference_logps(params: Params, batch: PackedBatch) -> Float[Array, "groups responses"]:
         weights = _token_weights(knobs, batch)
-        return score(frozen, params, batch, token_weights=weights).logps
+        return score(frozen, params, batch, token_weights=weights).weighted_logps
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(
@@ -48,12 +49,13 @@ def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
             token_weights=_token_weights(knobs, batch),
             aligned=knobs.get("wpo", False),
         )
-        policy, reference = scores.logps, reference_of(batch, scores.logps)
+        policy, reference = scores.weighted_logps, reference_of(batch, scores.logps)
         output = loss_of_pairs((*policy.T, *reference.T), batch)
         values = output.losses
         if scores.aligned_logps is not None:
-            values *= losses.weighting.wpo(*scores.aligned_logps.T)
-        return scores.complete(_objective(values, output, policy, batch, running))
+            largest = knobs.wpo_largest or math.inf
+            values *= losses.weighting.wpo(*scores.aligned_logps.T, largest=largest)
+        return scores.complete(_objective(values, output, scores.logps, batch, running))
 
     return Algorithm("pairs", loss, reference_logps, running)
 
@@ -77,7 +79,9 @@ def without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
 def _loss(knobs: ConfigDict) -> Loss:
     """The loss with its knobs as a function of log-probs and the batch."""
     own = {
-        name: value for name, value in knobs.items() if name not in ("name", "length_alpha", "wpo")
+        name: value
+        for name, value in knobs.items()
+        if name not in ("name", "length_alpha", "wpo", "wpo_largest")
     }
     builders: dict[str, Callable[..., Loss]] = {"dpo": _dpo, "ipo": _ipo, "bco": _bco, "mpo": _mpo}
     if knobs.name in builders:

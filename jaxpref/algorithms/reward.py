@@ -1,6 +1,7 @@
 """Reward modelling: Bradley-Terry, and for more than two responses Plackett-Luce."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -54,15 +55,14 @@ def _all_pairs(knobs: ConfigDict, rewards: Array, batch: PackedBatch) -> Array:
 
 
 def _metrics(rewards: Array, there: Array) -> dict[str, Metric]:
-    """TRL's names; a pair that is tied counts one half in the accuracy."""
+    """TRL's names, over all pairs of responses; a tied pair counts one half in the accuracy."""
     groups = there[:, 0].astype(rewards.dtype)
-    others = there[:, 1:].astype(rewards.dtype)
-    pairs = others.sum(1)
-    margins = rewards[:, :1] - rewards[:, 1:]
-    by_pair = {"margin": margins, "accuracy": (1 + jnp.sign(margins)) / 2}
+    better, worse = np.triu_indices(rewards.shape[1], 1)
+    pairs = there[:, worse].astype(rewards.dtype)
+    margins = jnp.where(there[:, worse], rewards[:, better] - rewards[:, worse], 0)
     metrics = {
-        name: Metric(jnp.where(others > 0, value, 0).sum(1) / jnp.maximum(pairs, 1), pairs)
-        for name, value in by_pair.items()
+        "margin": Metric(margins, pairs),
+        "accuracy": Metric((1 + jnp.sign(margins)) / 2, pairs),
     }
     count = there.sum(1).astype(rewards.dtype)
     mean = jnp.where(there, rewards, 0).sum(1) / jnp.maximum(count, 1)

@@ -30,8 +30,9 @@ def kto(config: ConfigDict, model: Decoder) -> Algorithm:
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(model, params, batch, key)
         policy, reference = scores.logps, reference_of(batch, scores.logps)
-        there = present(batch)
-        kl = losses.kto_kl(policy[:, 1], reference[:, 1], where=there[:, 1])
+        kl = jnp.maximum(batch.extras["pooled/kl"], 0) if "pooled/kl" in batch.extras else None
+        if kl is None:
+            kl = losses.kto_kl(policy[:, 1], reference[:, 1], where=present(batch)[:, 1])
         output = losses.kto(policy[:, 0], reference[:, 0], _desirable(batch), kl, **options)
         objective = _objective(output, policy[:, 0], batch)
         objective.metrics["kl"] = Metric(
@@ -39,7 +40,12 @@ def kto(config: ConfigDict, model: Decoder) -> Algorithm:
         )
         return scores.complete(objective)
 
-    return Algorithm("mismatched", loss, _reference_logps(config, model))
+    def pooled(params: Params, batch: PackedBatch) -> dict[str, Metric]:
+        policy = score(model, params, batch).logps
+        ratios = (policy - reference_of(batch, policy))[:, 1]
+        return {"kl": Metric(ratios, present(batch)[:, 1].astype(ratios.dtype))}
+
+    return Algorithm("mismatched", loss, _reference_logps(config, model), pooled=pooled)
 
 
 def bco(config: ConfigDict, model: Decoder) -> Algorithm:

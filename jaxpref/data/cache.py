@@ -25,7 +25,7 @@ from jaxpref.errors import UserError
 
 _COUNTS = "counts.json"
 _SIDES = ("train", "held_out")
-_ARRAYS = ("tokens", "pieces", "examples", "scores", "uncut")
+_ARRAYS = ("tokens", "pieces", "examples", "scores", "uncut", "prompts")
 _GROUPS = ("extras", "sources")
 # Settings that change no token, and paths, in whose place the content counts.
 _IRRELEVANT = (

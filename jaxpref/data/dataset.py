@@ -28,6 +28,7 @@ class TokenizedDataset:
         `margins`, 0 in sources without any.
       sources: the examples of each source by name, where several are mixed.
       uncut: tokens of each piece before any was cut.
+      prompts: a digest of each prompt before any was cut.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -36,6 +37,7 @@ class TokenizedDataset:
     scores: Float[np.ndarray, "_ responses"] | None
     counts: Counter[str]
     uncut: Int[np.ndarray, " _"]
+    prompts: Int[np.ndarray, " _"]
     extras: Mapping[str, Float[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
     sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
 
@@ -57,14 +59,10 @@ class TokenizedDataset:
             examples=_ends(pieces),
             scores=None if self.scores is None else self.scores[chosen],
             uncut=self.uncut[kept],
+            prompts=self.prompts[chosen],
             extras={name: values[chosen] for name, values in self.extras.items()},
             sources={name: there[there >= 0] for name, there in moved.items() if there.max() >= 0},
         )
-
-    def prompt(self, index: int) -> bytes:
-        """What tells the prompt of one example from others."""
-        first = self.examples[index]
-        return self.tokens[self.pieces[first] : self.pieces[first + 1]].tobytes()
 
     def whole(self, index: int) -> bytes:
         """What tells one example, its label included, from others."""
@@ -132,10 +130,11 @@ def deduplicate(dataset: TokenizedDataset) -> TokenizedDataset:
 
 
 def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
-    """Gives each single response a second one, that of the next example with another prompt.
+    """Gives each single response a second one, that of an example with another prompt.
 
-    KTO estimates a KL divergence from such pairs (arXiv 2402.01306, section 4.1). A borrowed
-    response is cut to the room that the prompt leaves; it takes nothing from its new example.
+    KTO estimates a KL divergence from such pairs (arXiv 2402.01306, section 4.1). Nearly every
+    response is borrowed once. It is cut to the room that the prompt leaves; it takes nothing from
+    its new example.
 
     Args:
       dataset: examples with one response each.
@@ -144,20 +143,12 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
     Raises:
       UserError: there is no other prompt.
     """
-    prompts = [dataset.prompt(index) for index in range(len(dataset))]
-    partner = np.zeros(len(dataset), np.int64)
-    following = 0
-    for index, prompt in enumerate(prompts):
-        following = max(following, index + 1)
-        end = index + len(prompts)
-        while following < end and prompts[following % len(prompts)] == prompt:
-            following += 1
-        if following >= end:
-            raise UserError(
-                f"all {len(prompts)} examples on one side of the data have the same prompt; the "
-                "algorithm needs responses to other prompts too, for its KL estimate."
-            )
-        partner[index] = following % len(prompts)
+    if len(np.unique(dataset.prompts)) < 2:
+        raise UserError(
+            f"all {len(dataset)} examples on one side of the data have the same prompt; the "
+            "algorithm needs responses to other prompts too, for its KL estimate."
+        )
+    partner = _partners(dataset.prompts)
     own = (dataset.pieces[:-1], np.diff(dataset.pieces), dataset.uncut)
     starts, lengths, uncut = (
         np.column_stack([pieces.reshape(-1, 2), pieces[1::2][partner]]) for pieces in own
@@ -174,6 +165,18 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
     )
 
 
+def _partners(prompts: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " examples"]:
+    """For each example one with another prompt, half the data away where that is one."""
+    count = len(prompts)
+    # All examples shifted alike: what is borrowed has the same mix of labels as the data.
+    partner = (np.arange(count) + count // 2) % count
+    # Else the first one after it with another prompt, twice around at most.
+    changes = np.flatnonzero(prompts != np.roll(prompts, -1)) + 1
+    following = np.concatenate([changes, changes + count])
+    following = following[np.searchsorted(following, partner, side="right")] % count
+    return np.where(prompts[partner] == prompts, following, partner)
+
+
 def _ends(lengths: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
@@ -182,6 +185,12 @@ def _ranges(starts: Int[np.ndarray, " _"], lengths: Int[np.ndarray, " _"]) -> In
     """`starts[0]`, `starts[0] + 1`, ... `lengths[0]` of them, then those of the next."""
     ends = _ends(lengths)
     return np.repeat(starts - ends[:-1], lengths) + np.arange(ends[-1])
+
+
+def digest(ids: Sequence[int]) -> int:
+    """What tells some token ids from others."""
+    code = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8)
+    return int.from_bytes(code.digest(), "little", signed=True)
 
 
 def true_scores(examples: Sequence[Example]) -> Float[np.ndarray, "examples responses"] | None:
@@ -213,7 +222,8 @@ def extras_of(examples: Sequence[Example]) -> dict[str, Float[np.ndarray, "examp
                 )
         # A source may have none at all, and then asks for none.
         extras["margins"] = np.asarray([example.margin or 0 for example in examples], np.float32)
-    scores = [example.scores for example in examples]
+    # A true reward is to evaluate with; the labels are what was observed.
+    scores = [None if example.scores_are_true else example.scores for example in examples]
     if None not in scores:
         table = np.zeros((len(examples), max(len(e.responses) for e in examples)), np.float32)
         for row, values in zip(table, scores, strict=True):

@@ -98,10 +98,8 @@ def load(
             f"{counts}.{hint}"
         )
     if len(held_out):
-        trained_on = {train.prompt(index) for index in range(len(train))}
-        counts["held_out_prompts_trained_on"] = sum(
-            held_out.prompt(index) in trained_on for index in range(len(held_out))
-        )
+        both = np.isin(held_out.prompts, train.prompts)
+        counts["held_out_prompts_trained_on"] = int(both.sum())
     data = Data(train, held_out if len(held_out) else None, counts)
     if folder is not None:
         cache.write(folder, *data[:3])

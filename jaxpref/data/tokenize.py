@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxpref.data.chat import Chat, ChatEncoder, read_template, special_names
-from jaxpref.data.dataset import TokenizedDataset, extras_of, sources_of, true_scores
+from jaxpref.data.dataset import TokenizedDataset, digest, extras_of, sources_of, true_scores
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
 
@@ -232,15 +232,17 @@ def tokenize(
         extras=extras_of(kept),
         sources=sources_of(kept),
         uncut=_joined([part.uncut for part in parts]),
+        prompts=_joined([part.prompts for part in parts]),
     )
 
 
 class _Encoded(NamedTuple):
-    """A chunk of examples as ids end to end, each piece's length and uncut length, and the kept."""
+    """A chunk of examples as ids end to end; of pieces and prompts as in `TokenizedDataset`."""
 
     tokens: Int[np.ndarray, " tokens"]
     lengths: Int[np.ndarray, " pieces"]
     uncut: Int[np.ndarray, " pieces"]
+    prompts: Int[np.ndarray, " _"]
     kept: list[bool]
     counts: Counter[str]
 
@@ -272,6 +274,7 @@ class _Encoder:
         )
         pieces: list[np.ndarray] = []
         uncut: list[int] = []
+        prompts: list[int] = []
         kept: list[bool] = []
         for example in chunk:
             turns_end = isinstance(example.prompt, Chat)
@@ -290,11 +293,19 @@ class _Encoder:
                 continue
             pieces += [np.asarray(piece, np.int32) for piece in encoded]
             uncut += map(len, whole)
+            prompts.append(digest(whole[0]))
             kept.append(True)
         counts["special_tokens_in_text"] += chats.special_names
         lengths = np.asarray([len(piece) for piece in pieces], np.int64)
         tokens = _joined(pieces).astype(np.int32, copy=False)
-        return _Encoded(tokens, lengths, np.asarray(uncut, np.int64), kept, counts)
+        return _Encoded(
+            tokens,
+            lengths,
+            np.asarray(uncut, np.int64),
+            np.asarray(prompts, np.int64),
+            kept,
+            counts,
+        )
 
 
 _encoder_of_process: _Encoder

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from jaxpref.algorithms import Objective
 from jaxpref.evaluation.calibration import Reliability, reliability
 from jaxpref.evaluation.truth import reward_recovery
-from jaxpref.metrics import Metric
+from jaxpref.metrics import Metric, with_margin
 from jaxpref.packing import PackedBatch
 
 # The learned margin of a pair, whatever the method calls it.
@@ -56,7 +56,8 @@ def evaluate(
     results = _means(metrics)
     learned = next((metrics[name] for name in _MARGINS if name in metrics), None)
     if scores is not None and learned is not None:
-        results |= reward_recovery(np.asarray(learned.values[: len(scores)]), scores)
+        margins = np.asarray(learned.values[: len(scores)]).reshape(len(scores))
+        results |= reward_recovery(margins, scores)
     for source, examples in (sources or {}).items():
         part = {
             name: Metric(metric.values[examples], metric.weights[examples])
@@ -73,8 +74,10 @@ def evaluate(
 
 def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Weighted means; what has no weight at all is left out."""
-    return {
-        name: float(np.average(metric.values, weights=metric.weights))
-        for name, metric in metrics.items()
-        if metric.weights.sum()
-    }
+    return with_margin(
+        {
+            name: float(np.average(metric.values, weights=metric.weights))
+            for name, metric in metrics.items()
+            if metric.weights.sum()
+        }
+    )

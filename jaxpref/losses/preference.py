@@ -694,6 +694,9 @@ def _quantile_differences(a: Array, b: Array, where: Array | None) -> Array:
     """The k-th smallest `a` less the k-th smallest `b`, at the place of the k-th `a`."""
     # What does not count goes last in both, so that the others meet at the same rank.
     last = 0.0 if where is None else jnp.where(where, 0.0, jnp.inf)
+    if where is not None:
+        # It may be anything, NaN too.
+        a, b = jnp.where(where, a, 0.0), jnp.where(where, b, 0.0)
     by_a, by_b = (jnp.argsort(jax.lax.stop_gradient(x) + last, axis=-1) for x in (a, b))
     differences = jnp.take_along_axis(a, by_a, -1) - jnp.take_along_axis(b, by_b, -1)
     return jnp.take_along_axis(differences, jnp.argsort(by_a, axis=-1), -1)

@@ -1,5 +1,7 @@
 """Weights on tokens and on pairs, for losses that are computed from weighted log-probs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -26,23 +28,28 @@ def length_desensitized(
 
 
 def wpo(
-    chosen_logps: Float[Array, "*batch"], rejected_logps: Float[Array, "*batch"]
+    chosen_logps: Float[Array, "*batch"],
+    rejected_logps: Float[Array, "*batch"],
+    *,
+    largest: Scalar = math.inf,
 ) -> Float[Array, "*batch"]:
     """WPO's weight of each pair: how likely the policy is to say what the pair holds.
 
     Formula: $w = \\exp(\\bar \\ell_w + \\bar \\ell_l)$ with $\\bar \\ell = \\frac{1}{|y|} \\sum_t
-    \\log \\frac{\\pi_\\theta(y_t|\\cdot)}{\\sum_v \\pi_\\theta(v|\\cdot)^2}$, which is 0 on average
-    for the policy's own samples.
+    \\log \\frac{\\pi_\\theta(y_t|\\cdot)}{\\sum_v \\pi_\\theta(v|\\cdot)^2}$; the fraction
+    is 1 on average for the policy's own samples.
 
-    Source: Zhou et al. 2024 (arXiv 2406.11827), equation 2, with its sampled alignment.
+    Source: Zhou et al. 2024 (arXiv 2406.11827), equation 2, with its sampled alignment. The
+    authors' code lets no weight exceed 1.
 
     Args:
       chosen_logps: $\\bar \\ell$ of each chosen response, in nats; no gradient. See
         `logprobs.token_logprobs_and_collision`.
       rejected_logps: the same for the rejected responses.
+      largest: weight.
 
     Raises:
       ValueError: the shapes differ.
     """
     chosen, rejected = checked("wpo", chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    return jax.lax.stop_gradient(jnp.exp(chosen + rejected))
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(chosen + rejected), largest))
