@@ -371,7 +371,8 @@ def default(algorithm: str) -> ConfigDict:
     # Parameters to train, as a regular expression for paths such as layers/query. Empty: the
     # adapters (and a reward model's head) if there are any, else all.
     config.train.trainable = ""
-    # Parts of a batch whose gradients are added up before the update.
+    # Parts of a batch whose gradients are added up before the update. Held-out data is looked at
+    # in parts of that size, KTO's reference point there being that of a part.
     config.train.micro_batches = 1
     config.train.log_every = 10
     # 0: only before the first and after the last step.

@@ -86,7 +86,9 @@ def run(
     )
     if own and config.tokenizer.chat_template:
         (output / "chat_template.jinja").write_text(tokenizer.chat_template)
-    console.print(f"{workdir}, step {step}: written to {output} as {model.origin.architecture}")
+    family = model.origin.family
+    kind = family.classifier if model.config.scalar_head else family.architecture
+    console.print(f"{workdir}, step {step}: written to {output} as {kind}")
 
 
 if __name__ == "__main__":

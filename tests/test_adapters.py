@@ -101,6 +101,26 @@ def test_peft_reads_the_adapters(name, tmp_path):
     np.testing.assert_allclose(model.apply({"params": params}, TOKENS), expected, atol=2e-5)
 
 
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_peft_reads_a_reward_models_adapters_and_head(tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+    import transformers
+
+    model, params, _ = adapted("llama_biases")
+    model, params = models.with_scalar_head(model, params, jax.random.key(2))
+    models.save_adapters(model, params, tmp_path)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        pretrained.FIXTURES / "llama_biases", num_labels=1, pad_token_id=0
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(TOKENS.astype(np.int64))).logits.numpy()
+    ours = model.apply({"params": params}, TOKENS, method="scalars")
+    np.testing.assert_allclose(ours[:, -1:], expected, atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model, two DPO runs with adapters: the reference a copy, and the base."""

@@ -70,13 +70,15 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
 def save_adapters(model: Decoder, params: Any, directory: str | Path, base: str = "") -> None:
     """Writes the adapters as `peft` reads them: `PeftModel.from_pretrained(base, directory)`.
 
+    The scalar head of a reward or value model goes along whole.
+
     Where Hugging Face's module computes several of our products at once (GPT-2's
     `c_attn`), its adapter has their ranks added up, with zeros where they do not meet;
     the function is the same.
 
     Args:
       model: with adapters, from a Hugging Face directory.
-      params: of the model; the adapters suffice.
+      params: of the model; the adapters, and the scalar head if it has one, suffice.
       directory: receives `adapter_model.safetensors` and `adapter_config.json`.
       base: name or path of the base model, for the config.
 
@@ -110,11 +112,15 @@ def save_adapters(model: Decoder, params: Any, directory: str | Path, base: str 
         tensors[f"{name}.lora_B.weight"] = up
         # Two levels, since GPT-2 has a `c_proj` in attention and one in the feed-forward.
         ranks[".".join(module.split(".")[-2:])] = rank
+    if model.config.scalar_head:
+        tensors["base_model.model.score.weight"] = np.asarray(params["score"], np.float32)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     described = {name: (x.shape, "F32") for name, x in tensors.items()}
     safetensors.write_file(directory / "adapter_model.safetensors", described, tensors.__getitem__)
     config = _peft_config(lora, ranks, origin.family.conv1d, base or origin.directory)
+    if model.config.scalar_head:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
