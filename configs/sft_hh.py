@@ -7,8 +7,8 @@ scratch, for a laptop:
     python -m jaxpref.main --config=configs/sft_hh.py:tiny --workdir=A \
         --config.data.path=hh-harmless.jsonl.gz
 
-On the 1,734 pairs of harmless-base's test split, `:tiny` took 1.6 minutes on two CPU cores
-(2026-11-21) and brought the held-out loss from 5.88 to 2.44 nats a byte. The paper's
+On the 1,734 pairs of harmless-base's test split, `:tiny` took 2 minutes on two CPU cores
+(2026-11-21) and brought the held-out loss from 5.88 to 2.45 nats a byte. The paper's
 setting has not been run here: it needs accelerators.
 """
 
