@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that a command line is checked at once.
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -471,8 +472,6 @@ def check(config: ConfigDict) -> None:
             "reference.mode 'synced' would mix the factors of the adapters, which is not to mix "
             "the weights that they make; with model.lora.rank set reference.sync_mix=1."
         )
-    if config.reference.mode == "synced" and config.reference.dtype != "float32":
-        raise UserError("reference.mode 'synced' mixes the reference; keep it in float32.")
     _refuse_without_effect(config)
     if config.reference.mode == "adapter" and not config.model.lora.rank:
         raise UserError(
@@ -579,7 +578,7 @@ def _refuse_without_effect(config: ConfigDict) -> None:
     """Refuses values that another value makes meaningless."""
     chosen, mode, lora = config.algorithm, config.reference.mode, config.model.lora
     active: dict[str, tuple[bool, str]] = {
-        "reference.dtype": (mode in ("live", "synced"), "reference.mode is 'live'"),
+        "reference.dtype": (mode == "live", "reference.mode is 'live'"),
         "reference.sync_mix": (mode == "synced", "reference.mode is 'synced'"),
         "reference.sync_every": (mode == "synced", "reference.mode is 'synced'"),
         "model.lora.alpha": (lora.rank > 0, "model.lora.rank is above 0"),
@@ -656,7 +655,7 @@ def held_out_source(config: ConfigDict) -> dict[str, Any] | None:
 
 def is_file(path: str) -> bool:
     """Whether a source is a single file, by its name."""
-    return path.endswith(DATA_SUFFIXES)
+    return path.endswith(DATA_SUFFIXES) and not Path(path).is_dir()
 
 
 def _check_entry(entry: Any, where: str) -> None:

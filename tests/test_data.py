@@ -179,6 +179,9 @@ def test_a_split_is_in_the_name_of_a_file_before_that_of_a_folder(tmp_path):
         write(folder / f"{name}.jsonl", [{**PAIR, "chosen": name}])
     for split in ("train", "test"):
         assert [r["chosen"] for r, _ in read_records(str(folder), split=split)] == [split]
+    (tmp_path / "valid").mkdir()
+    write(tmp_path / "valid" / "0.jsonl", [PAIR])
+    assert len(list(read_records(str(tmp_path / "valid"), split="valid"))) == 1
 
 
 @pytest.mark.parametrize("part", [{"split": "test"}, {"subset": "base"}])

@@ -193,6 +193,26 @@ def test_a_later_record_with_other_columns_is_an_error(tmp_path):
         read_examples(write(tmp_path / "x.jsonl", PAIR, UNPAIRED))
 
 
+@pytest.mark.parametrize("name", ["explicit", "sft", "messages"])
+def test_further_columns_do_not_hide_a_format(tmp_path, name):
+    format, record, _ = RECORDS[name]
+    _, expected, _ = RECORDS["responses"]
+    path = write(
+        tmp_path / "x.jsonl", {"prompt": "p", **record, "responses": expected["responses"]}
+    )
+    assert read_examples(path)[0] == read_examples(path, format)[0]
+
+
+def test_an_unknown_format_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"the format is .rankd..*Did you mean .ranked."):
+        read_examples(write(tmp_path / "x.jsonl", PAIR), "rankd")
+
+
+def test_scores_are_as_wide_as_the_responses_that_are_taken():
+    data = tokenized(Example("p", ("a", "b"), (4.0, 3.0)), BY_KIND["ranked"])
+    assert data.take(np.asarray([0])).extras["scores"].tolist() == [[4, 3]]
+
+
 def test_a_limit_takes_the_first_and_counts_the_others(tmp_path):
     path = write(tmp_path / "x.jsonl", *({**PAIR, "prompt": str(i)} for i in range(5)))
     examples, dropped = read_examples(path, limit=2)
@@ -358,6 +378,7 @@ def test_taking_examples_is_taking_from_lists(data):
     chosen = data.draw(st.lists(st.integers(0, len(examples) - 1), unique=True, min_size=1))
     part = whole.take(np.asarray(chosen))
     assert everything(part) == [everything(whole)[i] for i in chosen]
+    assert part.responses == max(len(examples[i].responses) for i in chosen)
     assert [part.uncut_lengths(i) for i in range(len(part))] == [
         whole.uncut_lengths(i) for i in chosen
     ]
@@ -378,7 +399,7 @@ def test_borrowed_responses_answer_another_prompt_and_take_nothing_away():
         for i, partner in enumerate(partners)
     ]
     assert data.extras["labels"].tolist() == [1] * 4
-    with pytest.raises(UserError, match=r"all 2 examples on one side .* the same prompt"):
+    with pytest.raises(UserError, match=r"all 2 examples .* have the same prompt"):
         mismatch(tokenized(*labelled[::2]), 64)
 
 

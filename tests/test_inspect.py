@@ -41,6 +41,12 @@ def test_the_longer_response_is_the_one_before_truncation():
     assert statistics.describe(data, borrowed=True).lengths["response"].tolist() == [63] * 6
 
 
+def test_what_is_borrowed_makes_no_example_another():
+    data = dataset_of(("a", ("b", "c")), ("a", ("b", "d")), ("a", ("e", "c")))
+    assert statistics.describe(data, borrowed=True).repeated == 1
+    assert statistics.describe(data).repeated == 0
+
+
 def test_figures_of_other_kinds():
     data = dataset_of(("aa", ("b", "cc", "ddd")), ("aaa", ("b",)))
     found = statistics.describe(data)

@@ -121,9 +121,10 @@ def test_held_out_examples_beyond_the_first_are_counted_and_share_the_cache(tmp_
     assert part.counts["held_out_examples"] == 3
     assert part.counts["held_out_unused"] == len(whole.held_out) - 3
     damaged = next((tmp_path / "kept").rglob("tokens.npy"))
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"tokenised data is damaged .*remove it"):
-        data_lib.load(config, load_tokenizer("bytes"), "pairs")
+    for content in (damaged.read_bytes()[:-9], b"", None):
+        damaged.unlink() if content is None else damaged.write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenised data is damaged .*remove it"):
+            data_lib.load(config, load_tokenizer("bytes"), "pairs")
 
 
 def test_the_first_held_out_examples_are_of_all_sources(mixture):

@@ -73,12 +73,10 @@ def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[
         return None
     try:
         counts = json.loads((folder / _COUNTS).read_text())
-        train, held_out = (
-            _read_dataset(folder / side) if (folder / side).is_dir() else None for side in _SIDES
-        )
-    except (OSError, ValueError) as error:
+        train = _read_dataset(folder / "train")
+        held_out = _read_dataset(folder / "held_out") if counts["held_out_examples"] else None
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{folder}: tokenised data is damaged ({error}); remove it.") from error
-    assert train is not None
     return train, held_out, counts
 
 
@@ -141,8 +139,10 @@ def _write_dataset(folder: Path, dataset: TokenizedDataset) -> None:
 def _read_dataset(folder: Path) -> TokenizedDataset:
     def array(name: str) -> np.ndarray | None:
         path = folder / f"{name}.npy"
+        if name == "scores" and not path.exists():
+            return None
         # Not as a memmap, whose slices are slow.
-        return np.load(path, mmap_mode="r").view(np.ndarray) if path.exists() else None
+        return np.load(path, mmap_mode="r").view(np.ndarray)
 
     fields: dict[str, Any] = {name: array(name) for name in _ARRAYS}
     for group in _GROUPS:

@@ -52,6 +52,10 @@ class TokenizedDataset:
         places = np.full(len(self), -1)
         places[chosen] = np.arange(len(chosen))
         moved = {name: np.sort(places[there]) for name, there in self.sources.items()}
+        extras = {name: values[chosen] for name, values in self.extras.items()}
+        if "scores" in extras:
+            # As wide as the responses that are left.
+            extras["scores"] = extras["scores"][:, : max(int(pieces.max(initial=2)) - 1, 1)]
         return dataclasses.replace(
             self,
             tokens=self.tokens[_ranges(starts, lengths)],
@@ -60,13 +64,14 @@ class TokenizedDataset:
             scores=None if self.scores is None else self.scores[chosen],
             uncut=self.uncut[kept],
             prompts=self.prompts[chosen],
-            extras={name: values[chosen] for name, values in self.extras.items()},
+            extras=extras,
             sources={name: there[there >= 0] for name, there in moved.items() if there.max() >= 0},
         )
 
-    def whole(self, index: int) -> bytes:
-        """What tells one example, its label included, from others."""
-        bounds = self.pieces[self.examples[index] : self.examples[index + 1] + 1]
+    def whole(self, index: int, responses: int | None = None) -> bytes:
+        """What tells one example, its label and its first `responses` (None: all), from others."""
+        first, last = self.examples[index], self.examples[index + 1]
+        bounds = self.pieces[first : last + 1 if responses is None else first + 2 + responses]
         label = self.extras["labels"][index].tobytes() if "labels" in self.extras else b""
         tokens = self.tokens[bounds[0] : bounds[-1]]
         return b"".join((tokens.tobytes(), np.diff(bounds).tobytes(), label))
@@ -124,7 +129,7 @@ def deduplicate(dataset: TokenizedDataset) -> TokenizedDataset:
     first: dict[bytes, int] = {}
     for index in range(len(dataset)):
         first.setdefault(dataset.whole(index), index)
-    counts = dataset.counts + Counter({"dropped/duplicate": len(dataset) - len(first)})
+    counts = Counter({**dataset.counts, "dropped/duplicate": len(dataset) - len(first)})
     kept = np.asarray(list(first.values()), np.int64)
     return dataclasses.replace(dataset.take(kept), counts=counts)
 
@@ -145,8 +150,10 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
     """
     if len(np.unique(dataset.prompts)) < 2:
         raise UserError(
-            f"all {len(dataset)} examples on one side of the data have the same prompt; the "
-            "algorithm needs responses to other prompts too, for its KL estimate."
+            f"all {len(dataset)} examples that are trained on, or all that are held out, have the "
+            "same prompt; the algorithm needs responses to other prompts too, for its KL estimate. "
+            "Hold out more with data.eval_fraction or data.eval_path, or none with "
+            "data.eval_fraction=0."
         )
     partner = _partners(dataset.prompts)
     own = (dataset.pieces[:-1], np.diff(dataset.pieces), dataset.uncut)

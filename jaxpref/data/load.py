@@ -97,9 +97,6 @@ def load(
             f"no example is left to train on{f' of the source {missing[0]!r}' if missing else ''}: "
             f"{counts}.{hint}"
         )
-    if len(held_out):
-        both = np.isin(held_out.prompts, train.prompts)
-        counts["held_out_prompts_trained_on"] = int(both.sum())
     data = Data(train, held_out if len(held_out) else None, counts)
     if folder is not None:
         cache.write(folder, *data[:3])
@@ -115,12 +112,17 @@ def _weights(config: ConfigDict) -> dict[str, float]:
 
 
 def _limited(data: Data, examples: int) -> Data:
-    """The data with the first held-out examples alone. 0: all."""
-    if data.held_out is None or not 0 < examples < len(data.held_out):
+    """The data with the first held-out examples alone (0: all), compared with the others."""
+    held_out, counts = data.held_out, dict(data.counts)
+    if held_out is None:
         return data
-    unused = len(data.held_out) - examples
-    counts = {**data.counts, "held_out_examples": examples, "held_out_unused": unused}
-    return data._replace(held_out=data.held_out.take(np.arange(examples)), counts=counts)
+    if 0 < examples < len(held_out):
+        unused = len(held_out) - examples
+        counts |= {"held_out_examples": examples, "held_out_unused": unused}
+        held_out = held_out.take(np.arange(examples))
+    both = np.intersect1d(held_out.prompts, data.train.prompts)
+    counts["held_out_prompts_trained_on"] = len(both)
+    return data._replace(held_out=held_out, counts=counts)
 
 
 def _tokenized(

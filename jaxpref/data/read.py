@@ -6,6 +6,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+from jaxpref.config import one_of
 from jaxpref.data import formats, sources
 from jaxpref.data.examples import Example, Excluded, SkippableError
 from jaxpref.data.records import Record, read_records
@@ -39,12 +40,12 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(formats.alpaca, ("instruction", "output")),
     "unpaired": Format(formats.unpaired, ("prompt", "completion", "label")),
     "ranked": Format(formats.ranked, ("prompt", "responses", "scores")),
-    "responses": Format(formats.responses, ("prompt", "responses")),
     "explicit": Format(formats.explicit, ("prompt", "chosen", "rejected")),
     "hh": Format(sources.hh),
     "implicit": Format(formats.implicit, ("chosen", "rejected")),
     "sft": Format(formats.sft, ("prompt", "completion")),
     "messages": Format(formats.conversation, ("messages",)),
+    "responses": Format(formats.responses, ("prompt", "responses")),
     "prompts": Format(formats.prompts, ("prompt",)),
 }
 
@@ -77,6 +78,8 @@ def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str
     Raises:
       UserError: the source is empty or cannot be read, or no format has its columns.
     """
+    if format != "auto" and format not in FORMATS:
+        raise UserError(one_of("the format", format, ("auto", *FORMATS)))
     records = read_records(path, subset=subset, split=split)
     first = list(islice(records, _LOOKED_AT))
     if not first:

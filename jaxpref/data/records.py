@@ -58,9 +58,10 @@ def check_source(path: str, key: str, *, subset: str = "", split: str = "train")
             raise UserError(f"{path} ({key}): no such file, seen from {Path.cwd()}.")
         if subset or split != "train":
             raise UserError(
-                f"{path} ({key}): is a single file, which has no subset {subset!r} and no split "
-                f"{split!r}; those are of directories and of data sets on the hub. Name the "
-                "held-out file in data.eval_path."
+                f"{path} ({key}): is a single file, which has no subset and no split (got "
+                f"{subset!r}, {split!r}); those are of directories and of data sets on the hub. "
+                "Leave data.subset and data.eval_split empty and data.split at 'train', and name "
+                "a held-out file in data.eval_path."
             )
     elif path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(
@@ -78,7 +79,9 @@ def _files(path: str, subset: str, split: str) -> list[str] | None:
     # The split stands in the file's name, or else in that of a folder.
     named = [p for p in found if split in re.split("[-.]", p.name)]
     inside = [p for p in found if split in p.relative_to(folder).parts[:-1]]
-    return sorted(str(p) for p in named or inside)
+    # Or else in that of the folder itself.
+    whole = found if folder.name == split else []
+    return sorted(str(p) for p in named or inside or whole)
 
 
 def _read_json_lines(path: str) -> Iterator[Record]:

@@ -51,7 +51,8 @@ def describe(dataset: TokenizedDataset, *, borrowed: bool = False) -> Statistics
     parts["prompt + response"] = (prompts[:, None] + responses)[there]
     together = int(prompts.sum() + responses.sum())
     apart = int((prompts * there.sum(1)).sum() + responses.sum())
-    seen = {dataset.whole(index) for index in range(len(dataset))}
+    own = 1 if borrowed else None
+    seen = {dataset.whole(index, own) for index in range(len(dataset))}
     _, by_prompt = np.unique(dataset.prompts, return_counts=True)
     uncut = dataset.of_responses(dataset.uncut) if pairs else None
     margin = None if uncut is None else np.sign(uncut[:, 0] - uncut[:, 1])

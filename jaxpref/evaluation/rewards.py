@@ -108,9 +108,10 @@ def score_file(
             tell,
         )
     if not jax.process_index():
+        lines = (_line(example, row) for example, row in zip(examples, rewards, strict=True))
         with output.open("w", encoding="utf-8") as file:
-            for example, row in zip(examples, rewards, strict=True):
-                file.write(json.dumps(_line(example, row), ensure_ascii=False) + "\n")
+            for line in lines:
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     return Scored(len(examples), counts)
 
 
