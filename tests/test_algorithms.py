@@ -11,7 +11,7 @@ import optax
 import pytest
 from conftest import TINY, random_groups
 
-from jaxpref import algorithms, config as config_lib, losses, models, packing, sharding, train
+from jaxpref import algorithms, config as config_lib, losses, packing, sharding, train
 from jaxpref.algorithms.base import response_logps
 from jaxpref.logprobs import LMHead
 from jaxpref.models import Decoder, Lora
@@ -80,9 +80,13 @@ class Bigram(Decoder):
         normal = nn.initializers.normal(1.0)
         for name, rows in (("embedding", 64), ("kernel", 64), ("score", 1)):
             setattr(self, name, self.param(name, normal, (rows, 8)))
+        if self.config.lora:
+            rank = self.config.lora.rank
+            self.a = self.param("embedding_lora_a", normal, (64, rank))
+            self.b = self.param("embedding_lora_b", nn.initializers.zeros, (rank, 8))
 
     def hidden_states(self, tokens, positions=None, mask=None):
-        return self.embedding[tokens]
+        return (self.embedding + self.a @ self.b if self.config.lora else self.embedding)[tokens]
 
     def lm_head(self):
         return LMHead(self.kernel)
@@ -93,15 +97,13 @@ class Bigram(Decoder):
 
 @functools.cache
 def model_of(adapter=False):
-    return Decoder(dataclasses.replace(TINY, lora=LORA)) if adapter else Bigram(TINY)
+    return Bigram(dataclasses.replace(TINY, lora=LORA) if adapter else TINY)
 
 
 @functools.cache
 def params_of(adapter=False):
-    if adapter:
-        return jax.jit(lambda key: models.init_params(model_of(True), key))(jax.random.key(3))
     tokens = np.zeros((1, 2), np.int32)
-    return Bigram(TINY).init(jax.random.key(3), tokens, None, None, method="hidden_states")[
+    return model_of(adapter).init(jax.random.key(3), tokens, None, None, method="hidden_states")[
         "params"
     ]
 
