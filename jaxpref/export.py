@@ -82,7 +82,12 @@ def run(
     # A model's own tokenizer files go along as they are.
     own = source.pretrained is not None and name == "auto"
     huggingface.save_pretrained(
-        model, params, output, tokenizer=None if own else tokenizer, dtype=dtype
+        model,
+        params,
+        output,
+        # A reward model's may need another padding token.
+        tokenizer=None if own and not model.config.scalar_head else tokenizer,
+        dtype=dtype,
     )
     if own and config.tokenizer.chat_template:
         (output / "chat_template.jinja").write_text(tokenizer.chat_template)

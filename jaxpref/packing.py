@@ -143,6 +143,29 @@ def index_in_response(batch: PackedBatch) -> Int[Array, "rows scored"]:
     return (index - first).reshape(response.shape)
 
 
+def last_places(batch: PackedBatch, passed_over: int) -> Int[Array, "rows scored"]:
+    """`batch.place`, but where a response ends: there, the place of what a classifier reads.
+
+    That is the last token which is not `passed_over`: of the response, else of its prompt; if
+    there is none, the prompt's first token (transformers' rule for sequence classifiers).
+    """
+    by_shard = lambda x: jnp.asarray(x).reshape(batch.shards, -1)  # noqa: E731
+    place, target = by_shard(batch.place), by_shard(batch.target)
+    index = jnp.broadcast_to(jnp.arange(place.shape[1])[None], place.shape)
+    first = index - by_shard(index_in_response(batch))
+    latest = jax.lax.cummax(jnp.where(target != passed_over, index, -1), axis=1)
+    own = jnp.take_along_axis(place, jnp.maximum(latest, 0), axis=1)
+    tokens, of_prompt = by_shard(batch.tokens), by_shard(batch.branch) == 0
+    anchor = of_prompt & ((tokens != passed_over) | (by_shard(batch.positions) == 0))
+    flat = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    in_prompt = jax.lax.cummax(jnp.where(anchor, flat, 0), axis=1)
+    end_of_prompt = jnp.take_along_axis(by_shard(batch.source), first, axis=1)
+    before = jnp.take_along_axis(in_prompt, end_of_prompt, axis=1)
+    ends = by_shard(is_last(batch))
+    places = jnp.where(ends, jnp.where(latest >= first, own, before), place)
+    return places.reshape(batch.response.shape)
+
+
 def sum_by_response(
     values: Float[Array, "rows scored"], batch: PackedBatch
 ) -> Float[Array, "groups responses"]:

@@ -1,5 +1,6 @@
 """Scalar heads: grown on a language model, read at a response's last token, saved and loaded."""
 
+import dataclasses
 import json
 
 import jax
@@ -47,6 +48,30 @@ def test_places_and_last_tokens(planner, shards):
     ends = dict(zip(response[last].tolist(), found[last].tolist(), strict=True))
     expected = [r[-1] for group in groups for r in group.responses]
     assert [ends[i] for i in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_pads_is_passed_over_at_the_end(shards):
+    """transformers' rule, token by token: the last one that is not padding, in the whole text."""
+    pad, rng = 3, np.random.default_rng(0)
+
+    def ids(longest):
+        return rng.choice([pad, 4, 5], rng.integers(1, longest)).astype(np.int32)
+
+    groups = [packing.Group(ids(5), [ids(5), ids(4), ids(3)]) for _ in range(40)]
+    batch = packing.pack(groups, row_length=16, scored_length=16, shards=shards)
+    # A model whose hidden state at a token is the token's place in its text, and its group.
+    positions = jnp.asarray(batch.positions, jnp.float32)
+    read = dataclasses.replace(batch, place=packing.last_places(batch, pad))
+    found = packing.gather_places(positions[..., None], read)[..., 0]
+    ends = packing.sum_by_response(jnp.where(packing.is_last(batch), found, 0), batch)
+    tokens = packing.gather_places(jnp.asarray(batch.tokens, jnp.float32)[..., None], read)[..., 0]
+    tokens = packing.sum_by_response(jnp.where(packing.is_last(batch), tokens, 0), batch)
+    for g, group in enumerate(groups):
+        for k, response in enumerate(group.responses):
+            text = np.concatenate([group.prompt, response])
+            expected = np.flatnonzero(text != pad)[-1] if (text != pad).any() else 0
+            assert (ends[g, k], tokens[g, k]) == (expected, text[expected])
 
 
 def test_a_reward_is_what_the_head_says_at_the_last_token():

@@ -49,15 +49,15 @@ GPT2 = {
 }
 
 
-def write_model(directory, config, *, dtype=None):
-    """A Hugging Face directory with random weights and the tokenizer of bytes."""
+def write_model(directory, config, *, dtype=None, tokenizer=None):
+    """A Hugging Face directory with random weights and, by default, the tokenizer of bytes."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     model = huggingface.read_model(directory)
     text = json.dumps(config, indent=2)
     model = model.clone(origin=Origin(config["architectures"][0], config=text))
     params = models.init_params(model, jax.random.key(3))
-    tokenizer = transformers.ByT5Tokenizer()
+    tokenizer = tokenizer or transformers.ByT5Tokenizer()
     models.save_pretrained(model, params, directory, tokenizer=tokenizer, dtype=dtype)
     return directory
 

@@ -136,8 +136,13 @@ def response_logps(
 def scalars(
     model: Decoder, params: Params, batch: PackedBatch, key: Array | None = None
 ) -> Scalars:
-    """What a model with a scalar head says of every response of a packed batch."""
+    """What a model with a scalar head says at the end of every response of a packed batch.
+
+    The end is the last token, or the last one that is not `model.config.pad_token_id`.
+    """
     hidden, router_loss = _hidden(model, params, batch, key)
+    if (pad := model.config.pad_token_id) is not None:
+        batch = dataclasses.replace(batch, place=packing.last_places(batch, pad))
     places = packing.gather_places(hidden, batch)
     values = model.apply({"params": params}, places, method="scalars_of")
     # Not a product with the mask, which a NaN in padding would survive.

@@ -11,14 +11,13 @@ from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
 from jaxpref.models.adapters import dequantize, merge_adapters, save_adapters, without_adapters
+from jaxpref.models.classifiers import as_scalar, with_scalar_head
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
 from jaxpref.models.families import make_rope
 from jaxpref.models.huggingface import (
     Origin,
-    as_scalar,
     from_pretrained,
     save_pretrained,
-    with_scalar_head,
 )
 
 __all__ = [

@@ -152,6 +152,9 @@ class DecoderConfig:
       head_bias: bias of the LM head.
       scalar_head: a head that gives one number a token instead of the LM head (reward and
         value models).
+      pad_token_id: of a model with a scalar head, the token that is passed over at the end of
+        a response, as transformers' classifiers do; None: its last token is read, whichever
+        it is.
       logit_soft_cap: bound of the logits; None for none.
       lora: low-rank adapters; None for none.
       dtype: of activations and products.
@@ -193,6 +196,7 @@ class DecoderConfig:
     tied_head: bool = True
     head_bias: bool = False
     scalar_head: bool = False
+    pad_token_id: int | None = None
     logit_soft_cap: float | None = None
     lora: Lora | None = None
     dtype: str = "float32"

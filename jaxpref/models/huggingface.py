@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.models import safetensors
+from jaxpref.models.classifiers import SCALAR_HEAD, features, with_padding
 from jaxpref.models.decoder import Decoder, DecoderConfig
 from jaxpref.models.families import FAMILIES, SCORE, Family, Reader
 from jaxpref.models.safetensors import TensorFiles
@@ -32,7 +33,6 @@ from jaxpref.trainable import path_of
 _INPUTS = {"out": 2} | dict.fromkeys(
     ("query", "key", "value", "gate", "up", "down", "router", "project_in", "project_out"), 1
 )
-_SCALAR_HEAD: dict[str, Any] = {"scalar_head": True, "tied_head": True, "head_bias": False}
 _TENSORS = "tensors.json"
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template*")
 _NOT_COPIED = {safetensors.INDEX, "pytorch_model.bin.index.json", _TENSORS}
@@ -212,7 +212,7 @@ def read_model(
                 f"{directory}/config.json: is a classifier with {labels} labels; only one label, a "
                 "reward or value model, is supported."
             )
-        fields |= _SCALAR_HEAD
+        fields |= {**SCALAR_HEAD, "pad_token_id": values.get("pad_token_id")}
     read.finish(set(ignore))
     try:
         return Decoder(DecoderConfig(**{**fields, **numerics}), origin)
@@ -434,13 +434,15 @@ def save_pretrained(
 
     Tensors get the names and dtypes that they had where the model came from, and its
     config, generation config and tokenizer files go along, unchanged. A model with random
-    weights is written as the Llama that it is.
+    weights is written as the Llama that it is. A reward or value model gives the same values
+    in transformers; see `classifiers.with_padding` for what that may add to its tokenizer.
 
     Args:
       model: the model.
       params: its parameters, however they are sharded.
       directory: receives the files; made if needed.
-      tokenizer: saved too; needed if the model's origin has no tokenizer.
+      tokenizer: saved too; needed if the model's origin has no tokenizer, and for a reward or
+        value model, which transformers else reads one at a time.
       dtype: of all tensors (float32, bfloat16, float16), instead of those of the origin.
       options: `shard_bytes`, the size beyond which a file is split.
 
@@ -458,6 +460,8 @@ def save_pretrained(
             "save_pretrained: the model has adapters; call jaxpref.models.merge_adapters first, or "
             "write them by themselves with jaxpref.models.save_adapters."
         )
+    if model.config.scalar_head and model.config.pad_token_id is None and tokenizer is not None:
+        model, params, tokenizer = with_padding(model, params, tokenizer)
     family = origin.family
     needed = list(places(model, family))
     there = origin.tensors() or {place.name: (place.shape, "F32") for place in needed}
@@ -465,7 +469,7 @@ def save_pretrained(
         # Grown on a language model: its head goes, this one comes, in the same dtype.
         head_names = (family.tensors["head"], family.tensors.get("head_bias"))
         there = {name: tensor for name, tensor in there.items() if name not in head_names}
-        there[SCORE["score"]] = ((1, _features(model)), next(iter(there.values()))[1])
+        there[SCORE["score"]] = ((1, features(model)), next(iter(there.values()))[1])
     names = _match(needed, set(there), family, model)
     by_name = {names[place.name]: place for place in needed}
     head = family.tensors["head"]
@@ -474,8 +478,8 @@ def save_pretrained(
         by_name[head] = by_name[names[family.tensors["embedding"]]]
     all_dtype = None if dtype is None else safetensors.dtype_name(jnp.dtype(dtype))
     tensors = {
-        name: (shape, all_dtype or stored)
-        for name, (shape, stored) in there.items()
+        name: (by_name[name].shape, all_dtype or stored)
+        for name, (_, stored) in there.items()
         if name in by_name
     }
     leaves = {path_of(path): leaf for path, leaf in _leaves(params)}
@@ -501,44 +505,22 @@ def save_pretrained(
             if all_dtype is not None:
                 _say(directory / "config.json", dtype=jnp.dtype(dtype).name)
             if model.config.scalar_head:
-                labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-                architectures = [family.classifier]
-                _say(directory / "config.json", architectures=architectures, **labels)
+                _say(
+                    directory / "config.json",
+                    architectures=[family.classifier],
+                    id2label={"0": "LABEL_0"},
+                    label2id={"LABEL_0": 0},
+                    pad_token_id=model.config.pad_token_id,
+                    vocab_size=model.config.vocabulary_size,
+                )
         safetensors.write(directory, tensors, get, writer=writer, **options)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}).") from error
 
 
-def as_scalar(model: Decoder) -> Decoder:
-    """The same model with a scalar head in place of its LM head."""
-    return model.clone(config=dataclasses.replace(model.config, **_SCALAR_HEAD))
-
-
 def has_scalar_head(model: Decoder) -> bool:
     """Whether the files that a model comes from have a scalar head's weights."""
     return SCORE["score"] in (model.origin.tensors() or {})
-
-
-def with_scalar_head(model: Decoder, params: Any, key: jax.Array) -> tuple[Decoder, Any]:
-    """A reward or value model that begins as a language model with a new head.
-
-    Args:
-      model: with an LM head.
-      params: of the model; what the two have in common is shared, not copied.
-      key: for the new head's random weights.
-    """
-    scalar, width = as_scalar(model), _features(model)
-    score = (
-        jax.random.normal(key, (1, width), jnp.dtype(model.config.param_dtype))
-        * (width + 1) ** -0.5
-    )
-    body = {name: part for name, part in params.items() if name not in ("head", "head_bias")}
-    return scalar, {**body, "score": score}
-
-
-def _features(model: Decoder) -> int:
-    """Size of the hidden states that a head sees."""
-    return model.config.embedding_width or model.config.width
 
 
 def _say(path: Path, **changes: Any) -> None:

@@ -1,0 +1,119 @@
+"""Reward models in Hugging Face's layout give the same rewards there and here, whatever pads."""
+
+import json
+
+import numpy as np
+import pytest
+import transformers
+from test_weights import QWEN3, small, write_model
+
+from jaxpref import evaluation, export, models, train
+
+# As many rows as ByT5's tokenizer has ids, so that a new token needs a new row; and more.
+ROWS = (384, 400)
+PADS = {"eos": {"pad_token": "</s>"}, "apart": {"pad_token": "<pad>"}, "none": {}}
+
+
+def tokenizer_that_pads(pad):
+    tokenizer = transformers.ByT5Tokenizer(**PADS[pad])
+    if pad == "none":
+        tokenizer.pad_token = None
+    return tokenizer
+
+
+def write_pairs(path, count=20):
+    """Pairs whose responses differ in length; some end in what could be taken for padding."""
+    rng = np.random.default_rng(0)
+    words = ["yes", "no", "perhaps", "never", "of course", "<pad>"]
+
+    def response():
+        return " " + " ".join(rng.choice(words, rng.integers(1, 6)))
+
+    pairs = [
+        {"prompt": f"Is {i} odd?", "chosen": response(), "rejected": response()}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
+def ours(model, path, output):
+    evaluation.score_file(model, str(path), output)
+    return np.array([json.loads(line)["rewards"] for line in output.read_text().splitlines()])
+
+
+def theirs(directory, pairs):
+    """What transformers says of prompt, response and EOS, in padded batches where it can."""
+    import torch
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
+    eos = tokenizer.eos_token_id
+    texts = [[pair["prompt"], pair[side]] for pair in pairs for side in ("chosen", "rejected")]
+    ids = [
+        [
+            i
+            for text in both
+            for i in tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ]
+        + [eos]
+        for both in texts
+    ]
+    if model.config.pad_token_id is None:
+        batches = [[one] for one in ids]
+    else:
+        # As TRL does, which tells the model what the tokenizer pads with.
+        assert tokenizer.pad_token_id == model.config.pad_token_id
+        batches = [ids[:13], ids[13:]]
+    rewards = []
+    for batch in batches:
+        padded = (
+            tokenizer.pad({"input_ids": batch}, return_tensors="pt")
+            if len(batch) > 1
+            else {"input_ids": torch.tensor(batch)}
+        )
+        with torch.no_grad():
+            rewards.append(model(**padded).logits[:, 0].numpy())
+    return np.concatenate(rewards).reshape(len(pairs), 2)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("pad", PADS)
+def test_an_export_gives_the_rewards_of_its_workdir(pad, rows, tmp_path):
+    write_model(tmp_path / "hf", {**QWEN3, "vocab_size": rows}, tokenizer=tokenizer_that_pads(pad))
+    train.run(small("reward", tmp_path / "hf"), tmp_path / "run")
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    export.run(tmp_path / "run", tmp_path / "out")
+    here = ours(tmp_path / "run", tmp_path / "pairs.jsonl", tmp_path / "scored")
+    np.testing.assert_allclose(theirs(tmp_path / "out", pairs), here, atol=2e-5)
+    again = ours(tmp_path / "out", tmp_path / "pairs.jsonl", tmp_path / "again")
+    np.testing.assert_allclose(again, here, atol=2e-5)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pad", PADS)
+def test_an_import_gives_the_rewards_of_transformers(pad, tmp_path):
+    import torch
+
+    torch.manual_seed(0)
+    tokenizer = tokenizer_that_pads(pad)
+    config = transformers.Qwen3Config(
+        **{**QWEN3, "architectures": None},
+        num_labels=1,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformers.Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "hf")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    expected = theirs(tmp_path / "hf", pairs)
+    here = ours(tmp_path / "hf", tmp_path / "pairs.jsonl", tmp_path / "scored")
+    np.testing.assert_allclose(here, expected, atol=2e-5)
+    # Exported as it is, it still says the same.
+    model, params = models.from_pretrained(tmp_path / "hf")
+    models.save_pretrained(model, params, tmp_path / "out", tokenizer=tokenizer)
+    np.testing.assert_allclose(theirs(tmp_path / "out", pairs), expected, atol=2e-5)
