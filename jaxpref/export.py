@@ -21,6 +21,12 @@ _DTYPE = flags.DEFINE_enum(
 _ADAPTERS = flags.DEFINE_bool(
     "adapters", False, "Write the adapters alone, in PEFT's format, rather than merged weights."
 )
+_BASE = flags.DEFINE_string(
+    "base",
+    "",
+    "With --adapters: the directory or hub name of the model that they belong to. By default "
+    "where the run began.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -29,9 +35,17 @@ def main(argv: list[str]) -> None:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
     if not WORKDIR.value or not OUTPUT.value:
         fail("give --workdir=W, a run's workdir, and --output=DIR, the directory to write.")
+    if _BASE.value and not _ADAPTERS.value:
+        fail("--base belongs to --adapters; merged weights have no base.")
     quiet()
     try:
-        run(WORKDIR.value, OUTPUT.value, _DTYPE.value, adapters=_ADAPTERS.value)
+        run(
+            WORKDIR.value,
+            OUTPUT.value,
+            _DTYPE.value,
+            adapters=_ADAPTERS.value,
+            base=_BASE.value,
+        )
     except UserError as error:
         fail(str(error))
 
@@ -42,6 +56,7 @@ def run(
     dtype: str | None = None,
     *,
     adapters: bool = False,
+    base: str = "",
 ) -> None:
     """Writes the model of a workdir's last checkpoint in Hugging Face's layout.
 
@@ -50,9 +65,12 @@ def run(
       output: the directory; must not hold anything yet.
       dtype: of all weights; by default as where the run began.
       adapters: write the adapters alone, in PEFT's format, instead of merging them.
+      base: of the adapters: the directory or hub name of the model that they belong to; by
+        default where the run began.
 
     Raises:
-      UserError: there is no checkpoint, or the output is not empty or cannot be written.
+      UserError: there is no checkpoint, the output is not empty or cannot be written, or it is
+        not known which model the adapters belong to.
     """
     # JAX loads here, so that wrong flags answer at once.
     from jaxpref import checkpoint, data, models, sharding, weights
@@ -72,11 +90,21 @@ def run(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
     model = weights.build_model(config, source, len(tokenizer))
+    if adapters:
+        base = base or weights.base_of(workdir)
     mesh = sharding.make_mesh(data=1, fsdp=-1)
     params, step = checkpoint.restore_params(workdir, huggingface.abstract_params(model, mesh))
     if adapters:
-        models.save_adapters(model, params, output)
-        console.print(f"{workdir}, step {step}: adapters written to {output}")
+        models.save_adapters(model, params, output, base)
+        scalar = model.config.scalar_head
+        tokenizer = models.with_own_padding(tokenizer) if scalar else tokenizer
+        tokenizer.save_pretrained(output)
+        console.print(f"{workdir}, step {step}: adapters of {base} written to {output}")
+        if scalar:
+            console.print(
+                "transformers reads a reward at the last token that is not padding: set "
+                f"model.config.pad_token_id = {tokenizer.pad_token_id} after loading"
+            )
         return
     model, params = models.merge_adapters(model, models.dequantize(params))
     # A model's own tokenizer files go along as they are.
@@ -88,6 +116,7 @@ def run(
         # A reward model's may need another padding token.
         tokenizer=None if own and not model.config.scalar_head else tokenizer,
         dtype=dtype,
+        stop_ids=data.stop_ids(tokenizer),
     )
     if own and config.tokenizer.chat_template:
         (output / "chat_template.jinja").write_text(tokenizer.chat_template)

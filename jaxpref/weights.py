@@ -142,6 +142,44 @@ def keep(source: Source, model: Decoder, workdir: Path) -> None:
         model.origin.copy(workdir / _KEPT, tensors=True)
 
 
+def base_of(workdir: Path) -> str:
+    """The Hugging Face directory or hub name whose weights a run's adapters adapt.
+
+    Raises:
+      UserError: there is none, or it is not where it was; the message says what to export.
+    """
+    run = checkpoint.read_run(workdir) or {}
+    begun = run.get("model.init_from", "")
+    merged = "export without --adapters, which merges them."
+    if not run.get("model.lora.rank"):
+        raise UserError(f"{workdir}: that run has no adapters (model.lora.rank is 0).")
+    if run["train.trainable"]:
+        raise UserError(
+            f"{workdir}: train.trainable is {run['train.trainable']!r}, so that more than adapters "
+            f"may have been trained; {merged}"
+        )
+    if not begun:
+        raise UserError(f"{workdir}: its adapters belong to random weights; {merged}")
+    there = checkpoint.read_run(Path(begun))
+    if there is not None and there.get("model.lora.rank"):
+        # Its adapters went on, and their base with them.
+        return base_of(Path(begun))
+    if there is not None:
+        raise UserError(
+            f"{workdir}: its adapters belong to the weights of the workdir {begun}, which others "
+            f"cannot read. Export those first (python -m jaxpref.export --workdir={begun} "
+            "--output=BASE), then give --base=BASE here."
+        )
+    if Path(begun).is_dir():
+        return str(Path(begun).resolve())
+    if Path(begun).is_absolute() or begun.count("/") != 1:
+        raise UserError(
+            f"{workdir}: its adapters belong to the model of {begun}, which is not there any more; "
+            "say where it is with --base=DIR_OR_HUB_NAME."
+        )
+    return begun
+
+
 def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> Any:
     """The first weights, into the shapes and shardings of abstract arrays."""
     if source.workdir is None and source.pretrained is None:

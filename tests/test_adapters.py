@@ -1,6 +1,7 @@
 """LoRA and freezing: what is trained, what it costs, what it is equal to, and how it is saved."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained
 import pytest
+import transformers
 from test_weights import QWEN3, small, write_model
 
 from jaxpref import checkpoint, config as config_lib, export, metrics, models, train
@@ -206,8 +208,8 @@ def test_a_run_with_adapters_resumes_bit_for_bit(folder, tmp_path):
 def test_export_merges_or_writes_the_adapters(folder, tmp_path):
     export.run(folder / "adapter", tmp_path / "merged")
     export.run(folder / "adapter", tmp_path / "adapters", adapters=True)
-    names = {path.name for path in (tmp_path / "adapters").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    described = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str((folder / "hf").resolve())
     model = the_model(folder)
     params, _ = checkpoint.restore_params(folder / "adapter", huggingface.abstract_params(model))
     merged, weights = models.from_pretrained(tmp_path / "merged")
@@ -216,6 +218,50 @@ def test_export_merges_or_writes_the_adapters(folder, tmp_path):
         model.apply({"params": params}, TOKENS),
         atol=1e-5,
     )
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_peft_loads_an_export_by_itself(folder, tmp_path):
+    """Base, adapters and tokenizer are found from the directory alone."""
+    peft = pytest.importorskip("peft")
+    import torch
+
+    export.run(folder / "adapter", tmp_path / "adapters", adapters=True)
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapters")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "adapters")
+    model = the_model(folder)
+    params, _ = checkpoint.restore_params(folder / "adapter", huggingface.abstract_params(model))
+    tokens = np.array([tokenizer("What?").input_ids])
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(tokens)).logits.numpy()
+    ours = model.apply({"params": params}, tokens.astype(np.int32))
+    np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_adapters_without_a_base_that_others_can_read_say_what_to_export(folder, tmp_path):
+    def refused(source, message, **changes):
+        train.run(lora_run(source, "sft", **changes), tmp_path / "run")
+        with pytest.raises(UserError, match=message):
+            export.run(tmp_path / "run", tmp_path / "out", adapters=True)
+        shutil.rmtree(tmp_path / "run")
+
+    refused("", "belong to random weights; export without --adapters")
+    train.run(small("sft", folder / "hf"), tmp_path / "full")
+    refused(tmp_path / "full", "Export those first .*--workdir=.*full.* then give --base=BASE")
+    # Adapters that went on belong to the base of the first run.
+    train.run(lora_run(folder / "adapter"), tmp_path / "further")
+    export.run(tmp_path / "further", tmp_path / "out", adapters=True)
+    described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str((folder / "hf").resolve())
+    moved = shutil.copytree(folder / "hf", tmp_path / "hf")
+    train.run(lora_run(moved), tmp_path / "gone")
+    shutil.rmtree(moved)
+    with pytest.raises(UserError, match=r"not there any more; say where it is with --base"):
+        export.run(tmp_path / "gone", tmp_path / "never", adapters=True)
+    export.run(tmp_path / "gone", tmp_path / "based", adapters=True, base="owner/model")
+    described = json.loads((tmp_path / "based" / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == "owner/model"
 
 
 def test_adapters_go_on_from_another_run(folder, tmp_path):

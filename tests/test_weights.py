@@ -184,6 +184,50 @@ def test_a_model_from_scratch_is_exported_as_a_llama(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_generation_stops_at_the_end_of_a_turn_too(tmp_path):
+    """A base model's EOS is not what ends a turn in the template that it was trained with."""
+    turns = ["<|im_start|>", "<|im_end|>"]
+    tokenizer = transformers.ByT5Tokenizer()
+    tokenizer.add_tokens(turns, special_tokens=True)
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    write_model(tmp_path / "hf", QWEN3, tokenizer=tokenizer)
+    train.run(small("sft", tmp_path / "hf", train__steps=1), tmp_path / "run")
+    export.run(tmp_path / "run", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert said["eos_token_id"] == [tokenizer.eos_token_id, end]
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_knows_where_a_model_from_scratch_stops(tmp_path):
+    """After a little training on one answer, `generate` gives that answer, EOS, and no more."""
+    import torch
+
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "Say ", "completion": "yes"}) + "\n")
+    config = small("sft", "", data__format="sft", data__path=str(tmp_path / "one.jsonl"))
+    config.data.update(batch_size=1, eval_fraction=0.0, max_length=16, max_prompt_length=8)
+    config.model.update(width=16, heads=2, kv_heads=1, head_dim=8, feed_forward=24, layers=1)
+    config.train.steps = 40
+    train.run(config, tmp_path / "run")
+    export.run(tmp_path / "run", tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for part in (theirs.config, theirs.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(part, name) == getattr(tokenizer, name)
+    prompt = tokenizer("Say ", add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        said = theirs.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
+    assert tokenizer.decode(said) == "yes</s>"
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_reads_the_llama_from_scratch(tmp_path):

@@ -1,5 +1,6 @@
 """Records to examples to token ids to the batch at step s."""
 
+from jaxpref.data.chat import stop_ids
 from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.examples import Example
 from jaxpref.data.load import Data, check, load, load_file
@@ -17,5 +18,6 @@ __all__ = [
     "load_file",
     "load_tokenizer",
     "read_examples",
+    "stop_ids",
     "tokenize",
 ]

@@ -260,6 +260,23 @@ class ChatEncoder:
         )
 
 
+def stop_ids(tokenizer: Any) -> list[int]:
+    """The ids that responses end in: EOS, and what ends a turn in the chat template, if any."""
+    eos = tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        return [eos]
+    turn = Chat(({"role": "user", "content": "a"},))
+    try:
+        encoder = ChatEncoder(tokenizer, eos=eos)
+        _, (response,) = encoder.encode(
+            turn, [{"role": "assistant", "content": "b"}], "a conversation of two words"
+        )
+    except UserError:
+        # A template that cannot write so simple a conversation says nothing of its end.
+        return [eos]
+    return list(dict.fromkeys([eos, response[-1]]))
+
+
 def _map_text(value: Any, function: Callable[[str], str]) -> Any:
     """The value with every text in it replaced, but for keys and roles."""
     if isinstance(value, str):

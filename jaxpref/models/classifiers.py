@@ -47,6 +47,16 @@ def features(model: Decoder) -> int:
     return model.config.embedding_width or model.config.width
 
 
+def with_own_padding(tokenizer: Any) -> Any:
+    """The tokenizer, with a padding token that no text ends in; a copy, if it needs a new one."""
+    own, template = tokenizer.pad_token, tokenizer.chat_template or ""
+    if own is not None and own != tokenizer.eos_token and own not in template:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": _PAD})
+    return tokenizer
+
+
 def with_padding(model: Decoder, params: Any, tokenizer: Any) -> tuple[Decoder, Any, Any]:
     """The same rewards, by transformers' rule: with a padding token that no text ends in.
 
@@ -61,10 +71,7 @@ def with_padding(model: Decoder, params: Any, tokenizer: Any) -> tuple[Decoder, 
     Returns:
       The model with its `pad_token_id`, its parameters, and the tokenizer that pads with it.
     """
-    own, template = tokenizer.pad_token, tokenizer.chat_template or ""
-    if own is None or own == tokenizer.eos_token or own in template:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_special_tokens({"pad_token": _PAD})
+    tokenizer = with_own_padding(tokenizer)
     pad, rows = tokenizer.pad_token_id, model.config.vocabulary_size
     missing = max(pad + 1 - rows, 0)
     if missing:

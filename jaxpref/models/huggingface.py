@@ -428,6 +428,7 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     dtype: str | None = None,
+    stop_ids: Sequence[int] = (),
     **options: Any,
 ) -> None:
     """Writes the model in Hugging Face's layout, as transformers, vLLM and others read it.
@@ -444,6 +445,8 @@ def save_pretrained(
       tokenizer: saved too; needed if the model's origin has no tokenizer, and for a reward or
         value model, which transformers else reads one at a time.
       dtype: of all tensors (float32, bfloat16, float16), instead of those of the origin.
+      stop_ids: tokens that generation stops at, beside those that the tokenizer, or else the
+        origin's generation config, says.
       options: `shard_bytes`, the size beyond which a file is split.
 
     Raises:
@@ -502,6 +505,8 @@ def save_pretrained(
             origin.copy(directory, tensors=False)
             if tokenizer is not None:
                 tokenizer.save_pretrained(directory)
+            if not model.config.scalar_head:
+                _say_special_ids(directory, tokenizer, stop_ids)
             if all_dtype is not None:
                 _say(directory / "config.json", dtype=jnp.dtype(dtype).name)
             if model.config.scalar_head:
@@ -530,6 +535,30 @@ def _say(path: Path, **changes: Any) -> None:
         changes["torch_dtype"] = changes.pop("dtype")
     if any(config.get(key) != value for key, value in changes.items()):
         path.write_text(json.dumps({**config, **changes}, indent=2) + "\n")
+
+
+def _say_special_ids(directory: Path, tokenizer: Any, stop_ids: Sequence[int]) -> None:
+    """Tells `generate` of a tokenizer's special tokens, and where to stop.
+
+    What a `config.json` leaves out, transformers fills in with ids of its own.
+    """
+    generation = directory / "generation_config.json"
+    if tokenizer is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: getattr(tokenizer, name) for name in names}
+        _say(directory / "config.json", **ids)
+    else:
+        config = json.loads(
+            (generation if generation.exists() else directory / "config.json").read_text()
+        )
+        ids = {"eos_token_id": config.get("eos_token_id")}
+    known = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
+    stops = [i for i in dict.fromkeys([*known, *stop_ids]) if i is not None]
+    if tokenizer is None and set(stops) <= set(known):
+        return
+    if not generation.exists():
+        generation.write_text("{}")
+    _say(generation, **{**ids, "eos_token_id": stops if len(stops) > 1 else stops[0]})
 
 
 def _gather(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray:
