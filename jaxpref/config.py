@@ -224,7 +224,8 @@ def default(algorithm: str) -> ConfigDict:
 
     config.model = ConfigDict()
     # Where the weights come from. Empty: random; else a jaxpref workdir, or a Hugging Face
-    # directory or hub name, which bring their own shape.
+    # directory or hub name, which bring their own shape; of PEFT adapters too, which are merged
+    # into their base.
     config.model.init_from = ""
     # Keys of a Hugging Face config.json to ignore where jaxpref does not know them.
     config.model.ignore_keys = ()
@@ -254,8 +255,9 @@ def default(algorithm: str) -> ConfigDict:
     config.model.lora = ConfigDict()
     config.model.lora.rank = 0
     config.model.lora.alpha = 16.0
-    # Products that have one: query, key, value, out, gate, up, down.
-    config.model.lora.targets = ("query", "key", "value", "out", "gate", "up", "down")
+    # Products that have one: query, key, value, out, gate, up, down. Empty: all; of a mixture of
+    # experts, those of attention.
+    config.model.lora.targets = ()
     config.model.lora.dropout = 0.0
 
     config.tokenizer = ConfigDict()

@@ -1,23 +1,25 @@
 """Where a run's model, its tokenizer and its first weights come from.
 
 `model.init_from` names nothing (random weights), a jaxpref workdir, or a Hugging Face
-directory or hub name. A run that goes back to Hugging Face, at once or through other
-workdirs, keeps the model's small files in `workdir/huggingface/`, so that neither
-resuming nor exporting needs anything but the workdir.
+directory or hub name, which may hold a model or PEFT adapters for one. A run that goes back
+to Hugging Face, at once or through other workdirs, keeps the model's small files in
+`workdir/huggingface/`, so that neither resuming nor exporting needs anything but the workdir.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxpref import checkpoint, config as config_lib, models
 from jaxpref.errors import UserError
 from jaxpref.metrics import console
 from jaxpref.models import Decoder, huggingface, without_adapters
-from jaxpref.models.adapters import ADAPTERS
+from jaxpref.models.adapters import ADAPTERS, PEFT_CONFIG, SavedAdapters
 from jaxpref.trainable import merge, partition, path_of
 
 _KEPT = "huggingface"
@@ -34,15 +36,24 @@ class Source(NamedTuple):
     Attributes:
       workdir: the jaxpref workdir that the first weights come from, if any.
       pretrained: the directory with the Hugging Face model's files, if any.
+      adapters: what is merged into the weights of that directory, if anything.
     """
 
     workdir: Path | None
     pretrained: Path | None
+    adapters: SavedAdapters | None = None
 
     @property
     def tokenizer(self) -> str:
         """What `tokenizer.name` "auto" means."""
+        if self.adapters and (self.adapters.directory / "tokenizer_config.json").exists():
+            return str(self.adapters.directory)
         return str(self.pretrained) if self.pretrained else "bytes"
+
+    def has_scalar_head(self, model: Decoder) -> bool:
+        """Whether the weights bring a scalar head; for a source other than a workdir."""
+        grown = self.adapters is not None and self.adapters.scalar_head
+        return grown or huggingface.has_scalar_head(model)
 
 
 def find(config: ConfigDict, workdir: Path) -> Source:
@@ -59,14 +70,32 @@ def find(config: ConfigDict, workdir: Path) -> Source:
     elif (there := checkpoint.read_run(Path(config.model.init_from))) is not None:
         source = _workdir(config, there)
     else:
-        source = Source(None, huggingface.locate(config.model.init_from))
+        source = _hugging_face(config.model.init_from)
     if source.pretrained:
         _refuse_shape(config)
     return source
 
 
+def _hugging_face(name: str) -> Source:
+    directory = huggingface.locate(name)
+    if (directory / "config.json").exists():
+        return Source(None, directory)
+    adapters = SavedAdapters(directory)
+    try:
+        base = huggingface.locate(adapters.base)
+    except UserError as error:
+        raise UserError(
+            f"model.init_from={name}: holds adapters for the model {adapters.base!r}, which cannot "
+            f"be had: {error} Put it there, or say where it is as base_model_name_or_path in "
+            f"{directory / PEFT_CONFIG}."
+        ) from error
+    return Source(None, base, adapters)
+
+
 def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
     path = Path(config.model.init_from)
+    if there["algorithm.name"] == "reward":
+        _refuse_scalar_head(config)
     if checkpoint.latest_step(path) is None:
         raise UserError(f"model.init_from={path}: that run has no complete checkpoint yet.")
     kept = path / _KEPT
@@ -83,6 +112,14 @@ def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
                 f"{ours[key]!r} here; give --config.{key}={there.get(key)}."
             )
     return Source(path, pretrained)
+
+
+def _refuse_scalar_head(config: ConfigDict) -> None:
+    if config.algorithm.name != "reward":
+        raise UserError(
+            f"model.init_from={config.model.init_from}: is a reward model or a classifier, whose "
+            f"head gives no words; {config.algorithm.name} begins with a language model."
+        )
 
 
 def _refuse_shape(config: ConfigDict) -> None:
@@ -122,6 +159,12 @@ def _build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Dec
         lora=models.lora(config.model),
         **{name: config.model[name] for name in numerics},
     )
+    if source.adapters is not None and source.adapters.scalar_head:
+        model = models.as_scalar(model)
+        pad = huggingface.pad_token_id(source.pretrained)
+        model = model.clone(config=dataclasses.replace(model.config, pad_token_id=pad))
+    if model.config.scalar_head:
+        _refuse_scalar_head(config)
     rows, longest = model.config.vocabulary_size, model.config.max_length
     if rows < tokenizer_size:
         raise UserError(
@@ -133,13 +176,26 @@ def _build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Dec
             f"data.max_length is {config.data.max_length}, but {source.pretrained} knows only "
             f"{longest} positions."
         )
+    original = huggingface.read_model(source.pretrained, ignore=config.model.ignore_keys)
+    if 0 < original.config.max_length < config.data.max_length:
+        console.print(
+            f"positions: data.max_length ({config.data.max_length}) is beyond the "
+            f"{original.config.max_length} that {source.pretrained} was made for, so they are "
+            "scaled for long texts, and for short ones too; transformers scales them only in "
+            "calls with a long text"
+        )
     return model
 
 
 def keep(source: Source, model: Decoder, workdir: Path) -> None:
     """Keeps the small files of a Hugging Face model in the workdir."""
     if source.pretrained is not None and jax.process_index() == 0:
-        model.origin.copy(workdir / _KEPT, tensors=True)
+        kept = workdir / _KEPT
+        model.origin.copy(kept, tensors=True)
+        if source.adapters is not None:
+            huggingface.copy_small_files(source.adapters.directory, kept, but={PEFT_CONFIG})
+            if source.adapters.scalar_head:
+                huggingface.say_classifier(kept, model)
 
 
 def base_of(workdir: Path) -> str:
@@ -170,6 +226,8 @@ def base_of(workdir: Path) -> str:
             f"cannot read. Export those first (python -m jaxpref.export --workdir={begun} "
             "--output=BASE), then give --base=BASE here."
         )
+    if (Path(begun) / PEFT_CONFIG).exists():
+        raise UserError(f"{workdir}: began with the adapters of {begun}, merged; {merged}")
     if Path(begun).is_dir():
         return str(Path(begun).resolve())
     if Path(begun).is_absolute() or begun.count("/") != 1:
@@ -191,8 +249,24 @@ def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> A
         console.print(f"weights from {source.workdir}, step {step}")
     else:
         console.print(f"weights from {config.model.init_from}")
-        params = huggingface.load_params(without_adapters(model), base)
+        params = read(source, without_adapters(model), base)
     return merge(params, _random(config, model, new)) if new else params
+
+
+def read(source: Source, model: Decoder, abstract: Any) -> Any:
+    """The weights of a Hugging Face directory, with the source's adapters merged into them.
+
+    Args:
+      source: one that is no workdir.
+      model: without adapters of its own.
+      abstract: shapes and shardings of what is wanted.
+    """
+    if source.adapters is None:
+        return huggingface.load_params(model, abstract)
+    # A scalar head comes with the adapters.
+    head, base = partition(abstract, "^score$" if source.adapters.scalar_head else "^$")
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), head)
+    return source.adapters.merge(model, merge(huggingface.load_params(model, base), zeros))
 
 
 def _new(source: Source, model: Decoder) -> str:
@@ -201,7 +275,7 @@ def _new(source: Source, model: Decoder) -> str:
         there = checkpoint.read_run(source.workdir) or {}
         adapted, scored = bool(there.get("model.lora.rank")), there["algorithm.name"] == "reward"
     else:
-        adapted, scored = False, huggingface.has_scalar_head(model)
+        adapted, scored = False, source.has_scalar_head(model)
     parts = [] if adapted else [ADAPTERS]
     return (
         "|".join(parts if scored or not model.config.scalar_head else [*parts, "^score$"]) or "^$"

@@ -124,6 +124,14 @@ CASES = {
         {**_SHAPE, **_MOE, "head_dim": 8, "norm_topk_prob": True, "router_aux_loss_coef": 0.1},
     ),
     "mixtral": ("mixtral", {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama_dynamic": (
+        "llama",
+        {
+            **_SHAPE,
+            "max_position_embeddings": 12,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+        },
+    ),
 }
 
 

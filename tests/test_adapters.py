@@ -10,11 +10,20 @@ import numpy as np
 import pretrained
 import pytest
 import transformers
-from test_weights import QWEN3, small, write_model
+from test_weights import MIXTURE, QWEN3, small, write_model
 
-from jaxpref import checkpoint, config as config_lib, export, metrics, models, train
+from jaxpref import (
+    checkpoint,
+    config as config_lib,
+    evaluation,
+    export,
+    metrics,
+    models,
+    train,
+    weights,
+)
 from jaxpref.errors import UserError
-from jaxpref.models import Lora, huggingface
+from jaxpref.models import Lora, adapters, huggingface
 from jaxpref.models.adapters import ADAPTERS
 from jaxpref.trainable import merge, partition
 
@@ -218,6 +227,109 @@ def test_export_merges_or_writes_the_adapters(folder, tmp_path):
         model.apply({"params": params}, TOKENS),
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_saved_adapters_merge_as_ours_do(name, tmp_path):
+    model, params, base = adapted(name)
+    models.save_adapters(model, params, tmp_path)
+    plain, merged = models.merge_adapters(model, params)
+    saved = adapters.SavedAdapters(tmp_path)
+    assert saved.base == str(pretrained.FIXTURES / name)
+    ours = saved.merge(plain, jax.tree.map(jnp.copy, base))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["gpt2", "llama_biases"])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}])
+def test_a_run_begins_with_adapters_of_peft(name, settings, tmp_path):
+    """As PeftModel reads them, with ranks and alphas that differ from module to module."""
+    peft = pytest.importorskip("peft")
+    import torch
+
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(pretrained.FIXTURES / name)
+    targets = {"gpt2": ["c_attn", "mlp.c_fc"], "llama_biases": ["q_proj", "down_proj"]}[name]
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=targets,
+        rank_pattern={targets[1]: 3},
+        alpha_pattern={targets[1]: 5},
+        init_lora_weights=False,
+        fan_in_fan_out=name == "gpt2",
+        **settings,
+    )
+    theirs = peft.get_peft_model(base, config).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs(torch.as_tensor(TOKENS.astype(np.int64))).logits.numpy()
+    config = config_lib.default("sft")
+    config.model.init_from, config.data.max_length = str(tmp_path), 32
+    source = weights.find(config, tmp_path / "run")
+    model = weights.build_model(config, source, 40)
+    params = weights.load(config, source, model, huggingface.abstract_params(model))
+    np.testing.assert_allclose(model.apply({"params": params}, TOKENS), expected, atol=2e-5)
+
+
+def test_a_run_from_adapters_resumes_and_exports_without_them(folder, tmp_path):
+    export.run(folder / "adapter", tmp_path / "adapters", adapters=True)
+    train.run(small("dpo", tmp_path / "adapters"), tmp_path / "run")
+    assert lines_of(tmp_path / "run")[0]["eval/loss"] == pytest.approx(np.log(2), rel=1e-5)
+    shutil.rmtree(tmp_path / "adapters")
+    train.run(small("dpo", tmp_path / "adapters", train__steps=3), tmp_path / "run")
+    export.run(tmp_path / "run", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= names
+    assert "adapter_config.json" not in names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "sets use_dora=True, which jaxpref does not know; merge"),
+        ({"base_model_name_or_path": "nowhere"}, "adapters for the model 'nowhere', which cannot"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_refused(changes, message, folder, tmp_path):
+    export.run(folder / "adapter", tmp_path / "adapters", adapters=True)
+    path = tmp_path / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=message):
+        train.run(small("dpo", tmp_path / "adapters"), tmp_path / "run")
+
+
+def test_a_reward_models_adapters_score_and_train_on(folder, tmp_path):
+    train.run(lora_run(folder / "hf", "reward"), tmp_path / "reward")
+    export.run(tmp_path / "reward", tmp_path / "adapters", adapters=True)
+    pair = {"prompt": "Is it good?", "chosen": " Yes", "rejected": " No"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+
+    def rewards(model):
+        evaluation.score_file(model, str(tmp_path / "pairs.jsonl"), tmp_path / "scored")
+        return json.loads((tmp_path / "scored").read_text())["rewards"]
+
+    here = rewards(tmp_path / "reward")
+    np.testing.assert_allclose(rewards(tmp_path / "adapters"), here, atol=1e-5)
+    train.run(small("reward", tmp_path / "adapters", train__steps=1), tmp_path / "again")
+    before, after = lines_of(tmp_path / "reward"), lines_of(tmp_path / "again")
+    assert after[0]["eval/mean_reward"] == pytest.approx(before[-1]["eval/mean_reward"], abs=1e-5)
+    with pytest.raises(UserError, match="is a reward model or a classifier, whose head gives no"):
+        train.run(small("dpo", tmp_path / "adapters"), tmp_path / "policy")
+
+
+def test_experts_have_no_adapters_and_attention_has_by_default(tmp_path):
+    write_model(tmp_path / "hf", MIXTURE)
+    train.run(lora_run(tmp_path / "hf", "sft"), tmp_path / "run")
+    model = huggingface.read_model(tmp_path / "hf", lora=Lora(2))
+    found, _ = partition(huggingface.abstract_params(model), ADAPTERS)
+    assert set(found["layers"]) == {
+        f"{p}_lora_{ab}" for p in ("query", "key", "value", "out") for ab in "ab"
+    }
+    with pytest.raises(UserError, match="experts have no adapters; leave out gate"):
+        train.run(lora_run(tmp_path / "hf", "sft", model__lora__targets=("up",)), tmp_path / "no")
 
 
 @pytest.mark.torch

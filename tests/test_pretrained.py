@@ -11,7 +11,7 @@ import pretrained
 import pytest
 from safetensors import safe_open
 
-from jaxpref import models, packing, sharding
+from jaxpref import config as config_lib, models, packing, sharding, weights
 from jaxpref.algorithms import response_logps
 from jaxpref.errors import UserError
 from jaxpref.logprobs import from_logits
@@ -307,12 +307,27 @@ def test_load_balancing_loss_equals_transformers(name):
     np.testing.assert_allclose(loss, said["router_loss"], rtol=1e-5)
 
 
-def test_positions_beyond_the_short_factors_give_nan():
+@pytest.mark.parametrize("name", ["phi3_long", "llama_dynamic"])
+def test_positions_that_are_not_known_are_refused_or_give_nan(name):
     """Rather than logits of a model that nobody trained."""
-    model, params = models.from_pretrained(pretrained.FIXTURES / "phi3_long")
-    logits = model.apply({"params": params}, jnp.ones((1, 14), jnp.int32))
+    model, params = models.from_pretrained(pretrained.FIXTURES / name)
+    tokens = jnp.ones((1, 14), jnp.int32)
+    with pytest.raises(ValueError, match=r"14 tokens, but the model knows only 12 .*max_length="):
+        model.apply({"params": params}, tokens)
+    logits = model.apply({"params": params}, tokens, jnp.arange(14)[None])
     assert np.isnan(logits[0, 12:]).all()
-    assert np.isfinite(model.apply({"params": params}, jnp.ones((1, 12), jnp.int32))).all()
+    assert np.isfinite(model.apply({"params": params}, tokens[:, :12])).all()
+
+
+def test_positions_scaled_for_long_texts_are_told(tmp_path, capsys):
+    """The original scales them by the longest text of a call; here by data.max_length."""
+    config = config_lib.default("sft")
+    for name, length, told in (("phi3_long", 12, False), ("llama_dynamic", 17, True)):
+        config.model.init_from = str(pretrained.FIXTURES / name)
+        config.data.max_length = length
+        model = weights.build_model(config, weights.find(config, tmp_path), 40)
+        assert model.config.max_length == (0 if told else 12)
+        assert (f"({length}) is beyond the 12 that" in capsys.readouterr().out) == told
 
 
 @pytest.fixture
@@ -335,8 +350,8 @@ def change_config(directory, **changes):
         ({"quantization_config": {"bits": 4}}, "sets quantization_config="),
         ({"attention_sinks": 4}, "sets attention_sinks=4, which jaxpref does not know"),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_type is 'dynamic'",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}},
+            "rope_type is 'proportional'",
         ),
         ({"num_hidden_layers": 3}, r"lacks model.layers.2.input_layernorm.weight.* and 4 more"),
         ({"num_hidden_layers": 1}, r"has model.layers.1.*does not call for"),

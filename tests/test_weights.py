@@ -264,6 +264,15 @@ def test_a_shape_beside_a_model_that_has_one_is_refused(folder, tmp_path):
         train.run(small("dpo", folder / "hf", model__width=64), tmp_path)
 
 
+def test_a_policy_does_not_begin_with_a_reward_model(tmp_path, folder):
+    """From a workdir or from Hugging Face, with a head of its own or a tied one."""
+    train.run(small("reward", folder / "hf", train__steps=1), tmp_path / "reward")
+    export.run(tmp_path / "reward", tmp_path / "classifier")
+    for source in ("reward", "classifier"):
+        with pytest.raises(UserError, match=f"{source}: is a reward model .* sft begins with a"):
+            train.run(small("sft", tmp_path / source), tmp_path / "run")
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     write_model(tmp_path / "hf", {**QWEN3, "vocab_size": 300})
     with pytest.raises(UserError, match=r"has 300 rows, but the tokenizer .* 383 \(384 in all\)"):

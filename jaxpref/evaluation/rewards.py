@@ -81,7 +81,7 @@ def score_file(
     )
     decoder = weights.build_model(config, source, len(tokenizer))
     trained = checkpoint.read_run(workdir) is not None
-    if not trained and not huggingface.has_scalar_head(decoder):
+    if not trained and not source.has_scalar_head(decoder):
         raise UserError(
             f"{model}: has no scalar head ('score.weight'), so it is not a reward model."
         )
@@ -94,7 +94,7 @@ def score_file(
     if trained:
         params, _ = checkpoint.restore_params(workdir, abstract)
     else:
-        params = huggingface.load_params(decoder, abstract)
+        params = weights.read(source, decoder, abstract)
     row_length = config.data.row_length or config.data.max_length
     scored = packing.scored_budget(dataset.prompt_lengths, dataset.response_lengths, row_length)
     budget = Budget(row_length, scored, sharding.batch_shards(mesh))

@@ -1,7 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): merged into the weights, and in PEFT's format."""
 
 import dataclasses
+import functools
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,15 @@ import numpy as np
 from jaxpref.errors import UserError
 from jaxpref.models import safetensors
 from jaxpref.models.decoder import Decoder, Lora
-from jaxpref.models.huggingface import as_ours, places, weight_of
+from jaxpref.models.families import SCORE
+from jaxpref.models.huggingface import Place, as_ours, places, weight_of
+from jaxpref.models.safetensors import TensorFiles
 from jaxpref.nf4 import Nf4
-from jaxpref.trainable import partition
+from jaxpref.trainable import partition, path_of
 
 ADAPTERS = r"_lora_[ab]$"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
 
 
 def without_adapters(model: Decoder) -> Decoder:
@@ -107,21 +115,140 @@ def save_adapters(model: Decoder, params: Any, directory: str | Path, base: str 
             slot = part._replace(path="layers/up", shape=b.shape)
             family = origin.family._replace(conv1d=False)
             as_ours(up[:, block], slot, family)[...] = b
-        name = f"base_model.model.{module}"
+        name = f"{_PEFT_PREFIX}{module}"
         tensors[f"{name}.lora_A.weight"] = np.concatenate(down, axis=1).T
         tensors[f"{name}.lora_B.weight"] = up
         # Two levels, since GPT-2 has a `c_proj` in attention and one in the feed-forward.
         ranks[".".join(module.split(".")[-2:])] = rank
     if model.config.scalar_head:
-        tensors["base_model.model.score.weight"] = np.asarray(params["score"], np.float32)
+        tensors[_PEFT_PREFIX + SCORE["score"]] = np.asarray(params["score"], np.float32)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     described = {name: (x.shape, "F32") for name, x in tensors.items()}
-    safetensors.write_file(directory / "adapter_model.safetensors", described, tensors.__getitem__)
+    safetensors.write_file(directory / PEFT_WEIGHTS, described, tensors.__getitem__)
     config = _peft_config(lora, ranks, origin.family.conv1d, base or origin.directory)
     if model.config.scalar_head:
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+class SavedAdapters:
+    """Adapters in PEFT's format.
+
+    Attributes:
+      directory: where they are.
+      base: name or path of the model that they adapt.
+      scalar_head: whether they bring the scalar head of a reward or value model.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Reads the config and the headers.
+
+        Raises:
+          UserError: they are of a kind that cannot be merged exactly.
+        """
+        self.directory = Path(directory)
+        path = self.directory / PEFT_CONFIG
+        try:
+            self._config: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: is no JSON ({error}).") from error
+        unknown = {
+            key: self._config[key]
+            for key, plain in _PLAIN.items()
+            if self._config.get(key) not in (plain, None, False, [], {})
+        }
+        if unknown:
+            raise UserError(
+                f"{path}: sets {', '.join(f'{k}={v!r}' for k, v in unknown.items())}, which "
+                "jaxpref does not know; merge the adapters with peft (merge_and_unload, save_pretrained) "
+                "and begin with the result."
+            )
+        self.base = str(self._config.get("base_model_name_or_path") or "")
+        self._files = TensorFiles(self.directory, PEFT_WEIGHTS)
+        self.scalar_head = _PEFT_PREFIX + SCORE["score"] in self._files.stored
+
+    def merge(self, model: Decoder, params: Any) -> Any:
+        """The parameters with the adapters merged into them: `W + scale * B A` for each `W`.
+
+        Args:
+          model: without adapters; what `params` lacks of it stays as it is.
+          params: of the model that the adapters belong to.
+
+        Raises:
+          UserError: the adapters do not fit the model.
+        """
+        family = model.origin.family
+        leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+        left = set(self._files.stored)
+        for place in places(model, family):
+            found = self._change(place)
+            if found is None or not all(part.path in leaves for part in place.parts):
+                continue
+            names, change, whole = found
+            left -= names
+            if change.shape != place.shape:
+                raise UserError(
+                    f"{self.directory}: the adapter of {place.name} makes {change.shape}, but the "
+                    f"model has {place.shape} there; the base ({self.base}) is another model."
+                )
+            for part in place.parts:
+                value = np.ascontiguousarray(as_ours(change, part, family))
+                leaf = leaves[part.path]
+                index = np.asarray(place.entry, np.int32)
+                leaves[part.path] = _changed(leaf.sharding, whole)(leaf, value, index)
+        if left:
+            raise UserError(
+                f"{self.directory}: has {', '.join(sorted(left)[:3])}, which belongs to no part of "
+                f"the model of {self.base}."
+            )
+        return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], params)
+
+    def _change(self, place: Place) -> tuple[set[str], np.ndarray, bool] | None:
+        """Names of the tensors for a place, what they add to it, or (True) put in its stead."""
+        name = _PEFT_PREFIX + place.name
+        if name in self._files.stored:
+            return {name}, np.asarray(self._files.view(name), np.float32), True
+        module = name.removesuffix(".weight")
+        names = {f"{module}.lora_{side}.weight" for side in "AB"}
+        if not names <= set(self._files.stored):
+            return None
+        a, b = (
+            np.asarray(self._files.view(f"{module}.lora_{side}.weight"), np.float32)
+            for side in "AB"
+        )
+        alpha = self._of_module("alpha_pattern", module, self._config["lora_alpha"])
+        rank = len(a)
+        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        change = scale * (b @ a)
+        return names, change.T if self._config.get("fan_in_fan_out") else change, False
+
+    def _of_module(self, patterns: str, module: str, default: float) -> float:
+        """What a pattern says of a module, as PEFT matches it: the end of its name."""
+        for pattern, value in (self._config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return float(value)
+        return float(default)
+
+
+# What PEFT may say that changes what an adapter computes, and what it says if it does not.
+_PLAIN: dict[str, Any] = {
+    **{"peft_type": "LORA", "bias": "none"},
+    **dict.fromkeys(("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora")),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "target_parameters")),
+}
+
+
+@functools.cache
+def _changed(where: Any, whole: bool) -> Callable[[jax.Array, np.ndarray, np.ndarray], jax.Array]:
+    """Adds to an entry of a stack, or replaces it, in the stack's own memory."""
+
+    def change(stacked: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
+        at = stacked.at[tuple(index)]
+        value = value if whole else at.get().astype(jnp.float32) + value
+        return at.set(value.astype(stacked.dtype))
+
+    return jax.jit(change, donate_argnums=0, out_shardings=where)
 
 
 def _peft_config(lora: Lora, ranks: dict[str, int], conv1d: bool, base: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _PAD = "<|pad|>"
 
 
 def as_scalar(model: Decoder) -> Decoder:
-    """The same model with a scalar head in place of its LM head."""
+    """The same model with a scalar head in place of its LM head, if it has none yet."""
     return model.clone(config=dataclasses.replace(model.config, **SCALAR_HEAD))
 
 

@@ -78,8 +78,9 @@ class Rope:
         return jnp.where(within, cos, jnp.nan), jnp.where(within, sin, jnp.nan)
 
 
-# What can have an adapter.
+# What can have an adapter; experts cannot.
 ADAPTABLE = ("query", "key", "value", "out", "gate", "up", "down")
+_OF_FEED_FORWARD = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +90,14 @@ class Lora:
     Attributes:
       rank: of A B.
       alpha: see there.
-      targets: the products that have one, of `ADAPTABLE`.
+      targets: the products that have one, of `ADAPTABLE`; none for all that can have one (of a
+        mixture of experts, those of attention).
       dropout: share of the adapters' inputs that are set to 0 in training.
     """
 
     rank: int
     alpha: float = 16.0
-    targets: tuple[str, ...] = ADAPTABLE
+    targets: tuple[str, ...] = ()
     dropout: float = 0.0
 
     @property
@@ -105,7 +107,7 @@ class Lora:
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ADAPTABLE)
-        if unknown or not self.targets:
+        if unknown:
             raise ValueError(
                 f"model.lora.targets should be some of {', '.join(ADAPTABLE)}; got {self.targets}."
             )
@@ -212,6 +214,14 @@ class DecoderConfig:
             limits.append(self.learned_positions - self.position_offset)
         return min(limits, default=0)
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """The products that have an adapter."""
+        if self.lora is None:
+            return ()
+        without = _OF_FEED_FORWARD if self.experts else ()
+        return self.lora.targets or tuple(name for name in ADAPTABLE if name not in without)
+
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise ValueError(
@@ -235,7 +245,7 @@ class DecoderConfig:
         for name in ("layer_rope", "windows"):
             if len(getattr(self, name)) not in (0, self.layers):
                 raise ValueError(f"{name} needs one entry a layer ({self.layers}), or none.")
-        if self.experts and self.lora and {"gate", "up", "down"} & set(self.lora.targets):
+        if self.experts and self.lora and set(_OF_FEED_FORWARD) & set(self.lora.targets):
             raise ValueError(
                 "model.lora.targets: experts have no adapters; leave out gate, up and down."
             )
@@ -482,7 +492,7 @@ class Block(nn.Module):
         fan_in = math.prod(shape[:inputs])
         weight = self._weight(name, axes, *shape, fan_in=fan_in * depth)
         out = x @ weight.reshape(fan_in, -1)
-        if self.config.lora and name in self.config.lora.targets:
+        if name in self.config.adapted:
             out += self._adapter(x, name, axes, shape, inputs)
         if bias:
             zeros = nn.initializers.zeros
@@ -600,10 +610,21 @@ class Decoder(nn.Module):
 
         Args:
           tokens: token ids below the vocabulary size; others give NaN.
-          positions: position of each token; by default 0, 1, 2, ...
+          positions: position of each token; by default 0, 1, 2, ...; one that the model does
+            not know (see `DecoderConfig.max_length`) gives NaN.
           mask: `[row, query, key]`, never looking ahead; by default causal.
+
+        Raises:
+          ValueError: without positions, rows longer than the model knows positions.
         """
         rows, length = tokens.shape
+        longest = self.config.max_length
+        if positions is None and 0 < longest < length:
+            raise ValueError(
+                f"a row has {length} tokens, but the model knows only {longest} positions. If its "
+                "positions can be scaled (LongRoPE, dynamic), read it with the max_length of your "
+                "sequences: from_pretrained(..., max_length=...)."
+            )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         positions = jnp.asarray(positions)

@@ -159,9 +159,10 @@ def make_rope(
       head_dim: size of a head.
       interleaved: pairs are neighbours.
       max_length: of the sequences that the model will see; above the original length LongRoPE
-        (arXiv 2402.13753) takes its long factors. The original switches from call to call by
-        the longest sequence in it, which would let one sequence of a batch change another.
-      rope: `rope_type` (default, linear, llama3, yarn, longrope) and its parameters.
+        (arXiv 2402.13753) takes its long factors, and dynamic scaling those of a sequence of
+        that length. The originals switch from call to call by the longest sequence in it,
+        which would let one sequence of a batch change another.
+      rope: `rope_type` (default, linear, dynamic, llama3, yarn, longrope) and its parameters.
 
     Raises:
       UserError: the type is another.
@@ -170,6 +171,10 @@ def make_rope(
     frequencies, scale, limit = _plain_frequencies(head_dim, rope), 1.0, 0
     if kind == "linear":
         frequencies = frequencies / np.float32(rope["factor"])
+    elif kind == "dynamic":
+        original = rope["max_position_embeddings"]
+        limit = 0 if max_length > original else original
+        frequencies = _dynamic(head_dim, rope, max(max_length / original, 1.0))
     elif kind == "llama3":
         frequencies = _llama3(frequencies, rope)
     elif kind == "yarn":
@@ -187,9 +192,20 @@ def make_rope(
     elif kind != "default":
         raise UserError(
             f"{rope.get('where', 'rope_parameters')}: rope_type is {kind!r}, which jaxpref does "
-            "not support; only default, linear, llama3, yarn and longrope."
+            "not support; only default, linear, dynamic, llama3, yarn and longrope."
         )
     return Rope(tuple(map(float, frequencies)), scale, interleaved, limit)
+
+
+def _dynamic(head_dim: int, rope: Fields, longer: float) -> np.ndarray:
+    """Dynamic NTK-aware scaling for sequences `longer` times the original (arXiv 2309.00071, 3.3).
+
+    The base grows so that slow frequencies are interpolated and the fastest one stays.
+    """
+    turning = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    stretch = rope["factor"] * longer - (rope["factor"] - 1)
+    theta = rope["rope_theta"] * stretch ** (turning / (turning - 2))
+    return _plain_frequencies(head_dim, {**rope, "rope_theta": theta})
 
 
 def _llama3(frequencies: np.ndarray, rope: Fields) -> np.ndarray:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,14 +82,18 @@ class Origin:
         if not self.directory:
             (directory / "config.json").write_text(self.config)
             return self
-        source = Path(self.directory)
         if tensors:
             (directory / _TENSORS).write_text(json.dumps(self.tensors(), indent=1))
-        for pattern in _SMALL_FILES:
-            for path in source.glob(pattern):
-                if path.name not in _NOT_COPIED and path.parent != directory:
-                    shutil.copyfile(path, directory / path.name)
+        copy_small_files(Path(self.directory), directory)
         return dataclasses.replace(self, directory=str(directory))
+
+
+def copy_small_files(source: Path, directory: Path, *, but: Collection[str] = ()) -> None:
+    """Copies the files of a model that are no weights: configs, tokenizer, templates."""
+    for pattern in _SMALL_FILES:
+        for path in source.glob(pattern):
+            if path.name not in {*_NOT_COPIED, *but} and path.parent != directory:
+                shutil.copyfile(path, directory / path.name)
 
 
 def from_pretrained(
@@ -157,7 +161,7 @@ def locate(source: str | Path) -> Path:
     """
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").exists():
+        if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"{path}: is no Hugging Face model: it has no config.json.")
         return path
     if path.is_absolute() or str(source).count("/") != 1 or path.exists():
@@ -510,22 +514,33 @@ def save_pretrained(
             if all_dtype is not None:
                 _say(directory / "config.json", dtype=jnp.dtype(dtype).name)
             if model.config.scalar_head:
-                _say(
-                    directory / "config.json",
-                    architectures=[family.classifier],
-                    id2label={"0": "LABEL_0"},
-                    label2id={"LABEL_0": 0},
-                    pad_token_id=model.config.pad_token_id,
-                    vocab_size=model.config.vocabulary_size,
-                )
+                say_classifier(directory, model)
         safetensors.write(directory, tensors, get, writer=writer, **options)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}).") from error
 
 
+def pad_token_id(directory: Path) -> int | None:
+    """What the `config.json` of a directory pads with, as transformers reads it."""
+    values, _ = _with_defaults(directory)
+    return values.get("pad_token_id")
+
+
 def has_scalar_head(model: Decoder) -> bool:
     """Whether the files that a model comes from have a scalar head's weights."""
     return SCORE["score"] in (model.origin.tensors() or {})
+
+
+def say_classifier(directory: Path, model: Decoder) -> None:
+    """Makes the `config.json` of a directory that of a model with a scalar head."""
+    _say(
+        directory / "config.json",
+        architectures=[model.origin.family.classifier],
+        id2label={"0": "LABEL_0"},
+        label2id={"LABEL_0": 0},
+        pad_token_id=model.config.pad_token_id,
+        vocab_size=model.config.vocabulary_size,
+    )
 
 
 def _say(path: Path, **changes: Any) -> None:

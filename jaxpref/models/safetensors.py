@@ -58,13 +58,17 @@ class Stored(NamedTuple):
 class TensorFiles:
     """The tensors of one or several safetensors files, by name and in their order."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, single: str = SINGLE):
         """Reads the headers.
+
+        Args:
+          directory: holds the files.
+          single: name of the file where there is one alone.
 
         Raises:
           UserError: there is no such file, or one is damaged or not there.
         """
-        self._directory = directory
+        self._directory, self._single = directory, single
         self.stored: dict[str, Stored] = {}
         for name in self._files():
             self.stored.update(_header(directory / name))
@@ -81,7 +85,7 @@ class TensorFiles:
         return np.memmap(path, dtype, mode="r", offset=stored.start, shape=stored.shape)
 
     def _files(self) -> list[str]:
-        index, single = self._directory / INDEX, self._directory / SINGLE
+        index, single = self._directory / INDEX, self._directory / self._single
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -97,7 +101,7 @@ class TensorFiles:
                 )
             return names
         if single.exists():
-            return [SINGLE]
+            return [self._single]
         pickles = [*self._directory.glob("*.bin"), *self._directory.glob("*.pt")]
         pickles += self._directory.glob("*.pth")
         if pickles:
@@ -106,7 +110,7 @@ class TensorFiles:
                 "any code when it is read. Convert it to safetensors where you trust it: load it "
                 "with transformers and save_pretrained it."
             )
-        raise UserError(f"{self._directory}: holds neither {SINGLE} nor {INDEX}.")
+        raise UserError(f"{self._directory}: holds neither {self._single} nor {INDEX}.")
 
 
 def _header(path: Path) -> dict[str, Stored]:
