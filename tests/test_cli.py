@@ -77,7 +77,7 @@ QUICK = {
         "flag --config.data.batch_size=many",
         2,
     ),
-    "no such recipe": (["--config=configs/dpo.py", "--workdir=x"], "configs/dpo_hh.py", 2),
+    "no such recipe": (["--config=configs/dpoo.py", "--workdir=x"], "configs/dpo_hh.py", 2),
     "wrong argument": (
         ["--config=configs/dpo_hh.py:tinny", "--workdir=x"],
         "it should be one of paper, tiny. Did you mean 'tiny'?",

@@ -14,6 +14,8 @@ RECIPES = [
     ("sft_hh", "paper"),
     ("dpo_hh", "tiny"),
     ("dpo_hh", "paper"),
+    *((name, kind) for name in ("sft", "dpo") for kind in ("", "lora")),
+    *(("method", name + kind) for name in algorithms._BUILDERS for kind in ("", ",lora")),
     *(("methods_hh", name + size) for name in algorithms._BUILDERS for size in ("", ",paper")),
 ]
 

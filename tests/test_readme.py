@@ -30,7 +30,7 @@ def test_the_rooms_are_all_listed_and_exist():
     assert package <= listed
 
 
-@pytest.mark.parametrize("name", ["sft_hh.py", "dpo_hh.py"])
+@pytest.mark.parametrize("name", ["sft.py", "dpo.py", "method.py", "sft_hh.py", "dpo_hh.py"])
 def test_recipes_it_names_exist(name):
     assert f"configs/{name}" in README
     assert (ROOT / "configs" / name).exists()

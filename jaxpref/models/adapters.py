@@ -161,8 +161,8 @@ class SavedAdapters:
         if unknown:
             raise UserError(
                 f"{path}: sets {', '.join(f'{k}={v!r}' for k, v in unknown.items())}, which "
-                "jaxpref does not know; merge the adapters with peft (merge_and_unload, save_pretrained) "
-                "and begin with the result."
+                "jaxpref does not know; merge the adapters with peft (merge_and_unload) and "
+                "begin with the result."
             )
         self.base = str(self._config.get("base_model_name_or_path") or "")
         self._files = TensorFiles(self.directory, PEFT_WEIGHTS)
