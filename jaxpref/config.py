@@ -262,8 +262,8 @@ def default(algorithm: str) -> ConfigDict:
     # "auto" (that of model.init_from, else "bytes"), "bytes" (ByT5's, needs no files), a
     # directory, or a hub name.
     config.tokenizer.name = "auto"
-    # Begin prompts with BOS: auto (where the tokenizer itself puts it before a text), always,
-    # never. A chat template's own BOS stays, and is never doubled.
+    # Begin prompts that are texts with BOS: auto (where the tokenizer itself puts it before a
+    # text), always, never. Of conversations the chat template alone decides.
     config.tokenizer.bos = "auto"
     # Read "</s>" and the like inside the data as special tokens rather than as text.
     config.tokenizer.parse_special_tokens = False
@@ -315,6 +315,12 @@ def default(algorithm: str) -> ConfigDict:
     config.data.row_length = 0
     # Scored tokens a row. 0: what the data's share of responses calls for.
     config.data.scored_length = 0
+    # Turns of the assistant in a conversation that are trained, after the first question, or from
+    # where chosen and rejected part: all, or the last, whose prompt is all before it.
+    config.data.turns = "all"
+    # A response that follows a message of the assistant: error, continue (that message's text is
+    # the beginning of the turn) or skip.
+    config.data.on_assistant_prompt = "error"
     # Rows whose prompts differ between chosen and rejected: error or skip.
     config.data.on_divergent = "error"
     # Rows with an empty response: error or skip.
@@ -418,12 +424,14 @@ def check(config: ConfigDict) -> None:
         )
     for key, known in {
         "data.format": DATA_FORMATS,
+        "data.on_assistant_prompt": ("error", "continue", "skip"),
         "data.on_divergent": ("error", "skip"),
         "data.on_empty": ("error", "skip"),
         "data.on_tie": ("error", "skip"),
         "data.on_identical": ("keep", "skip"),
         "data.on_long_prompt": ("error", "truncate", "skip"),
         "data.ranked_pairs": ("best_worst", "adjacent", "all"),
+        "data.turns": ("all", "last"),
         "tokenizer.bos": ("auto", "always", "never"),
         "reference.mode": ("live", "precomputed", "adapter", "synced", "free"),
         "reference.dtype": ("float32", "bfloat16"),

@@ -474,7 +474,7 @@ def _stream(
     row_length = config.data.row_length or config.data.max_length
     train = data.train
     scored_length = config.data.scored_length or packing.scored_budget(
-        train.prompt_lengths, train.response_lengths, row_length
+        train.prompt_lengths, train.response_lengths, row_length, train.scored_lengths
     )
     batch_size, micro_batches = config.data.batch_size, config.train.micro_batches
     if not training:

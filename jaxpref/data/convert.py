@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
-from jaxpref.data.examples import Example, Response
+from jaxpref.data.examples import Example, Response, last_turn
 from jaxpref.errors import UserError
 
 # What an algorithm may need of an example, with the columns that hold it.
@@ -108,11 +108,9 @@ def ranked_to_sft(example: Example) -> Example:
     )
 
 
-pairs_to_sft = ranked_to_sft
-
-
 def to_prompt(example: Example) -> Example:
-    """The prompt alone."""
+    """The prompt alone; of a conversation, all that is before its last turn."""
+    example = last_turn(example) if len(example.responses) == 1 else example
     return dataclasses.replace(example, responses=(), scores=None, label=None, margin=None)
 
 

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import ClassVar
 
-from jaxpref.data.chat import Chat, Message
+from jaxpref.data.chat import Chat, Turns, messages_of
 from jaxpref.errors import UserError
 
-Response = str | Message
+Response = str | Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Example:
 
     Attributes:
       prompt: the text before the responses, or the conversation.
-      responses: the texts, or the messages, that continue it; none if they are still to be
-        sampled.
+      responses: the texts, or the assistant's messages, that continue it; none if they are
+        still to be sampled. Several turns are a tuple of messages, from the assistant's first
+        to its last; what others say between them is context.
       scores: of each response, where there are any.
       where: the place in the source, for messages.
       label: whether a single response is a good one; None if it is not said.
@@ -41,6 +42,26 @@ class Example:
     scores_are_true: bool = False
 
 
+def last_turn(example: Example) -> Example:
+    """The example with a conversation's last turn as its response, and all before it as prompt.
+
+    Raises:
+      DivergentPromptError: there are several responses, of several turns.
+    """
+    several = any(isinstance(response, tuple) for response in example.responses)
+    if not several or not isinstance(example.prompt, Chat):
+        return example
+    if len(example.responses) > 1:
+        raise DivergentPromptError(
+            f"{example.where}: the conversations part before their last message, so their last "
+            "turns have no common prompt. Train all turns from where they part with "
+            "--config.data.turns=all, or skip such rows with --config.data.on_divergent=skip."
+        )
+    *before, last = messages_of(example.responses[0])
+    prompt = dataclasses.replace(example.prompt, messages=(*example.prompt.messages, *before))
+    return dataclasses.replace(example, prompt=prompt, responses=(last,))
+
+
 class SkippableError(UserError):
     """A record that can be left out and counted under `reason`, if a knob says so."""
 
@@ -51,6 +72,12 @@ class DivergentPromptError(SkippableError):
     """The responses of one record do not continue the same prompt."""
 
     reason = "divergent_prompt"
+
+
+class AssistantPromptError(SkippableError):
+    """A message of the assistant follows another one of its own."""
+
+    reason = "assistant_prompt"
 
 
 class EmptyResponseError(SkippableError):

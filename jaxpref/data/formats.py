@@ -1,7 +1,8 @@
 """Records to examples, by the columns that they have.
 
 A prompt is a text, and then a response is one too, or a list of messages, and then a
-response is a message of the assistant, a list that holds one, or one that repeats the prompt.
+response is a message of the assistant, a list of messages that ends in one, or such a list
+that repeats the prompt.
 """
 
 import dataclasses
@@ -33,7 +34,9 @@ def explicit(record: Mapping, where: str) -> Example:
 
 
 def implicit(record: Mapping, where: str) -> Example:
-    """`chosen`, `rejected`: conversations that begin alike; `margin` if there is one.
+    """`chosen`, `rejected`: conversations that begin alike, up to a turn of the assistant.
+
+    A `margin` is read if there is one.
 
     Of two texts the prompt is known if they are dialogues as Anthropic's HH writes them.
     """
@@ -94,7 +97,7 @@ def sft(record: Mapping, where: str) -> Example:
 
 
 def conversation(record: Mapping, where: str) -> Example:
-    """`messages`: a conversation, whose last message is the response."""
+    """`messages`: a conversation; the response is what follows the first question."""
     dialogue = columns.messages(record, "messages", where)
     return columns.conversations(record, [dialogue], ("messages",), where)
 
@@ -126,7 +129,7 @@ def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
         # Some data sets repeat the prompt in each response.
         whole = all(len(r) > len(before) and r[: len(before)] == before for r in after)
         dialogues = after if whole else [[*before, *response] for response in after]
-        return columns.conversations(record, dialogues, names, where)
+        return columns.conversations(record, dialogues, names, where, given=len(before))
     prompt = columns.text(record, "prompt", where)
     responses = tuple(columns.text(record, name, where) for name in names)
     return columns.not_empty(Example(prompt, responses, where=where), names)

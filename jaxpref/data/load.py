@@ -13,7 +13,7 @@ from jaxpref import config as config_lib
 from jaxpref.data import cache, synthetic
 from jaxpref.data.convert import adapt
 from jaxpref.data.dataset import TokenizedDataset, deduplicate, mismatch
-from jaxpref.data.examples import Example, hold_out
+from jaxpref.data.examples import Example, hold_out, last_turn
 from jaxpref.data.read import open_source, parse, read_examples
 from jaxpref.data.records import check_source
 from jaxpref.data.tokenize import Limits, begins_with_bos, tokenize
@@ -174,8 +174,15 @@ def load_file(
       UserError: the file cannot be read, or a prompt has no response.
     """
     examples, dropped = read_examples(
-        path, format, on_divergent="skip", on_empty="skip", min_score_ratio=1.0
+        path,
+        format,
+        on_divergent="skip",
+        on_empty="skip",
+        on_assistant_prompt=config.data.on_assistant_prompt,
+        min_score_ratio=1.0,
     )
+    # Of one conversation the last turn is what a reward is of, and all before it the prompt.
+    examples = [last_turn(e) if len(e.responses) == 1 else e for e in examples]
     bare = next((example for example in examples if not example.responses), None)
     if bare is not None:
         raise UserError(
@@ -240,6 +247,8 @@ class _Reading:
             path,
             on_divergent=data.on_divergent,
             on_empty=data.on_empty,
+            on_assistant_prompt=data.on_assistant_prompt,
+            turns=data.turns,
             min_score_ratio=data.min_score_ratio,
             limit=source["limit"],
         )

@@ -3,12 +3,19 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 from jaxpref.config import one_of
 from jaxpref.data import formats, sources
-from jaxpref.data.examples import Example, Excluded, SkippableError
+from jaxpref.data.chat import Chat, messages_of
+from jaxpref.data.examples import (
+    AssistantPromptError,
+    Example,
+    Excluded,
+    SkippableError,
+    last_turn,
+)
 from jaxpref.data.records import Record, read_records
 from jaxpref.errors import UserError
 
@@ -127,6 +134,8 @@ def parse(
     *,
     on_divergent: str = "error",
     on_empty: str = "error",
+    on_assistant_prompt: str = "error",
+    turns: str = "all",
     min_score_ratio: float = 2.0,
     limit: int = 0,
 ) -> tuple[list[Example], Counter[str]]:
@@ -136,9 +145,13 @@ def parse(
       records: with their places.
       format: a name in `FORMATS`.
       path: of the source, for messages.
-      on_divergent: "error", or "skip" to drop and count records whose dialogues part
-        before the last assistant turn.
+      on_divergent: "error", or "skip" to drop and count records whose dialogues have no
+        common prompt.
       on_empty: "error", or "skip" to drop and count records with an empty response.
+      on_assistant_prompt: of a message of the assistant that follows another one: "error",
+        "continue" to take it for the rest of the same turn, or "skip" to drop and count it.
+      turns: "all" turns of the assistant that follow the prompt, or the "last" alone, the
+        others belonging to the prompt.
       min_score_ratio: of the scores of SHP's pairs.
       limit: examples kept, the first ones; the records after them are counted. 0: all.
 
@@ -151,7 +164,11 @@ def parse(
     parse_record = FORMATS[format].parse
     if format == "shp":
         parse_record = partial(sources.shp, min_score_ratio=min_score_ratio)
-    policies = {"divergent_prompt": on_divergent, "empty_response": on_empty}
+    policies = {
+        "divergent_prompt": on_divergent,
+        "empty_response": on_empty,
+        "assistant_prompt": on_assistant_prompt,
+    }
     dropped: Counter[str] = Counter()
     examples: list[Example] = []
     for record, where in records:
@@ -159,7 +176,11 @@ def parse(
             dropped["over_limit"] += 1
             continue
         try:
-            examples.append(parse_record(record, where))
+            example = parse_record(record, where)
+            example = last_turn(example) if turns == "last" else example
+            if on_assistant_prompt != "continue":
+                _check_turns(example)
+            examples.append(example)
         except SkippableError as error:
             if policies[error.reason] != "skip":
                 raise
@@ -169,3 +190,19 @@ def parse(
     if not examples:
         raise UserError(f"{path}: holds no usable record ({dict(dropped) or 'it is empty'}).")
     return examples, dropped
+
+
+def _check_turns(example: Example) -> None:
+    """Refuses a message of the assistant that follows another one."""
+    if not isinstance(example.prompt, Chat):
+        return
+    before = [message["role"] for message in example.prompt.messages[-1:]]
+    # What is still to be sampled will be the assistant's too.
+    for response in example.responses or ({"role": "assistant"},):
+        roles = [*before, *(message["role"] for message in messages_of(response))]
+        if any(one == other == "assistant" for one, other in pairwise(roles)):
+            raise AssistantPromptError(
+                f"{example.where}: a response follows a message of the assistant, which a chat "
+                "template would end, and give it a second turn. Let it continue that message with "
+                "--config.data.on_assistant_prompt=continue, or skip such rows with =skip."
+            )

@@ -96,7 +96,9 @@ def score_file(
     else:
         params = huggingface.load_params(decoder, abstract)
     row_length = config.data.row_length or config.data.max_length
-    scored = packing.scored_budget(dataset.prompt_lengths, dataset.response_lengths, row_length)
+    scored = packing.scored_budget(
+        dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
+    )
     budget = Budget(row_length, scored, sharding.batch_shards(mesh))
     stream = BatchStream(dataset, batch_size=batch_size, budget=budget)
     score = _make_score(decoder)
