@@ -111,6 +111,7 @@ DATA_FORMATS = (
     "messages",
     "alpaca",
     "prompts",
+    "text",
     "hh",
     "shp",
     "stack_exchange",
@@ -281,8 +282,9 @@ def default(algorithm: str) -> ConfigDict:
     # (chosen, rejected: conversations that begin alike), unpaired (prompt, completion, label),
     # ranked (prompt, responses, scores), responses (prompt, responses: to be scored), sft
     # (prompt, completion), messages (a conversation), alpaca (instruction, input, output),
-    # prompts (prompt); the data sets hh, shp, stack_exchange, tldr, tldr_sft, ultrafeedback,
-    # imdb, cnn_dailymail; synthetic, which is generated. A prompt is a text or a list of messages.
+    # prompts (prompt), text (text: every token is scored); the data sets hh, shp, stack_exchange,
+    # tldr, tldr_sft, ultrafeedback, imdb, cnn_dailymail; synthetic, which is generated. A prompt
+    # is a text or a list of messages.
     config.data.format = "auto"
     # Of a directory or a hub data set: a folder in it, and the split.
     config.data.subset = ""
@@ -328,6 +330,9 @@ def default(algorithm: str) -> ConfigDict:
     # Responses with equal scores where one has to be the better: error, or skip (of a ranking,
     # all but the first of each score).
     config.data.on_tie = "error"
+    # Pairs whose chosen response has the lower score, or a margin below 0: error, keep (the order
+    # is the record's) or skip.
+    config.data.on_contradiction = "error"
     # Responses that equal their rival: keep or skip.
     config.data.on_identical = "keep"
     # Prompts over max_prompt_length in examples over max_length: error, truncate or skip.
@@ -425,6 +430,7 @@ def check(config: ConfigDict) -> None:
     for key, known in {
         "data.format": DATA_FORMATS,
         "data.on_assistant_prompt": ("error", "continue", "skip"),
+        "data.on_contradiction": ("error", "keep", "skip"),
         "data.on_divergent": ("error", "skip"),
         "data.on_empty": ("error", "skip"),
         "data.on_tie": ("error", "skip"),

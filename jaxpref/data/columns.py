@@ -212,11 +212,18 @@ def _says_nothing(response: Turns) -> bool:
     return any(not said(turn) and set(turn) <= _BARE for turn in turns)
 
 
-def with_margin(example: Example, record: Mapping) -> Example:
-    """The example with the record's `margin`, if there is one."""
-    if record.get("margin") is None:
-        return example
-    return dataclasses.replace(example, margin=number(record, "margin", example.where))
+def with_preference(pair: Example, record: Mapping) -> Example:
+    """The pair with how much the better response is better, where the record says so.
+
+    Reads `margin`, and the scores of both in `score_chosen` and `score_rejected`.
+    """
+    names = [f"score_{side}" for side in ("chosen", "rejected")]
+    if record.get("margin") is not None:
+        pair = dataclasses.replace(pair, margin=number(record, "margin", pair.where))
+    if all(record.get(name) is not None for name in names):
+        chosen, rejected = (number(record, name, pair.where) for name in names)
+        pair = dataclasses.replace(pair, scores=(chosen, rejected))
+    return pair
 
 
 def _kind(value: Any) -> str:

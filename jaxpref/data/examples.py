@@ -17,7 +17,8 @@ class Example:
     """A prompt with K responses.
 
     Attributes:
-      prompt: the text before the responses, or the conversation.
+      prompt: the text before the responses, or the conversation; None for a plain text, which
+        is the only response.
       responses: the texts, or the assistant's messages, that continue it; none if they are
         still to be sampled. Several turns are a tuple of messages, from the assistant's first
         to its last; what others say between them is context.
@@ -31,7 +32,7 @@ class Example:
         have drawn the other way; else the order is that of the scores.
     """
 
-    prompt: str | Chat
+    prompt: str | Chat | None
     responses: tuple[Response, ...]
     scores: tuple[float, ...] | None = None
     where: str = ""
@@ -97,8 +98,8 @@ class Excluded(Exception):
 def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example], list[Example]]:
     """Splits by prompt: all examples of a prompt fall on the same side.
 
-    The side depends on the prompt alone, so it stays the same when the data
-    grows, is reordered, or is mixed with other data.
+    The side depends on the prompt alone (of plain text, on the text), so it stays the same when
+    the data grows, is reordered, or is mixed with other data.
 
     Returns:
       The examples to train on, and those held out (about `fraction` of the prompts).
@@ -106,15 +107,15 @@ def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example
     kept: list[Example] = []
     held: list[Example] = []
     for example in examples:
-        digest = hashlib.sha256(_said(example.prompt).encode()).digest()
+        digest = hashlib.sha256(_said(example).encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         (held if share < fraction else kept).append(example)
     return kept, held
 
 
-def _said(prompt: str | Chat) -> str:
+def _said(example: Example) -> str:
     """The texts of a prompt, without what a template may or may not show of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    said = [(message["role"], message["content"]) for message in prompt.messages]
-    return json.dumps(said, default=str)
+    if isinstance(example.prompt, Chat):
+        said = [(message["role"], message["content"]) for message in example.prompt.messages]
+        return json.dumps(said, default=str)
+    return str(example.responses[0]) if example.prompt is None else example.prompt

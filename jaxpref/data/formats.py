@@ -28,15 +28,15 @@ _ALPACA_WITH_INPUT = (
 
 
 def explicit(record: Mapping, where: str) -> Example:
-    """`prompt`, `chosen`, `rejected`, and `margin` if there is one."""
+    """`prompt`, `chosen`, `rejected`; and what `columns.with_preference` reads, if it is there."""
     pair = _continued(record, ("chosen", "rejected"), where)
-    return columns.with_margin(pair, record)
+    return columns.with_preference(pair, record)
 
 
 def implicit(record: Mapping, where: str) -> Example:
     """`chosen`, `rejected`: conversations that begin alike, up to a turn of the assistant.
 
-    A `margin` is read if there is one.
+    What `columns.with_preference` reads is taken where it is there.
 
     Of two texts the prompt is known if they are dialogues as Anthropic's HH writes them.
     """
@@ -51,7 +51,7 @@ def implicit(record: Mapping, where: str) -> Example:
             )
         return hh(record, where)
     dialogues = [columns.messages(record, name, where) for name in names]
-    return columns.with_margin(columns.conversations(record, dialogues, names, where), record)
+    return columns.with_preference(columns.conversations(record, dialogues, names, where), record)
 
 
 def unpaired(record: Mapping, where: str) -> Example:
@@ -119,6 +119,13 @@ def prompts(record: Mapping, where: str) -> Example:
         before = columns.messages(record, "prompt", where)
         return Example(columns.chat(record, before, where), (), where=where)
     return Example(columns.text(record, "prompt", where), (), where=where)
+
+
+def text(record: Mapping, where: str) -> Example:
+    """`text`: plain text, of which every token is scored."""
+    return columns.not_empty(
+        Example(None, (columns.text(record, "text", where),), where=where), ("text",)
+    )
 
 
 def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:

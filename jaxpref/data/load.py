@@ -251,6 +251,7 @@ class _Reading:
             turns=data.turns,
             min_score_ratio=data.min_score_ratio,
             limit=source["limit"],
+            detected=source["format"] == "auto",
         )
         self.counts.update({f"dropped/{reason}": count for reason, count in dropped.items()})
         examples = self._adapted(examples, format)
@@ -266,6 +267,7 @@ class _Reading:
             found=format,
             ranked_pairs=data.ranked_pairs,
             on_tie=data.on_tie,
+            on_contradiction=data.on_contradiction,
             on_identical=data.on_identical,
         )
         self.counts.update(counts)

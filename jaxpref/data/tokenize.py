@@ -263,8 +263,8 @@ class _Encoder:
         texts = [
             text
             for example in chunk
-            if isinstance(example.prompt, str)
-            for text in (example.prompt, *example.responses)
+            if not isinstance(example.prompt, Chat)
+            for text in (example.prompt or "", *example.responses)
         ]
         counts["special_tokens_in_text"] += sum(len(self._names.findall(text)) for text in texts)
         # An empty list of texts is not a batch to every tokenizer.
@@ -290,6 +290,9 @@ class _Encoder:
                 bos = self._tokenizer.bos_token_id
             else:
                 prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
+                if example.prompt is None and self._limits.bos is None:
+                    # Something has to be there for the first token that is scored.
+                    prompt, responses = responses[0][:1], [responses[0][1:]]
                 whole = complete(prompt, responses, self._limits, example.where)
                 seen = [np.zeros(len(response), bool) for response in whole[1:]]
                 bos = None
@@ -311,7 +314,8 @@ class _Encoder:
                 pieces.append(np.asarray(response[:end], np.int32))
                 context.append(unscored[:end])
             uncut += map(len, whole)
-            prompts.append(digest(whole[0]))
+            # Plain texts all have the same prompt, if any; they are told by what they say.
+            prompts.append(digest([*whole[0], *whole[1]] if example.prompt is None else whole[0]))
             kept.append(True)
         counts["special_tokens_in_text"] += chats.special_names
         return _Encoded(

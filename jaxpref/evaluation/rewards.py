@@ -21,6 +21,7 @@ from jaxpref import (
 )
 from jaxpref.algorithms import response_scalars
 from jaxpref.data import BatchStream, Example
+from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
 from jaxpref.metrics import progress
 from jaxpref.models import Decoder, huggingface
@@ -152,7 +153,7 @@ def _line(example: Example, rewards: Float[np.ndarray, " _"]) -> dict[str, Any]:
     prompt, responses = example.prompt, example.responses
     return {
         "where": example.where,
-        "prompt": prompt if isinstance(prompt, str) else list(prompt.messages),
+        "prompt": list(prompt.messages) if isinstance(prompt, Chat) else prompt,
         "responses": list(responses),
         "rewards": [round(float(reward), 6) for reward in rewards[: len(responses)]],
     }
