@@ -197,6 +197,9 @@ _LOWEST: dict[str, float] = {
     ),
 }
 
+# Data is known by the fingerprints that a run has of it, not by where it lies.
+_PATHS = ("data.path", "data.eval_path", "data.mixture")
+FINGERPRINTS = ("data_fingerprint", "held_out_fingerprint")
 # What may differ when a run is resumed: nothing here changes a single update.
 _RESUMABLE = (
     "data.cache",
@@ -745,16 +748,30 @@ def unknown_key(config: ConfigDict, key: str) -> str | None:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """What keeps a run with config `ours` from resuming one with `theirs`, a line each."""
+    """What keeps a run with config `ours` from resuming one with `theirs`, a line each.
+
+    Data may have moved, if `ours` has no fingerprints of it yet or has the same ones.
+    """
     lines = []
+    same_data = all(ours[key] == theirs[key] for key in FINGERPRINTS if key in ours)
     for key, here in ours.items():
+        there = theirs[key]
+        if key in _PATHS and same_data and _elsewhere(here) == _elsewhere(there):
+            continue
         free = (key.startswith(_RESUMABLE) and not _precomputed(key, ours)) or (
             # A constant rate does not depend on how long the run is.
             key in ("train.steps", "train.epochs") and ours.get("optimizer.schedule") == "constant"
         )
-        if not free and here != theirs[key]:
-            lines.append(f"{key}: {here!r} now, {theirs[key]!r} there")
+        if not free and here != there:
+            lines.append(f"{key}: {here!r} now, {there!r} there")
     return lines
+
+
+def _elsewhere(value: Any) -> Any:
+    """A path, or an entry of data.mixture, wherever the data lies."""
+    if isinstance(value, list | tuple):
+        return [{key: item[key] for key in item if key != "path"} for item in value]
+    return bool(value)
 
 
 def _precomputed(key: str, values: dict[str, Any]) -> bool:

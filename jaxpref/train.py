@@ -92,10 +92,11 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     algorithm = algorithms.build(config, model)
     with metrics_lib.progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, algorithm.kind, progress=tell)
+    data_lib.check_batch_size(config, data)
     steps = config.train.steps or max(
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1
     )
-    identity = checkpoint.describe_run(config, data_fingerprint=data.train.fingerprint())
+    identity = checkpoint.describe_run(config, **data.fingerprints)
     checkpoint.check_same_run(workdir, identity)
 
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
