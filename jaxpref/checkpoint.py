@@ -2,7 +2,7 @@
 
 A workdir holds
 
-    run.json        the config and the data's fingerprint
+    run.json        the config and the data's fingerprints
     checkpoints/N/  after update N: items `params` (what is trained) and `rest` (optimizer
                     state, step)
     frozen/         the parameters that are not trained, if any

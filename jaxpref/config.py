@@ -111,6 +111,7 @@ DATA_FORMATS = (
     "messages",
     "alpaca",
     "prompts",
+    "text",
     "hh",
     "shp",
     "stack_exchange",
@@ -196,6 +197,9 @@ _LOWEST: dict[str, float] = {
     ),
 }
 
+# Data is known by the fingerprints that a run has of it, not by where it lies.
+_PATHS = ("data.path", "data.eval_path", "data.mixture")
+FINGERPRINTS = ("data_fingerprint", "held_out_fingerprint")
 # What may differ when a run is resumed: nothing here changes a single update.
 _RESUMABLE = (
     "data.cache",
@@ -264,8 +268,8 @@ def default(algorithm: str) -> ConfigDict:
     # "auto" (that of model.init_from, else "bytes"), "bytes" (ByT5's, needs no files), a
     # directory, or a hub name.
     config.tokenizer.name = "auto"
-    # Begin prompts with BOS: auto (where the tokenizer itself puts it before a text), always,
-    # never. A chat template's own BOS stays, and is never doubled.
+    # Begin prompts that are texts with BOS: auto (where the tokenizer itself puts it before a
+    # text), always, never. Of conversations the chat template alone decides.
     config.tokenizer.bos = "auto"
     # Read "</s>" and the like inside the data as special tokens rather than as text.
     config.tokenizer.parse_special_tokens = False
@@ -283,8 +287,9 @@ def default(algorithm: str) -> ConfigDict:
     # (chosen, rejected: conversations that begin alike), unpaired (prompt, completion, label),
     # ranked (prompt, responses, scores), responses (prompt, responses: to be scored), sft
     # (prompt, completion), messages (a conversation), alpaca (instruction, input, output),
-    # prompts (prompt); the data sets hh, shp, stack_exchange, tldr, tldr_sft, ultrafeedback,
-    # imdb, cnn_dailymail; synthetic, which is generated. A prompt is a text or a list of messages.
+    # prompts (prompt), text (text: every token is scored); the data sets hh, shp, stack_exchange,
+    # tldr, tldr_sft, ultrafeedback, imdb, cnn_dailymail; synthetic, which is generated. A prompt
+    # is a text or a list of messages.
     config.data.format = "auto"
     # Of a directory or a hub data set: a folder in it, and the split.
     config.data.subset = ""
@@ -317,6 +322,12 @@ def default(algorithm: str) -> ConfigDict:
     config.data.row_length = 0
     # Scored tokens a row. 0: what the data's share of responses calls for.
     config.data.scored_length = 0
+    # Turns of the assistant in a conversation that are trained, after the first question, or from
+    # where chosen and rejected part: all, or the last, whose prompt is all before it.
+    config.data.turns = "all"
+    # A response that follows a message of the assistant: error, continue (that message's text is
+    # the beginning of the turn) or skip.
+    config.data.on_assistant_prompt = "error"
     # Rows whose prompts differ between chosen and rejected: error or skip.
     config.data.on_divergent = "error"
     # Rows with an empty response: error or skip.
@@ -324,6 +335,9 @@ def default(algorithm: str) -> ConfigDict:
     # Responses with equal scores where one has to be the better: error, or skip (of a ranking,
     # all but the first of each score).
     config.data.on_tie = "error"
+    # Pairs whose chosen response has the lower score, or a margin below 0: error, keep (the order
+    # is the record's) or skip.
+    config.data.on_contradiction = "error"
     # Responses that equal their rival: keep or skip.
     config.data.on_identical = "keep"
     # Prompts over max_prompt_length in examples over max_length: error, truncate or skip.
@@ -420,12 +434,15 @@ def check(config: ConfigDict) -> None:
         )
     for key, known in {
         "data.format": DATA_FORMATS,
+        "data.on_assistant_prompt": ("error", "continue", "skip"),
+        "data.on_contradiction": ("error", "keep", "skip"),
         "data.on_divergent": ("error", "skip"),
         "data.on_empty": ("error", "skip"),
         "data.on_tie": ("error", "skip"),
         "data.on_identical": ("keep", "skip"),
         "data.on_long_prompt": ("error", "truncate", "skip"),
         "data.ranked_pairs": ("best_worst", "adjacent", "all"),
+        "data.turns": ("all", "last"),
         "tokenizer.bos": ("auto", "always", "never"),
         "reference.mode": ("live", "precomputed", "adapter", "synced", "free"),
         "reference.dtype": ("float32", "bfloat16"),
@@ -733,16 +750,30 @@ def unknown_key(config: ConfigDict, key: str) -> str | None:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """What keeps a run with config `ours` from resuming one with `theirs`, a line each."""
+    """What keeps a run with config `ours` from resuming one with `theirs`, a line each.
+
+    Data may have moved, if `ours` has no fingerprints of it yet or has the same ones.
+    """
     lines = []
+    same_data = all(ours[key] == theirs[key] for key in FINGERPRINTS if key in ours)
     for key, here in ours.items():
+        there = theirs[key]
+        if key in _PATHS and same_data and _elsewhere(here) == _elsewhere(there):
+            continue
         free = (key.startswith(_RESUMABLE) and not _precomputed(key, ours)) or (
             # A constant rate does not depend on how long the run is.
             key in ("train.steps", "train.epochs") and ours.get("optimizer.schedule") == "constant"
         )
-        if not free and here != theirs[key]:
-            lines.append(f"{key}: {here!r} now, {theirs[key]!r} there")
+        if not free and here != there:
+            lines.append(f"{key}: {here!r} now, {there!r} there")
     return lines
+
+
+def _elsewhere(value: Any) -> Any:
+    """A path, or an entry of data.mixture, wherever the data lies."""
+    if isinstance(value, list | tuple):
+        return [{key: item[key] for key in item if key != "path"} for item in value]
+    return bool(value)
 
 
 def _precomputed(key: str, values: dict[str, Any]) -> bool:

@@ -12,7 +12,9 @@ branch, so every response sees exactly what it would see in a row of its own.
 
 What is scored is a table apart: `source` says which hidden state predicts, `target`
 which token, `response` whose it is. The first token of every response is predicted
-from the prompt's last hidden state. Only these positions ever meet the LM head.
+from the prompt's last hidden state. Only these positions ever meet the LM head. A
+response may have tokens that it sees but that are not scored, such as what a user said
+between two turns of the assistant; they are in its branch and not in the table.
 
 Rows are divided into equal shards, one a device along the batch axes of the mesh, and
 the scored positions of a shard's rows share one table, so that a long response in one
@@ -41,10 +43,19 @@ class Group(NamedTuple):
     Attributes:
       prompt: the prompt, at least one token.
       responses: K responses of at least one token each.
+      context: which tokens of each response are seen but not scored; None for none.
     """
 
     prompt: Int[np.ndarray, " prompt_tokens"]
     responses: Sequence[Int[np.ndarray, " response_tokens"]]
+    context: Sequence[Bool[np.ndarray, " response_tokens"]] | None = None
+
+    @property
+    def scored(self) -> list[Int[np.ndarray, " scored_tokens"]]:
+        """The places in each response of the tokens that are scored."""
+        if self.context is None:
+            return [np.arange(len(response)) for response in self.responses]
+        return [np.flatnonzero(~context) for context in self.context]
 
 
 # The fields of a batch that have a row for each row of tokens.
@@ -134,7 +145,7 @@ def is_last(batch: PackedBatch) -> Bool[Array, "rows scored"]:
 
 
 def index_in_response(batch: PackedBatch) -> Int[Array, "rows scored"]:
-    """The place of each scored token in its response, from 0."""
+    """The place of each scored token among those of its response, from 0."""
     response = jnp.asarray(batch.response)
     by_shard = response.reshape(batch.shards, -1)
     index = jnp.broadcast_to(jnp.arange(by_shard.shape[1])[None], by_shard.shape)
@@ -199,11 +210,18 @@ class Part(NamedTuple):
 # Rows, each a list of the parts it holds. There is a multiple of `shards` of them,
 # and some may be empty.
 Plan = list[list[Part]]
-Planner = Callable[[Sequence[int], Sequence[Sequence[int]], Budget], Plan]
+Lengths = Sequence[Sequence[int]]
+
+
+# Of prompt lengths, response lengths, the budget, and the scored tokens of each response.
+Planner = Callable[[Sequence[int], Lengths, Budget, Lengths | None], Plan]
 
 
 def plan_tree(
-    prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]], budget: Budget
+    prompt_lengths: Sequence[int],
+    response_lengths: Lengths,
+    budget: Budget,
+    scored_lengths: Lengths | None = None,
 ) -> Plan:
     """Places groups in as few rows as best-fit decreasing finds.
 
@@ -211,6 +229,7 @@ def plan_tree(
       prompt_lengths: tokens of each group's prompt.
       response_lengths: tokens of each group's responses.
       budget: the shape of a row.
+      scored_lengths: those of them that are scored; None: all.
 
     Returns:
       The rows, as many as `round_rows` allows and divisible by `budget.shards`; the
@@ -244,11 +263,14 @@ def plan_tree(
             free.append(budget.row_length)
         rows[row].append(part)
         free[row] -= size
-    return _deal(rows, response_lengths, budget)
+    return _deal(rows, scored_lengths or response_lengths, budget)
 
 
 def plan_padded(
-    prompt_lengths: Sequence[int], response_lengths: Sequence[Sequence[int]], budget: Budget
+    prompt_lengths: Sequence[int],
+    response_lengths: Lengths,
+    budget: Budget,
+    scored_lengths: Lengths | None = None,
 ) -> Plan:
     """One response a row with its prompt, the layout of other libraries, for comparison."""
     rows = []
@@ -256,7 +278,7 @@ def plan_padded(
         for k, length in enumerate(responses):
             _check_fits(group, k, prompt, length, budget.row_length)
             rows.append([Part(group, (k,))])
-    return _deal(rows, response_lengths, budget)
+    return _deal(rows, scored_lengths or response_lengths, budget)
 
 
 def round_rows(rows: int, shards: int = 1) -> int:
@@ -274,10 +296,12 @@ def scored_budget(
     prompt_lengths: Int[np.ndarray, " groups"],
     response_lengths: Int[np.ndarray, "groups responses"],
     row_length: int,
+    scored_lengths: Int[np.ndarray, "groups responses"] | None = None,
 ) -> int:
     """Scored tokens a row that keep the table full: the data's own share, and a tenth more."""
-    prompts, responses = int(prompt_lengths.sum()), int(response_lengths.sum())
-    share = responses / max(prompts + responses, 1)
+    tokens = int(prompt_lengths.sum()) + int(response_lengths.sum())
+    scored = response_lengths if scored_lengths is None else scored_lengths
+    share = int(scored.sum()) / max(tokens, 1)
     return min(-(-int(1.1 * share * row_length + 1) // 16) * 16, row_length)
 
 
@@ -285,7 +309,8 @@ def plan(groups: Sequence[Group], budget: Budget, planner: Planner = plan_tree) 
     """Plans the rows of `groups`.
 
     Raises:
-      ValueError: an empty prompt or response, or one too long for a row.
+      ValueError: an empty prompt or response, or one too long for a row; or a response none
+        of whose tokens is scored.
     """
     _check_groups(groups)
     if min(budget) < 1:
@@ -294,6 +319,7 @@ def plan(groups: Sequence[Group], budget: Budget, planner: Planner = plan_tree) 
         [len(group.prompt) for group in groups],
         [[len(response) for response in group.responses] for group in groups],
         budget,
+        [[len(places) for places in group.scored] for group in groups],
     )
 
 
@@ -374,22 +400,23 @@ def materialise(
             positions[row, start:end] = np.arange(len(prompt))
             group_ids[row, start:end] = number
             last_of_prompt = first_of_row + end - 1
+            scored_places = groups[part.group].scored
             for k in part.responses:
-                ids = groups[part.group].responses[k]
+                ids, places = groups[part.group].responses[k], scored_places[k]
                 start, end = end, end + len(ids)
                 tokens[row, start:end] = ids
                 positions[row, start:end] = np.arange(len(prompt), len(prompt) + len(ids))
                 group_ids[row, start:end] = number
                 branch[row, start:end] = k + 1
-                scored = slice(filled[shard], filled[shard] + len(ids))
-                filled[shard] += len(ids)
+                scored = slice(filled[shard], filled[shard] + len(places))
+                filled[shard] += len(places)
                 # Each token is predicted from the one before it, the first from the prompt.
-                source[shard, scored] = np.arange(start - 1, end - 1) + first_of_row
-                source[shard, scored.start] = last_of_prompt
-                place[shard, scored] = np.arange(start, end) + first_of_row
-                target[shard, scored] = ids
+                here = places + start + first_of_row
+                source[shard, scored] = np.where(places > 0, here - 1, last_of_prompt)
+                place[shard, scored] = here
+                target[shard, scored] = ids[places]
                 response[shard, scored] = part.group * responses + k
-                lengths[part.group, k] = len(ids)
+                lengths[part.group, k] = len(places)
     by_row = (rows, budget.scored_length)
     return PackedBatch(
         tokens=tokens,
@@ -422,9 +449,9 @@ def _split(group: int, prompt: int, responses: Sequence[int], row_length: int) -
     return [Part(group, tuple(sorted(part))) for part in parts]
 
 
-def _deal(rows: Plan, response_lengths: Sequence[Sequence[int]], budget: Budget) -> Plan:
+def _deal(rows: Plan, scored_lengths: Lengths, budget: Budget) -> Plan:
     """Deals rows to shards, most scored tokens first, so that no shard's table overflows."""
-    scored = [sum(response_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
+    scored = [sum(scored_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
     order = sorted(range(len(rows)), key=lambda row: -scored[row])
     total = round_rows(len(rows), budget.shards)
     while True:
@@ -463,3 +490,14 @@ def _check_groups(groups: Sequence[Group]) -> None:
                 f"group {index}: {what} is empty. A prompt needs a token to predict from "
                 "(BOS will do), and a response a token to score."
             )
+        if group.context is None:
+            continue
+        sizes = [len(response) for response in group.responses]
+        if [len(context) for context in group.context] != sizes:
+            raise ValueError(
+                f"group {index}: context should say of each token of each response (there are "
+                f"{sizes}) whether it is scored; it has {[len(c) for c in group.context]}."
+            )
+        unscored = [k for k, places in enumerate(group.scored) if len(places) == 0]
+        if unscored:
+            raise ValueError(f"group {index}: no token of response {unscored[0]} is scored.")

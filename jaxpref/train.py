@@ -92,10 +92,11 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     algorithm = algorithms.build(config, model)
     with metrics_lib.progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, algorithm.kind, progress=tell)
+    data_lib.check_batch_size(config, data)
     steps = config.train.steps or max(
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1
     )
-    identity = checkpoint.describe_run(config, data_fingerprint=data.train.fingerprint())
+    identity = checkpoint.describe_run(config, **data.fingerprints)
     checkpoint.check_same_run(workdir, identity)
 
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
@@ -474,7 +475,7 @@ def _stream(
     row_length = config.data.row_length or config.data.max_length
     train = data.train
     scored_length = config.data.scored_length or packing.scored_budget(
-        train.prompt_lengths, train.response_lengths, row_length
+        train.prompt_lengths, train.response_lengths, row_length, train.scored_lengths
     )
     batch_size, micro_batches = config.data.batch_size, config.train.micro_batches
     if not training:

@@ -118,7 +118,7 @@ STYLES = {
         ),
         response="The pears are fresh.<|im_end|>",
     ),
-    # A template without BOS on a tokenizer that puts it before every text.
+    # A template without BOS on a tokenizer that puts it before every text: the template decides.
     "chatml after bos": Style(
         CHATML,
         eos="</s>",
@@ -127,7 +127,7 @@ STYLES = {
         others=("<|im_start|>", "<|im_end|>"),
         system=False,
         prompt=(
-            "<s><|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
+            "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
             "<|im_start|>user\nHow are the pears?<|im_end|>\n<|im_start|>assistant\n"
         ),
         response="The pears are fresh.<|im_end|>",
@@ -189,7 +189,7 @@ STYLES = {
         puts_bos=True,
         system=False,
         prompt=(
-            "<s>Below is an instruction that describes a task. Write a response that appropriately "
+            "Below is an instruction that describes a task. Write a response that appropriately "
             "completes the request.\n\n### Instruction:\nHello there\n\n### Response:\nHi!</s>\n\n"
             "### Instruction:\nHow are the pears?\n\n### Response:\n"
         ),
@@ -281,9 +281,8 @@ def test_special_tokens_stand_once_and_the_response_continues_the_prompt(name, b
         )
 
     opened, whole = ids(add_generation_prompt=True), ids(GOOD)
-    begins = opened[0] == tokenizer.bos_token_id
-    adds = {"auto": style.puts_bos, "always": True, "never": False}[bos] and not begins
-    assert prompt == [tokenizer.bos_token_id] * adds + opened
+    # What generation sees: the template's own BOS or none, whatever is put before texts.
+    assert prompt == opened
     if style.bos != style.eos:
         assert prompt.count(tokenizer.bos_token_id) <= 1
         assert tokenizer.bos_token_id not in response
@@ -440,6 +439,18 @@ def test_a_response_that_the_template_does_not_show_is_an_error():
         )
 
 
+def test_a_cut_prompt_keeps_the_templates_bos():
+    """Also where the tokenizer puts none before a text."""
+    style = dataclasses.replace(STYLES["llama 3"], puts_bos=False)
+    tokenizer = build_tokenizer(style)
+    limits = Limits(20, 12, tokenizer.eos_token_id, begins_with_bos(tokenizer, "auto"))
+    assert limits.bos is None
+    data = tokenize([Example(Chat(TALK), (GOOD,))], tokenizer, limits)
+    assert data.counts["prompts_cut"] == 1
+    assert data.group(0).prompt[0] == tokenizer.bos_token_id
+    assert len(data.group(0).prompt) == 12
+
+
 def write(path, record) -> str:
     path.write_text(json.dumps(record) + "\n")
     return str(path)
@@ -468,9 +479,9 @@ def test_the_split_goes_by_the_conversation_as_by_a_text():
 
 
 def test_messages_are_a_prompt_and_its_response(tmp_path):
-    record = {"messages": [*TALK, GOOD]}
-    (example,), _ = read_examples(write(tmp_path / "x.jsonl", record), "messages")
-    assert example == Example(Chat(TALK), (GOOD,), where=f"{tmp_path / 'x.jsonl'}:1")
+    path = write(tmp_path / "x.jsonl", {"messages": [*TALK[-1:], GOOD]})
+    (example,), _ = read_examples(path, "messages")
+    assert example == Example(Chat(TALK[-1:]), (GOOD,), where=f"{path}:1")
 
 
 def pair(**changed) -> dict:
@@ -492,7 +503,15 @@ BAD_RECORDS = {
     ),
     "the user's turn": (pair(chosen=[TALK[0]]), "should be a message of the assistant.*'user'"),
     "empty": (pair(rejected=[{**BAD, "content": ""}]), "the rejected response is empty"),
-    "two turns": (pair(chosen=[BAD, TALK[0], GOOD]), "chosen and rejected part before"),
+    "goes on": (pair(chosen=[BAD, TALK[0], GOOD]), "are one the beginning of the other"),
+    "another question": (
+        pair(chosen=[GOOD, TALK[0], GOOD], rejected=[GOOD, TALK[2], GOOD]),
+        "chosen and rejected part in a message that is not the assistant's",
+    ),
+    "after the assistant": (
+        pair(prompt=list(TALK[:2])),
+        "follows a message of the assistant.*--config.data.on_assistant_prompt=continue",
+    ),
     "tools": (pair(tools="[{"), "column 'tools' is not valid JSON"),
     "tools kind": (pair(tools={"a": 1}), "column 'tools' should be a list; got dict"),
 }

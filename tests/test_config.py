@@ -200,6 +200,26 @@ def test_differences_list_what_changes_the_updates():
     ]
 
 
+def test_data_that_moved_is_the_same_data():
+    here = {"data.path": "a/x.jsonl", "data.eval_path": "a/y.jsonl", "data.mixture": []}
+    there = {"data.path": "b/x.jsonl", "data.eval_path": "b/z.jsonl", "data.mixture": []}
+    prints = dict.fromkeys(config_lib.FINGERPRINTS, "0a")
+    # Before the data is read, and when it has been.
+    assert not config_lib.differences(here, {**there, **prints})
+    assert not config_lib.differences({**here, **prints}, {**there, **prints})
+    for name in prints:
+        found = config_lib.differences({**here, **prints, name: "1b"}, {**there, **prints})
+        assert {line.partition(":")[0] for line in found} == {"data.path", "data.eval_path", name}
+    # Held-out data of its own, or a share of the data, is another setting.
+    assert config_lib.differences({**here, "data.eval_path": ""}, {**there, **prints})
+
+    mixture = [{"path": "a/x.jsonl", "weight": 2}, {"path": "a/y.jsonl"}]
+    moved = [{"path": "b/x.jsonl", "weight": 2}, {"path": "b/y.jsonl"}]
+    assert not config_lib.differences({"data.mixture": mixture}, {"data.mixture": moved})
+    for other in (moved[::-1], moved[:1], [{**moved[0], "weight": 3}, moved[1]]):
+        assert config_lib.differences({"data.mixture": mixture}, {"data.mixture": other})
+
+
 def test_a_table_of_log_probs_holds_for_the_examples_that_it_was_made_for():
     flat = dict(config_lib.flatten(valid(reference__mode="precomputed")))
     assert config_lib.differences({**flat, "eval.max_examples": 3}, flat) == [

@@ -101,6 +101,14 @@ BAD_FILES = {
         "x.jsonl:1: column 'prompt' holds half of a character at 1",
     ),
     "empty file": (b"", "holds no usable record"),
+    "a key twice": (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "prompt": "b"}\n',
+        "x.jsonl:2: the key 'prompt' stands twice in one JSON object",
+    ),
+    "a key twice inside": (
+        b'{"prompt": [{"role": "user", "content": "a", "role": "system"}]}\n',
+        "x.jsonl:1: the key 'role' stands twice",
+    ),
 }
 
 
@@ -199,7 +207,11 @@ def test_an_array_may_begin_with_blanks(tmp_path, start):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[{}, 1]", "x.json:2: expected a JSON object a record; got int"), ("[{]", "not valid JSON")],
+    [
+        ("[{}, 1]", "x.json:2: expected a JSON object a record; got int"),
+        ("[{]", "not valid JSON"),
+        ('[{"a": 1}, {"a": 1, "a": 2}]', "x.json:2: the key 'a' stands twice"),
+    ],
 )
 def test_bad_arrays_are_errors_that_say_where(tmp_path, content, message):
     (tmp_path / "x.json").write_text(content)

@@ -13,7 +13,7 @@ from jaxpref.data import convert
 from jaxpref.data.chat import Chat
 from jaxpref.data.convert import KINDS, adapt, kind_of
 from jaxpref.data.dataset import deduplicate, mismatch
-from jaxpref.data.examples import Example
+from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import FORMATS, read_examples
 from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
 from jaxpref.errors import UserError
@@ -118,6 +118,66 @@ RECORDS = {
     ),
     "prompts": ("prompts", {"prompt": "p", "id": 3}, Example("p", ())),
     "prompts, messages": ("prompts", {"prompt": ASKED}, Example(CHAT, ())),
+    "text": ("text", {"text": "Once.", "id": 3}, Example(None, ("Once.",))),
+    # Further columns that change nothing.
+    "explicit, scores": (
+        "explicit",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1},
+        Example("p", ("a", "b"), (2.0, 1.0)),
+    ),
+    "explicit, messages and scores": (
+        "explicit",
+        {
+            "prompt": ASKED,
+            "chosen": [ONION],
+            "rejected": [STONE],
+            "score_chosen": 2,
+            "score_rejected": 1,
+        },
+        Example(CHAT, (ONION, STONE), (2.0, 1.0)),
+    ),
+    "explicit, one score": (
+        "explicit",
+        {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": None},
+        Example("p", ("a", "b")),
+    ),
+    "explicit beside a labelled completion": (
+        "explicit",
+        {
+            **dict(zip(("prompt", "chosen", "rejected"), "pab", strict=True)),
+            "completion": "a",
+            "label": 1,
+        },
+        Example("p", ("a", "b")),
+    ),
+    "explicit beside an instruction": (
+        "explicit",
+        {
+            **dict(zip(("prompt", "chosen", "rejected"), "pab", strict=True)),
+            "instruction": "i",
+            "output": "o",
+        },
+        Example("p", ("a", "b")),
+    ),
+    "explicit beside what is no ranking": (
+        "explicit",
+        {
+            **dict(zip(("prompt", "chosen", "rejected"), "pab", strict=True)),
+            "responses": "two",
+            "scores": 7,
+        },
+        Example("p", ("a", "b")),
+    ),
+    "hh, scores": (
+        "hh",
+        {"chosen": f"{HH} x", "rejected": f"{HH} y", "score_chosen": 2, "score_rejected": 1},
+        Example(HH, (" x", " y"), (2.0, 1.0)),
+    ),
+    "sft beside texts of other names": (
+        "sft",
+        {"prompt": "p", "completion": "a", "question": 3, "answers": "none", "text": "p a"},
+        Example("p", ("a",)),
+    ),
 }
 
 
@@ -176,6 +236,15 @@ BAD = {
         {"instruction": "a", "input": ["b"], "output": "c"},
         "'input' should be text; got list",
     ),
+    "text and label": (
+        {"text": "a", "label": 1},
+        r"no format has the columns 'label', 'text'\. (.*\n)*.*--config.data.format",
+    ),
+    "text is a number": ({"text": 7}, "'text' should be text; got int"),
+    "a score is text": (
+        {**PAIR, "score_chosen": "high", "score_rejected": 1},
+        "'score_chosen' should be a finite number; got 'high'",
+    ),
     "half a character": ({**UNPAIRED, "completion": "a\ud83d"}, "holds half of a character at 1"),
     "prompt is an empty list": ({"prompt": []}, "list of messages; got an empty list"),
 }
@@ -186,6 +255,28 @@ def test_bad_records_are_errors_that_say_where(tmp_path, case):
     record, message = BAD[case]
     with pytest.raises(UserError, match=f"x.jsonl:1: .*{message}"):
         read_examples(write(tmp_path / "x.jsonl", record))
+
+
+def test_what_a_detected_format_cannot_read_names_the_format(tmp_path):
+    path = write(tmp_path / "x.jsonl", PAIR, {**PAIR, "chosen": 7, "id": None})
+    wanted = (
+        r"x.jsonl:2: column 'chosen' should be text; got int.* The record has 'prompt' \(str\), "
+        r"'chosen' \(int\), 'rejected' \(str\), 'id' \(NoneType\). It is read as format "
+        r"'explicit', which the columns of the first records tell; .*--config.data.format"
+    )
+    with pytest.raises(UserError, match=wanted):
+        read_examples(path)
+    with pytest.raises(UserError) as caught:
+        read_examples(path, "explicit")
+    assert "which the columns" not in str(caught.value)
+
+
+def test_a_record_nested_too_deeply_is_an_error(tmp_path):
+    parts = "[" * 900 + "]" * 900
+    message = f'{{"role": "user", "content": {parts}}}'
+    (tmp_path / "x.jsonl").write_text(f'{{"messages": [{message}]}}\n')
+    with pytest.raises(UserError, match=r"x.jsonl:1: .*(nested too deeply|cannot be read as JSON)"):
+        read_examples(str(tmp_path / "x.jsonl"))
 
 
 def test_a_later_record_with_other_columns_is_an_error(tmp_path):
@@ -220,6 +311,33 @@ def test_a_limit_takes_the_first_and_counts_the_others(tmp_path):
     assert dropped == {"over_limit": 3}
 
 
+CONTRADICTED = {
+    "scores": Example("p", ("a", "b"), (1.0, 2.0), where="x:4"),
+    "margin": Example("p", ("a", "b"), margin=-0.5, where="x:4"),
+    "one of a ranking": Example("p", ("a", "b", "c"), (3.0, 1.0, 2.0), where="x:4"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTED)
+@pytest.mark.parametrize("kind", ["pairs", "ranked", "unpaired", "mismatched", "sft"])
+def test_what_contradicts_its_own_order_is_refused_or_counted(case, kind):
+    example, good = CONTRADICTED[case], Example("p", ("a", "b"), (2.0, 1.0), margin=0.0)
+    message = r"x:4: the .*(-0.5|lower score).*--config.data.on_contradiction=skip"
+    with pytest.raises(UserError, match=message):
+        adapt([good, example], kind)
+    alone = adapt([good], kind)[0]
+    kept, counts = adapt([good, example], kind, on_contradiction="skip")
+    assert kept == alone
+    assert counts["dropped/contradiction"] == 1
+    kept, counts = adapt([good, example], kind, on_contradiction="keep")
+    assert len(kept) == 2 * len(alone)
+    assert counts["contradictions"] == 1
+    # A true reward may be drawn against, and nothing is compared for a prompt.
+    drawn = dataclasses.replace(CONTRADICTED["scores"], scores_are_true=True)
+    assert not {*adapt([drawn], kind)[1]} - {"unused_responses"}
+    assert not adapt([example], "prompts")[1]
+
+
 BY_KIND = {
     "sft": Example("p", ("a",)),
     "pairs": Example("p", ("a", "b"), margin=1.0),
@@ -227,14 +345,15 @@ BY_KIND = {
     "unpaired": Example("p", ("a",), label=True),
     "prompts": Example("p", ()),
     "responses": Example("p", ("a", "b"), ordered=False),
+    "text": Example(None, ("a",)),
 }
 # To each kind, what can be converted, and the responses that come of it.
 CONVERTED = {
-    "sft": {"sft": ["a"], "pairs": ["a"], "ranked": ["a"], "unpaired": ["a"]},
+    "sft": {"sft": ["a"], "pairs": ["a"], "ranked": ["a"], "unpaired": ["a"], "text": ["a"]},
     "pairs": {"pairs": ["ab"], "ranked": ["ad"]},
     "ranked": {"pairs": ["ab"], "ranked": ["abcd"]},
     "unpaired": {"unpaired": ["a"], "pairs": ["a", "b"], "ranked": ["a", "d"]},
-    "prompts": {kind: [""] for kind in BY_KIND},
+    "prompts": {kind: [""] for kind in BY_KIND if kind != "text"},
 }
 
 
@@ -431,6 +550,21 @@ def test_labels_margins_and_scores_are_extras():
     data = tokenized(Example("p", ("a", "b"), (1.0, 2.0), scores_are_true=True))
     assert data.scores.tolist() == [[1, 2]]
     assert not data.extras
+
+
+def test_every_token_of_a_text_is_scored():
+    """But the first one where there is no BOS to predict it from."""
+    texts = [Example(None, (text,)) for text in ("ab", "cd", "ab")]
+    data = tokenized(*texts)
+    assert everything(data) == [[[100], [101, 1]], [[102], [103, 1]], [[100], [101, 1]]]
+    limits = Limits(64, 32, 1, 2)
+    with_bos = tokenize(texts, load_tokenizer("bytes"), limits)
+    assert everything(with_bos)[0] == [[2], [100, 101, 1]]
+    # A text is held out, and told from others, by what it says.
+    for there in (data, with_bos):
+        assert there.prompts[0] == there.prompts[2] != there.prompts[1]
+    many = [Example(None, (str(i),)) for i in range(200)]
+    assert 20 < len(hold_out(many, 0.2)[1]) < 60
 
 
 def test_a_margin_that_only_some_have_is_an_error():

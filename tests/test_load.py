@@ -168,6 +168,36 @@ def test_nothing_is_dropped_without_a_count(tmp_path):
     assert len(records) == 5 + sum(dropped.values())
 
 
+def test_that_nothing_is_held_out_is_said(tmp_path):
+    path, said = write(tmp_path / "x.jsonl", pairs(3, "a")), "nothing will be evaluated"
+    for _ in range(2):
+        data = load(path=path, eval_fraction=1e-6, cache=str(tmp_path / "kept"))
+        assert data.held_out is None
+        assert said in data.notes[-1]
+    assert not any(said in note for note in load(path=path, eval_fraction=0.0).notes)
+    held_out = write(tmp_path / "y.jsonl", [{**pairs(1, "a")[0], "prompt": "p" * 600}])
+    data = load(path=path, eval_path=held_out, on_long_prompt="skip")
+    assert data.held_out is None
+    assert said in data.notes[-1]
+
+
+def test_the_fingerprint_of_what_is_held_out_is_of_all_of_it(tmp_path):
+    path = write(tmp_path / "x.jsonl", pairs(40, "a"))
+    config = config_lib.default("dpo")
+    config.data.update(path=path, eval_fraction=0.5)
+    whole = data_lib.load(config, load_tokenizer("bytes"), "pairs")
+    config.eval.max_examples = 3
+    part = data_lib.load(config, load_tokenizer("bytes"), "pairs")
+    assert part.fingerprints == whole.fingerprints
+    assert whole.fingerprints["held_out_fingerprint"] == whole.held_out.fingerprint()
+    assert part.held_out.fingerprint() != whole.held_out.fingerprint()
+    config.data.eval_fraction = 0.0
+    assert (
+        data_lib.load(config, load_tokenizer("bytes"), "pairs").fingerprints["held_out_fingerprint"]
+        == ""
+    )
+
+
 def test_prompts_alone_make_batches(tmp_path):
     from jaxpref.packing import Budget
 

@@ -139,11 +139,27 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
         record = {"chosen": " a", "rejected": " b"}
         path = tmp_path / name
         path.write_text("".join(json.dumps({"prompt": p, **record}) + "\n" for p in prompts))
-        return small(data__format="explicit", data__path=str(path), data__eval_fraction=0.0)
+        return small(
+            data__format="explicit",
+            data__path=str(path),
+            data__eval_fraction=0.0,
+            data__batch_size=2,
+            train__steps=1,
+        )
 
     train.run(pairs("x.jsonl", "p", "q"), tmp_path / "run")
     with pytest.raises(UserError, match="data_fingerprint"):
         train.run(pairs("x.jsonl", "p", "r"), tmp_path / "run")
+    # The same data elsewhere is the same data; with another path, it is told which.
+    train.run(pairs("moved.jsonl", "p", "q"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"data.path: '.*y.jsonl' now, '.*x.jsonl' there"):
+        train.run(pairs("y.jsonl", "p", "r"), tmp_path / "run")
+
+
+def test_a_step_larger_than_the_data_is_refused(tmp_path):
+    config = small(data__batch_size=64)
+    with pytest.raises(UserError, match=r"data.batch_size is 64, but there are 4\d examples"):
+        train.run(config, tmp_path)
 
 
 def test_resuming_does_not_need_the_weights_it_began_with(finished, tmp_path):

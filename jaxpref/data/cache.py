@@ -25,7 +25,9 @@ from jaxpref.errors import UserError
 
 _COUNTS = "counts.json"
 _SIDES = ("train", "held_out")
-_ARRAYS = ("tokens", "pieces", "examples", "scores", "uncut", "prompts")
+_ARRAYS = ("tokens", "context", "pieces", "examples", "scores", "uncut", "prompts")
+# Those that a data set may be without.
+_OPTIONAL = ("context", "scores")
 _GROUPS = ("extras", "sources")
 # Settings that change no token, and paths, in whose place the content counts.
 _IRRELEVANT = (
@@ -139,7 +141,7 @@ def _write_dataset(folder: Path, dataset: TokenizedDataset) -> None:
 def _read_dataset(folder: Path) -> TokenizedDataset:
     def array(name: str) -> np.ndarray | None:
         path = folder / f"{name}.npy"
-        if name == "scores" and not path.exists():
+        if name in _OPTIONAL and not path.exists():
             return None
         # Not as a memmap, whose slices are slow.
         return np.load(path, mmap_mode="r").view(np.ndarray)

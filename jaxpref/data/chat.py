@@ -1,10 +1,10 @@
 """Conversations to token ids, through the tokenizer's chat template.
 
-The template decides how a conversation reads. What is guaranteed here, whatever it says:
-the response's ids continue the prompt's ids, so that the model is trained on what it will
-see when it generates; BOS stands once at the start, where the tokenizer puts it on plain
-texts too; a response ends in one end-of-turn token, the template's or else EOS; and the
-name of a special token inside a message is text, not a token.
+The template alone decides how a conversation reads, BOS included. What is guaranteed here,
+whatever it says: the ids of a turn continue the ids before it, so that the model is trained
+on what it will see when it generates; a turn ends in one end-of-turn token, the template's or
+else EOS; the name of a special token inside a message is text, not a token; and where several
+turns of one conversation are trained, each has the ids that it would have as the last one.
 """
 
 import dataclasses
@@ -12,11 +12,16 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
 
 from jaxpref.errors import UserError
 
 Message = Mapping[str, Any]
+# A message of the assistant, or several messages from the assistant's first to its last.
+Turns = Message | tuple[Message, ...]
 
 # Templates for models that came with none. Neither needs tokens that a model may not have.
 TEMPLATES: dict[str, str] = {
@@ -78,7 +83,8 @@ class Chat:
     """A conversation that a response continues.
 
     Attributes:
-      messages: each with a `role` and its `content`, and what else the template reads.
+      messages: each with a `role` and its `content`, and what else the template reads. If the
+        last one is the assistant's, a response continues it.
       tools: JSON schemas of the functions that may be called.
       options: further variables for the template.
     """
@@ -89,6 +95,32 @@ class Chat:
 
     def __str__(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
+
+
+def messages_of(response: str | Turns) -> tuple[Message, ...]:
+    """A response as messages; a text is what the assistant says."""
+    if isinstance(response, str):
+        return ({"role": "assistant", "content": response},)
+    return (response,) if isinstance(response, Mapping) else response
+
+
+class EncodedTurns(NamedTuple):
+    """The ids of what continues a conversation.
+
+    Attributes:
+      ids: through the end of the assistant's last turn.
+      context: which of them are seen but not the assistant's to say.
+    """
+
+    ids: list[int]
+    context: Bool[np.ndarray, " tokens"]
+
+
+class _Opened(NamedTuple):
+    """A conversation as it is when the model begins to write."""
+
+    text: str
+    ids: list[int]
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
@@ -151,41 +183,79 @@ class ChatEncoder:
         self._names = re.compile(f"{self._special_names.pattern}|{_MARKS.pattern}")
 
     def encode(
-        self, chat: Chat, responses: Sequence[str | Message], where: str
-    ) -> tuple[list[int], list[list[int]]]:
+        self, chat: Chat, responses: Sequence[str | Turns], where: str
+    ) -> tuple[list[int], list[EncodedTurns]]:
         """The ids of the prompt and of each response, which ends its turn.
 
         Args:
-          chat: the conversation, which ends before the assistant's turn.
-          responses: the messages that may continue it.
+          chat: the conversation before the assistant's turn.
+          responses: what may continue it: a message of the assistant, or several messages from
+            the assistant's first to its last.
           where: place of the record, for messages.
 
         Raises:
-          UserError: the tokenizer has no chat template, the template fails, or a response
-            does not continue the prompt.
+          UserError: the tokenizer has no chat template, the template fails, a turn does not
+            continue what is before it, or reads otherwise once the conversation goes on.
         """
         names: list[str] = []
         chat = _map_text(chat, lambda text: self._mask(text, names))
-        prompt = self._render(chat, where, add_generation_prompt=True)
-        prompt_ids = self._tokenize(prompt, names)
+        opened = self._open(chat, names, where)
         encoded = []
         for response in responses:
-            response = _map_text(response, lambda text: self._mask(text, names))
-            whole = self._render(
-                dataclasses.replace(chat, messages=(*chat.messages, response)), where
+            masked = _map_text(messages_of(response), lambda text: self._mask(text, names))
+            encoded.append(self._continue(chat, opened, _joined(masked, where), names, where))
+        return opened.ids, encoded
+
+    def _continue(
+        self,
+        chat: Chat,
+        opened: _Opened,
+        messages: tuple[Message, ...],
+        names: list[str],
+        where: str,
+    ) -> EncodedTurns:
+        """The messages' ids after a conversation that is opened for the first of them."""
+        spans, wholes = [], []
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = _extended(chat, messages[:place], where)
+            start = self._open(before, names, where) if place else opened
+            wholes.append(start.ids + self._turn(before, start, message, names, where))
+            spans.append(slice(len(start.ids), len(wholes[-1])))
+        whole = wholes[-1]
+        for number, until in enumerate(wholes[:-1], start=1):
+            if whole[: len(until)] != until:
+                raise self._changed_error(number, until, whole, where)
+        context = np.ones(len(whole), bool)
+        for span in spans:
+            context[span] = False
+        return EncodedTurns(whole[len(opened.ids) :], context[len(opened.ids) :])
+
+    def _open(self, chat: Chat, names: list[str], where: str) -> _Opened:
+        """A conversation up to where the model goes on: in a new turn, or in its own last one."""
+        goes_on = bool(chat.messages) and chat.messages[-1]["role"] == "assistant"
+        how = "continue_final_message" if goes_on else "add_generation_prompt"
+        text = self._render(chat, where, **{how: True})
+        return _Opened(text, self._tokenize(text, names))
+
+    def _turn(
+        self, chat: Chat, opened: _Opened, message: Message, names: list[str], where: str
+    ) -> list[int]:
+        """The ids of one turn of the assistant, through the token that ends it."""
+        whole = self._render(_extended(chat, (message,), where), where)
+        if not whole.startswith(opened.text):
+            raise self._boundary_error(opened.text, whole, "text", where)
+        said = whole[len(opened.text) :]
+        if not (self._parse or self._special_names.sub("", said).strip()):
+            raise UserError(
+                f"{where}: the chat template shows nothing of the response (it has "
+                f"{', '.join(sorted(message))}); use a template that does."
             )
-            if not whole.startswith(prompt):
-                raise self._boundary_error(prompt, whole, "text", where)
-            if not (self._parse or self._special_names.sub("", whole[len(prompt) :]).strip()):
-                raise UserError(
-                    f"{where}: the chat template shows nothing of the response (it has "
-                    f"{', '.join(sorted(response))}); use a template that does."
-                )
-            whole_ids = self._tokenize(whole, names)
-            if whole_ids[: len(prompt_ids)] != prompt_ids:
-                raise self._boundary_error(prompt_ids, whole_ids, "tokens", where)
-            encoded.append(self._end_turn(whole_ids[len(prompt_ids) :]))
-        return prompt_ids, encoded
+        ids = self._tokenize(whole, names)
+        if ids[: len(opened.ids)] != opened.ids:
+            raise self._boundary_error(opened.ids, ids, "tokens", where)
+        return self._end_turn(ids[len(opened.ids) :])
 
     def _mask(self, text: str, names: list[str]) -> str:
         def mark(match: re.Match) -> str:
@@ -197,7 +267,7 @@ class ChatEncoder:
 
         return self._names.sub(mark, text)
 
-    def _render(self, chat: Chat, where: str, *, add_generation_prompt: bool = False) -> str:
+    def _render(self, chat: Chat, where: str, **how: bool) -> str:
         import jinja2
 
         if not self._tokenizer.chat_template:
@@ -209,8 +279,8 @@ class ChatEncoder:
             return self._tokenizer.apply_chat_template(
                 list(chat.messages),
                 tools=list(chat.tools) or None,
-                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
+                **how,
                 **chat.options,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -240,24 +310,70 @@ class ChatEncoder:
         return [*ids, self._eos]
 
     def _boundary_error(self, prompt: Any, whole: Any, unit: str, where: str) -> UserError:
-        parted = next(
-            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
-            min(len(prompt), len(whole)),
-        )
-
-        def shown(pieces: Any) -> str:
-            near = pieces[max(parted - _SHOWN // 2, 0) : parted + _SHOWN // 2]
-            return repr(near if unit == "text" else self._tokenizer.convert_ids_to_tokens(near))
-
+        show = str if unit == "text" else self._tokenizer.convert_ids_to_tokens
+        parted, first, second = _where_they_part(prompt, whole, show)
         return UserError(
             f"{where}: the response does not continue the prompt. From place {parted} of the "
-            f"{unit}, the prompt with the template's opening of a turn reads\n  {shown(prompt)}\n"
-            f"but with the response after it\n  {shown(whole)}\n"
+            f"{unit}, the prompt with the template's opening of a turn reads\n  {first}\n"
+            f"but with the response after it\n  {second}\n"
             "The model would be trained on other tokens than it continues when it generates. "
             "Change the template (tokenizer.chat_template) so that a turn opens in the same way "
             "and, if tokens merge, so that a special token or the response's own whitespace "
             "stands at the boundary."
         )
+
+    def _changed_error(
+        self, number: int, until: list[int], whole: list[int], where: str
+    ) -> UserError:
+        parted, first, second = _where_they_part(until, whole, self._tokenizer.decode)
+        return UserError(
+            f"{where}: the chat template writes turn {number} of the assistant otherwise once the "
+            f"conversation goes on. From token {parted}, when the model says it, it reads\n"
+            f"  {first}\nbut inside the whole conversation\n  {second}\n"
+            "(some templates take away an earlier turn's reasoning, some do not mark its end). The "
+            "model would be trained on what it never says, so train the last turn of each "
+            "conversation alone with --config.data.turns=last, or name a template that leaves "
+            "earlier turns as they were (tokenizer.chat_template)."
+        )
+
+
+def _where_they_part(one: Any, other: Any, show: Callable[[Any], Any]) -> tuple[int, str, str]:
+    """The first place where two texts, or two lists of ids, differ, and what is around it."""
+    parted = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+    near = slice(max(parted - _SHOWN // 2, 0), parted + _SHOWN // 2)
+    return parted, repr(show(one[near])), repr(show(other[near]))
+
+
+def _extended(chat: Chat, messages: Sequence[Message], where: str) -> Chat:
+    """The conversation with further messages, the first of which may continue its last one."""
+    *before, last = chat.messages or (None,)
+    seam = messages if last is None else (last, *messages)
+    return dataclasses.replace(chat, messages=(*before, *_joined(seam, where)))
+
+
+def _joined(messages: Sequence[Message], where: str) -> tuple[Message, ...]:
+    """The messages, with each of the assistant's that follows another one joined to it.
+
+    Raises:
+      UserError: the first of the two is not text alone.
+    """
+    joined: list[Message] = []
+    for message in messages:
+        if not (joined and joined[-1]["role"] == message["role"] == "assistant"):
+            joined.append(message)
+            continue
+        before = joined[-1]
+        texts = (before["content"], message["content"])
+        if before.get("tool_calls") or not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{where}: a message of the assistant that calls tools, or is not text alone, "
+                "cannot be continued by the one after it."
+            )
+        joined[-1] = {**before, **message, "content": "".join(texts)}
+    return tuple(joined)
 
 
 def stop_ids(tokenizer: Any) -> list[int]:

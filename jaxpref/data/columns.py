@@ -4,9 +4,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from itertools import permutations
 from typing import Any
 
-from jaxpref.data.chat import Chat, Message
+from jaxpref.data.chat import Chat, Message, Turns, messages_of
 from jaxpref.data.examples import DivergentPromptError, EmptyResponseError, Example
 from jaxpref.errors import UserError
 
@@ -128,13 +129,25 @@ def chat(record: Mapping, before: list[Message], where: str) -> Chat:
 
 
 def conversations(
-    record: Mapping, dialogues: list[list[Message]], names: tuple[str, ...], where: str
+    record: Mapping,
+    dialogues: list[list[Message]],
+    names: tuple[str, ...],
+    where: str,
+    *,
+    given: int = 0,
 ) -> Example:
-    """An example of dialogues that differ in their last message alone, its responses.
+    """An example of dialogues; the prompt is what they share, or of one what asks for an answer.
+
+    Args:
+      record: has the tools, and the template's variables.
+      dialogues: each through the assistant's last turn.
+      names: what the dialogues are called.
+      where: place of the record, for messages.
+      given: the messages that are the prompt in any case.
 
     Raises:
-      DivergentPromptError: they part earlier.
-      EmptyResponseError: a response says nothing.
+      DivergentPromptError: they part in another turn than the assistant's.
+      EmptyResponseError: a turn of a response says nothing.
       UserError: a response is not the assistant's.
     """
     for dialogue in dialogues:
@@ -143,26 +156,44 @@ def conversations(
                 f"{where}: a response should be a message of the assistant; the last one here is "
                 f"of role {dialogue[-1]['role']!r}."
             )
-    if any(dialogue[:-1] != dialogues[0][:-1] for dialogue in dialogues):
-        raise DivergentPromptError(
-            f"{where}: {' and '.join(names)} part before their last message, so they have no "
-            "common prompt (a response is one message of the assistant). Skip such rows with "
-            "--config.data.on_divergent=skip."
+    cut = _shared(dialogues) if len(dialogues) > 1 else _first_answer(dialogues[0], given)
+    asked = any(dialogue[cut]["role"] != "assistant" for dialogue in dialogues)
+    begun = any(len(a) < len(b) and b[: len(a)] == a for a, b in permutations(dialogues, 2))
+    if asked or begun:
+        how = (
+            "part in a message that is not the assistant's"
+            if asked
+            else "are one the beginning of the other"
         )
-    prompt = chat(record, dialogues[0][:-1], where)
-    return not_empty(Example(prompt, tuple(d[-1] for d in dialogues), where=where), names)
+        raise DivergentPromptError(
+            f"{where}: {' and '.join(names)} {how}, so they are no responses to the same prompt. "
+            "Skip such rows with --config.data.on_divergent=skip."
+        )
+    prompt = chat(record, dialogues[0][:cut], where)
+    responses = tuple(d[-1] if cut == len(d) - 1 else tuple(d[cut:]) for d in dialogues)
+    return not_empty(Example(prompt, responses, where=where), names)
+
+
+def _shared(dialogues: list[list[Message]]) -> int:
+    """How many messages all dialogues begin with, at least one of each being left."""
+    first = dialogues[0]
+    most = min(map(len, dialogues)) - 1
+    parted = (i for i in range(most) if any(d[i] != first[i] for d in dialogues))
+    return next(parted, most)
+
+
+def _first_answer(dialogue: list[Message], given: int) -> int:
+    """The place of the assistant's first turn after the prompt, or after what is asked first."""
+    unasked = ("system", "developer", "assistant")
+    asked = (i for i, message in enumerate(dialogue) if message["role"] not in unasked)
+    start = given or next(asked, len(dialogue) - 2) + 1
+    return next(i for i in range(start, len(dialogue)) if dialogue[i]["role"] == "assistant")
 
 
 def not_empty(example: Example, names: tuple[str, ...]) -> Example:
     """The example, if each of its responses, which `names` describe, says something."""
     for name, response in zip(names, example.responses, strict=True):
-        if isinstance(response, str):
-            empty = not response.strip()
-        else:
-            content = response["content"]
-            said = content.strip() if isinstance(content, str) else content
-            empty = not said and set(response) <= _BARE
-        if empty:
+        if not response.strip() if isinstance(response, str) else _says_nothing(response):
             raise EmptyResponseError(
                 f"{example.where}: the {name} response is empty. Skip such rows with "
                 "--config.data.on_empty=skip."
@@ -170,11 +201,29 @@ def not_empty(example: Example, names: tuple[str, ...]) -> Example:
     return example
 
 
-def with_margin(example: Example, record: Mapping) -> Example:
-    """The example with the record's `margin`, if there is one."""
-    if record.get("margin") is None:
-        return example
-    return dataclasses.replace(example, margin=number(record, "margin", example.where))
+def _says_nothing(response: Turns) -> bool:
+    """Whether a turn of the assistant is empty."""
+
+    def said(message: Message) -> Any:
+        content = message["content"]
+        return content.strip() if isinstance(content, str) else content
+
+    turns = [m for m in messages_of(response) if m["role"] == "assistant"]
+    return any(not said(turn) and set(turn) <= _BARE for turn in turns)
+
+
+def with_preference(pair: Example, record: Mapping) -> Example:
+    """The pair with how much the better response is better, where the record says so.
+
+    Reads `margin`, and the scores of both in `score_chosen` and `score_rejected`.
+    """
+    names = [f"score_{side}" for side in ("chosen", "rejected")]
+    if record.get("margin") is not None:
+        pair = dataclasses.replace(pair, margin=number(record, "margin", pair.where))
+    if all(record.get(name) is not None for name in names):
+        chosen, rejected = (number(record, name, pair.where) for name in names)
+        pair = dataclasses.replace(pair, scores=(chosen, rejected))
+    return pair
 
 
 def _kind(value: Any) -> str:

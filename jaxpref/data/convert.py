@@ -3,9 +3,9 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
-from jaxpref.data.examples import Example, Response
+from jaxpref.data.examples import Example, Response, last_turn
 from jaxpref.errors import UserError
 
 # What an algorithm may need of an example, with the columns that hold it.
@@ -20,13 +20,16 @@ KINDS: dict[str, str] = {
     "rejected)",
     "mismatched": "one response with a label (prompt, completion, label; or prompt, chosen, "
     "rejected)",
-    "prompts": "a prompt (any format)",
+    "prompts": "a prompt (any format but text)",
+    "text": "plain text (text)",
     "responses": "responses in no order (prompt, responses)",
 }
 
 
 def kind_of(example: Example) -> str:
     """What an example holds, one of `KINDS`."""
+    if example.prompt is None:
+        return "text"
     if not example.ordered and example.scores is None:
         return "responses"
     if len(example.responses) > 2:
@@ -108,11 +111,9 @@ def ranked_to_sft(example: Example) -> Example:
     )
 
 
-pairs_to_sft = ranked_to_sft
-
-
 def to_prompt(example: Example) -> Example:
-    """The prompt alone."""
+    """The prompt alone; of a conversation, all that is before its last turn."""
+    example = last_turn(example) if len(example.responses) == 1 else example
     return dataclasses.replace(example, responses=(), scores=None, label=None, margin=None)
 
 
@@ -123,6 +124,7 @@ def adapt(
     found: str = "",
     ranked_pairs: str = "best_worst",
     on_tie: str = "error",
+    on_contradiction: str = "error",
     on_identical: str = "keep",
 ) -> tuple[list[Example], Counter[str]]:
     """Converts examples to what an algorithm needs.
@@ -134,14 +136,16 @@ def adapt(
       ranked_pairs: the pairs of more than two responses, see `ranked_to_pairs`.
       on_tie: "error", or "skip" to drop comparisons of responses with the same score; of a
         ranking, all but the first response of each score.
+      on_contradiction: of an order that the scores contradict, or a margin below 0: "error",
+        "keep", or "skip" to drop it.
       on_identical: "keep", or "skip" to drop comparisons of a response with its equal.
 
     Returns:
-      The examples, and counts: `identical_responses` of those kept, `unused_responses` that
-        the algorithm does not need, `dropped/<reason>`.
+      The examples, and counts: `identical_responses` and `contradictions` of those kept,
+        `unused_responses` that the algorithm does not need, `dropped/<reason>`.
 
     Raises:
-      UserError: an example does not hold what is needed, or its order is a tie.
+      UserError: an example does not hold what is needed, or its order is a tie, or contradicted.
     """
     counts: Counter[str] = Counter()
     kind = "unpaired" if kind == "mismatched" else kind
@@ -172,13 +176,24 @@ def adapt(
     def converted(example: Example) -> Iterable[Example]:
         has = kind_of(example)
         rivals = has in ("pairs", "ranked")
-        if kind == "prompts":
+        if kind == "prompts" and has != "text":
             return [to_prompt(example)]
         example = best_first(example)
+        if rivals and (why := _contradiction(example)):
+            if on_contradiction == "error":
+                raise UserError(
+                    f"{example.where}: {why}, so the record contradicts itself. Are the columns "
+                    "swapped? Skip such rows with --config.data.on_contradiction=skip, or take "
+                    "their order as it is with =keep."
+                )
+            skip = on_contradiction == "skip"
+            counts["dropped/contradiction" if skip else "contradictions"] += 1
+            if skip:
+                return []
         if rivals and kind != "ranked":
             unused = len(example.responses) - used(len(example.responses))
             counts.update({"unused_responses": unused} if unused else {})
-        if kind == "sft" and (rivals or has == "sft"):
+        if kind == "sft" and (rivals or has in ("sft", "text")):
             return [ranked_to_sft(example)]
         if kind == "sft" and has == "unpaired":
             counts["dropped/label_false"] += not example.label
@@ -206,6 +221,17 @@ def adapt(
         return 2 if kind == "unpaired" or ranked_pairs == "best_worst" else responses
 
     return [one for example in examples for one in converted(example)], counts
+
+
+def _contradiction(example: Example) -> str:
+    """What a record says against its own order, if anything."""
+    if example.margin is not None and example.margin < 0:
+        return f"the margin of the better response is {example.margin:g}"
+    scores = () if example.scores_are_true else example.scores or ()
+    if any(better < worse for better, worse in pairwise(scores)):
+        said = ", ".join(f"{score:g}" for score in scores)
+        return f"the better response has the lower score ({said}, in the record's order)"
+    return ""
 
 
 def _is_tied(example: Example) -> bool:

@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
@@ -19,6 +20,8 @@ class TokenizedDataset:
 
     Attributes:
       tokens: all pieces end to end: each example's prompt, then its responses.
+      context: which tokens of responses are seen but not scored, as what a user says between
+        two turns; False for those of prompts. None where no token is.
       pieces: where each piece starts, and the end.
       examples: the first piece of each example, and the end.
       scores: true rewards of pairs, or None.
@@ -38,6 +41,7 @@ class TokenizedDataset:
     counts: Counter[str]
     uncut: Int[np.ndarray, " _"]
     prompts: Int[np.ndarray, " _"]
+    context: Bool[np.ndarray, " tokens"] | None = None
     extras: Mapping[str, Float[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
     sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
 
@@ -49,6 +53,7 @@ class TokenizedDataset:
         first, pieces = self.examples[chosen], np.diff(self.examples)[chosen]
         kept = _ranges(first, pieces)
         starts, lengths = self.pieces[kept], np.diff(self.pieces)[kept]
+        tokens = _ranges(starts, lengths)
         places = np.full(len(self), -1)
         places[chosen] = np.arange(len(chosen))
         moved = {name: np.sort(places[there]) for name, there in self.sources.items()}
@@ -58,7 +63,8 @@ class TokenizedDataset:
             extras["scores"] = extras["scores"][:, : max(int(pieces.max(initial=2)) - 1, 1)]
         return dataclasses.replace(
             self,
-            tokens=self.tokens[_ranges(starts, lengths)],
+            tokens=self.tokens[tokens],
+            context=None if self.context is None else self.context[tokens],
             pieces=_ends(lengths),
             examples=_ends(pieces),
             scores=None if self.scores is None else self.scores[chosen],
@@ -73,16 +79,19 @@ class TokenizedDataset:
         first, last = self.examples[index], self.examples[index + 1]
         bounds = self.pieces[first : last + 1 if responses is None else first + 2 + responses]
         label = self.extras["labels"][index].tobytes() if "labels" in self.extras else b""
-        tokens = self.tokens[bounds[0] : bounds[-1]]
-        return b"".join((tokens.tobytes(), np.diff(bounds).tobytes(), label))
+        there = slice(bounds[0], bounds[-1])
+        context = b"" if self.context is None else self.context[there].tobytes()
+        return b"".join((self.tokens[there].tobytes(), np.diff(bounds).tobytes(), label, context))
 
     def group(self, index: int) -> Group:
         """The prompt and responses of one example."""
         bounds = self.pieces[self.examples[index] : self.examples[index + 1] + 1]
-        prompt, *responses = (
-            self.tokens[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        prompt, *responses = [slice(start, end) for start, end in pairwise(bounds)]
+        return Group(
+            self.tokens[prompt],
+            [self.tokens[there] for there in responses],
+            None if self.context is None else [self.context[there] for there in responses],
         )
-        return Group(prompt, responses)
 
     def uncut_lengths(self, index: int) -> list[int]:
         """Tokens of the prompt and of each response of one example before any was cut."""
@@ -98,6 +107,14 @@ class TokenizedDataset:
     def response_lengths(self) -> Int[np.ndarray, "examples responses"]:
         """Tokens of each response of each example; 0 where there is none."""
         return self.of_responses(np.diff(self.pieces))
+
+    @property
+    def scored_lengths(self) -> Int[np.ndarray, "examples responses"]:
+        """Scored tokens of each response of each example; 0 where there is none."""
+        if self.context is None:
+            return self.response_lengths
+        seen = np.concatenate([[0], np.cumsum(self.context)])[self.pieces]
+        return self.of_responses(np.diff(self.pieces) - np.diff(seen))
 
     def of_responses(self, values: Int[np.ndarray, " _"]) -> Int[np.ndarray, "examples responses"]:
         """A value of each piece, for each response of each example; 0 where there is none."""
@@ -118,6 +135,8 @@ class TokenizedDataset:
         digest = hashlib.sha256()
         for array in (self.tokens, self.pieces, self.examples, self.scores):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
+        if self.context is not None:
+            digest.update(np.packbits(self.context).tobytes())
         for named in (self.extras, self.sources):
             for name, array in sorted(named.items()):
                 digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
@@ -161,9 +180,11 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
         np.column_stack([pieces.reshape(-1, 2), pieces[1::2][partner]]) for pieces in own
     )
     lengths[:, 2] = np.minimum(lengths[:, 2], max_length - lengths[:, 0])
+    tokens = _ranges(starts.ravel(), lengths.ravel())
     return dataclasses.replace(
         dataset,
-        tokens=dataset.tokens[_ranges(starts.ravel(), lengths.ravel())],
+        tokens=dataset.tokens[tokens],
+        context=None if dataset.context is None else dataset.context[tokens],
         pieces=_ends(lengths.ravel()),
         examples=3 * np.arange(len(dataset) + 1),
         uncut=uncut.ravel(),

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable
 from typing import ClassVar
 
-from jaxpref.data.chat import Chat, Message
+from jaxpref.data.chat import Chat, Turns, messages_of
 from jaxpref.errors import UserError
 
-Response = str | Message
+Response = str | Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,9 +17,11 @@ class Example:
     """A prompt with K responses.
 
     Attributes:
-      prompt: the text before the responses, or the conversation.
-      responses: the texts, or the messages, that continue it; none if they are still to be
-        sampled.
+      prompt: the text before the responses, or the conversation; None for a plain text, which
+        is the only response.
+      responses: the texts, or the assistant's messages, that continue it; none if they are
+        still to be sampled. Several turns are a tuple of messages, from the assistant's first
+        to its last; what others say between them is context.
       scores: of each response, where there are any.
       where: the place in the source, for messages.
       label: whether a single response is a good one; None if it is not said.
@@ -30,7 +32,7 @@ class Example:
         have drawn the other way; else the order is that of the scores.
     """
 
-    prompt: str | Chat
+    prompt: str | Chat | None
     responses: tuple[Response, ...]
     scores: tuple[float, ...] | None = None
     where: str = ""
@@ -39,6 +41,26 @@ class Example:
     source: str = ""
     ordered: bool = True
     scores_are_true: bool = False
+
+
+def last_turn(example: Example) -> Example:
+    """The example with a conversation's last turn as its response, and all before it as prompt.
+
+    Raises:
+      DivergentPromptError: there are several responses, of several turns.
+    """
+    several = any(isinstance(response, tuple) for response in example.responses)
+    if not several or not isinstance(example.prompt, Chat):
+        return example
+    if len(example.responses) > 1:
+        raise DivergentPromptError(
+            f"{example.where}: the conversations part before their last message, so their last "
+            "turns have no common prompt. Train all turns from where they part with "
+            "--config.data.turns=all, or skip such rows with --config.data.on_divergent=skip."
+        )
+    *before, last = messages_of(example.responses[0])
+    prompt = dataclasses.replace(example.prompt, messages=(*example.prompt.messages, *before))
+    return dataclasses.replace(example, prompt=prompt, responses=(last,))
 
 
 class SkippableError(UserError):
@@ -51,6 +73,12 @@ class DivergentPromptError(SkippableError):
     """The responses of one record do not continue the same prompt."""
 
     reason = "divergent_prompt"
+
+
+class AssistantPromptError(SkippableError):
+    """A message of the assistant follows another one of its own."""
+
+    reason = "assistant_prompt"
 
 
 class EmptyResponseError(SkippableError):
@@ -70,8 +98,8 @@ class Excluded(Exception):
 def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example], list[Example]]:
     """Splits by prompt: all examples of a prompt fall on the same side.
 
-    The side depends on the prompt alone, so it stays the same when the data
-    grows, is reordered, or is mixed with other data.
+    The side depends on the prompt alone (of plain text, on the text), so it stays the same when
+    the data grows, is reordered, or is mixed with other data.
 
     Returns:
       The examples to train on, and those held out (about `fraction` of the prompts).
@@ -79,15 +107,15 @@ def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example
     kept: list[Example] = []
     held: list[Example] = []
     for example in examples:
-        digest = hashlib.sha256(_said(example.prompt).encode()).digest()
+        digest = hashlib.sha256(_said(example).encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         (held if share < fraction else kept).append(example)
     return kept, held
 
 
-def _said(prompt: str | Chat) -> str:
+def _said(example: Example) -> str:
     """The texts of a prompt, without what a template may or may not show of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    said = [(message["role"], message["content"]) for message in prompt.messages]
-    return json.dumps(said, default=str)
+    if isinstance(example.prompt, Chat):
+        said = [(message["role"], message["content"]) for message in example.prompt.messages]
+        return json.dumps(said, default=str)
+    return str(example.responses[0]) if example.prompt is None else example.prompt

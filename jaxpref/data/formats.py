@@ -1,7 +1,8 @@
 """Records to examples, by the columns that they have.
 
 A prompt is a text, and then a response is one too, or a list of messages, and then a
-response is a message of the assistant, a list that holds one, or one that repeats the prompt.
+response is a message of the assistant, a list of messages that ends in one, or such a list
+that repeats the prompt.
 """
 
 import dataclasses
@@ -27,13 +28,15 @@ _ALPACA_WITH_INPUT = (
 
 
 def explicit(record: Mapping, where: str) -> Example:
-    """`prompt`, `chosen`, `rejected`, and `margin` if there is one."""
+    """`prompt`, `chosen`, `rejected`; and what `columns.with_preference` reads, if it is there."""
     pair = _continued(record, ("chosen", "rejected"), where)
-    return columns.with_margin(pair, record)
+    return columns.with_preference(pair, record)
 
 
 def implicit(record: Mapping, where: str) -> Example:
-    """`chosen`, `rejected`: conversations that begin alike; `margin` if there is one.
+    """`chosen`, `rejected`: conversations that begin alike, up to a turn of the assistant.
+
+    What `columns.with_preference` reads is taken where it is there.
 
     Of two texts the prompt is known if they are dialogues as Anthropic's HH writes them.
     """
@@ -48,7 +51,7 @@ def implicit(record: Mapping, where: str) -> Example:
             )
         return hh(record, where)
     dialogues = [columns.messages(record, name, where) for name in names]
-    return columns.with_margin(columns.conversations(record, dialogues, names, where), record)
+    return columns.with_preference(columns.conversations(record, dialogues, names, where), record)
 
 
 def unpaired(record: Mapping, where: str) -> Example:
@@ -94,7 +97,7 @@ def sft(record: Mapping, where: str) -> Example:
 
 
 def conversation(record: Mapping, where: str) -> Example:
-    """`messages`: a conversation, whose last message is the response."""
+    """`messages`: a conversation; the response is what follows the first question."""
     dialogue = columns.messages(record, "messages", where)
     return columns.conversations(record, [dialogue], ("messages",), where)
 
@@ -118,6 +121,13 @@ def prompts(record: Mapping, where: str) -> Example:
     return Example(columns.text(record, "prompt", where), (), where=where)
 
 
+def text(record: Mapping, where: str) -> Example:
+    """`text`: plain text, of which every token is scored."""
+    return columns.not_empty(
+        Example(None, (columns.text(record, "text", where),), where=where), ("text",)
+    )
+
+
 def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
     """`prompt` with the responses in the named columns, all texts or all messages."""
     if isinstance(record.get("prompt"), list):
@@ -126,7 +136,7 @@ def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
         # Some data sets repeat the prompt in each response.
         whole = all(len(r) > len(before) and r[: len(before)] == before for r in after)
         dialogues = after if whole else [[*before, *response] for response in after]
-        return columns.conversations(record, dialogues, names, where)
+        return columns.conversations(record, dialogues, names, where, given=len(before))
     prompt = columns.text(record, "prompt", where)
     responses = tuple(columns.text(record, name, where) for name in names)
     return columns.not_empty(Example(prompt, responses, where=where), names)

@@ -62,6 +62,7 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     kind = algorithms.build(config, weights.build_model(config, source, len(tokenizer))).kind
     with progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, kind, progress=tell)
+    data_lib.check_batch_size(config, data)
     for index in range(min(examples, len(data.train))):
         console.rule(f"example {index + 1}", align="left")
         group, (prompt, *responses) = data.train.group(index), data.train.uncut_lengths(index)

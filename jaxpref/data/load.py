@@ -13,7 +13,7 @@ from jaxpref import config as config_lib
 from jaxpref.data import cache, synthetic
 from jaxpref.data.convert import adapt
 from jaxpref.data.dataset import TokenizedDataset, deduplicate, mismatch
-from jaxpref.data.examples import Example, hold_out
+from jaxpref.data.examples import Example, hold_out, last_turn
 from jaxpref.data.read import open_source, parse, read_examples
 from jaxpref.data.records import check_source
 from jaxpref.data.tokenize import Limits, begins_with_bos, tokenize
@@ -29,6 +29,8 @@ class Data(NamedTuple):
       counts: examples on each side, and how many were dropped or cut, by reason.
       weights: shares of the sources in training, by name; empty unless several are mixed.
       notes: what the log should say of the reading.
+      fingerprints: of what is trained on and of all that is held out, under the names that a
+        run's identity has for them.
     """
 
     train: TokenizedDataset
@@ -36,6 +38,7 @@ class Data(NamedTuple):
     counts: dict[str, int]
     weights: Mapping[str, float] = {}
     notes: Sequence[str] = ()
+    fingerprints: Mapping[str, str] = {}
 
 
 def check(config: ConfigDict) -> None:
@@ -47,6 +50,16 @@ def check(config: ConfigDict) -> None:
     if held_out:
         key = "data.eval_path" if config.data.eval_path else "data.path"
         check_source(held_out["path"], key, subset=held_out["subset"], split=held_out["split"])
+
+
+def check_batch_size(config: ConfigDict, data: Data) -> None:
+    """Refuses steps that would take examples more than once."""
+    size, examples = config.data.batch_size, len(data.train)
+    if size > examples:
+        raise UserError(
+            f"data.batch_size is {size}, but there are {examples} examples to train on, so that "
+            "one step would take them more than once. Lower data.batch_size, or give more data."
+        )
 
 
 def load(
@@ -70,8 +83,7 @@ def load(
     weights = _weights(config)
     folder = cache.folder(config, tokenizer, kind) if config.data.cache else None
     if folder is not None and (kept := cache.read(folder)) is not None:
-        notes = [f"tokenised data reused from {folder}"]
-        return _limited(Data(*kept, weights, notes), config.eval.max_examples)
+        return _finished(config, Data(*kept, weights, [f"tokenised data reused from {folder}"]))
 
     reading = _Reading(config, kind)
     train, held_out = (
@@ -101,7 +113,22 @@ def load(
     if folder is not None:
         cache.write(folder, *data[:3])
         reading.notes.append(f"tokenised data kept in {folder}")
-    data = data._replace(weights=weights, notes=reading.notes)
+    return _finished(config, data._replace(weights=weights, notes=reading.notes))
+
+
+def _finished(config: ConfigDict, data: Data) -> Data:
+    """The data with its fingerprints, as much of it held out as the config asks for."""
+    sides = (data.train, data.held_out)
+    prints = ("" if side is None else side.fingerprint() for side in sides)
+    notes = list(data.notes)
+    asked = config.data.eval_fraction > 0 or config_lib.held_out_source(config)
+    if asked and data.held_out is None:
+        notes.append(
+            f"no example is held out (data.eval_fraction={config.data.eval_fraction:g}, "
+            f"data.eval_path={config.data.eval_path!r}), so nothing will be evaluated"
+        )
+    fingerprints = dict(zip(config_lib.FINGERPRINTS, prints, strict=True))
+    data = data._replace(notes=notes, fingerprints=fingerprints)
     return _limited(data, config.eval.max_examples)
 
 
@@ -174,8 +201,15 @@ def load_file(
       UserError: the file cannot be read, or a prompt has no response.
     """
     examples, dropped = read_examples(
-        path, format, on_divergent="skip", on_empty="skip", min_score_ratio=1.0
+        path,
+        format,
+        on_divergent="skip",
+        on_empty="skip",
+        on_assistant_prompt=config.data.on_assistant_prompt,
+        min_score_ratio=1.0,
     )
+    # Of one conversation the last turn is what a reward is of, and all before it the prompt.
+    examples = [last_turn(e) if len(e.responses) == 1 else e for e in examples]
     bare = next((example for example in examples if not example.responses), None)
     if bare is not None:
         raise UserError(
@@ -240,8 +274,11 @@ class _Reading:
             path,
             on_divergent=data.on_divergent,
             on_empty=data.on_empty,
+            on_assistant_prompt=data.on_assistant_prompt,
+            turns=data.turns,
             min_score_ratio=data.min_score_ratio,
             limit=source["limit"],
+            detected=source["format"] == "auto",
         )
         self.counts.update({f"dropped/{reason}": count for reason, count in dropped.items()})
         examples = self._adapted(examples, format)
@@ -257,6 +294,7 @@ class _Reading:
             found=format,
             ranked_pairs=data.ranked_pairs,
             on_tie=data.on_tie,
+            on_contradiction=data.on_contradiction,
             on_identical=data.on_identical,
         )
         self.counts.update(counts)

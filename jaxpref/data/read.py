@@ -3,50 +3,72 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 from jaxpref.config import one_of
 from jaxpref.data import formats, sources
-from jaxpref.data.examples import Example, Excluded, SkippableError
+from jaxpref.data.chat import Chat, messages_of
+from jaxpref.data.examples import (
+    AssistantPromptError,
+    Example,
+    Excluded,
+    SkippableError,
+    last_turn,
+)
 from jaxpref.data.records import Record, read_records
 from jaxpref.errors import UserError
 
 Parser = Callable[[Mapping, str], Example]
 
+# What UltraFeedback's pairs have beside those of format implicit.
+_RATED = {"score_chosen", "score_rejected"}
 # Records that tell which columns a source has.
 _LOOKED_AT = 100
+
+
+# Types of the values of columns.
+_TEXT: type = str
+_TALK: tuple[type, ...] = (str, list)
+_TURN: tuple[type, ...] = (str, list, dict)
+_ANY: type = object
 
 
 class Format(NamedTuple):
     """How a record is read, and the columns that tell it; none if it has to be named."""
 
     parse: Parser
-    columns: tuple[str, ...] = ()
+    columns: Mapping[str, type | tuple[type, ...]] = {}
 
 
-# The first whose columns a record has is the one that is detected.
+_PAIR = {"chosen": _TURN, "rejected": _TURN}
+# The first whose columns a record has, with values of these types, is the one that is detected.
 FORMATS: dict[str, Format] = {
-    "shp": Format(sources.shp, ("history", "human_ref_A", "human_ref_B", "labels")),
-    "stack_exchange": Format(sources.stack_exchange, ("question", "answers")),
-    "tldr": Format(sources.tldr, ("info", "summaries", "choice")),
-    "tldr_sft": Format(sources.tldr_sft, ("subreddit", "title", "post", "summary")),
-    "ultrafeedback": Format(
-        sources.ultrafeedback, ("chosen", "rejected", "score_chosen", "score_rejected")
+    "ranked": Format(formats.ranked, {"prompt": _TALK, "responses": list, "scores": list}),
+    "explicit": Format(formats.explicit, {"prompt": _TALK, **_PAIR}),
+    "shp": Format(
+        sources.shp,
+        {"history": _TEXT, "human_ref_A": _TEXT, "human_ref_B": _TEXT, "labels": _ANY},
     ),
-    "cnn_dailymail": Format(sources.cnn_dailymail, ("article", "highlights")),
+    "stack_exchange": Format(sources.stack_exchange, {"question": _TEXT, "answers": list}),
+    "tldr": Format(sources.tldr, {"info": dict, "summaries": list, "choice": _ANY}),
+    "tldr_sft": Format(
+        sources.tldr_sft, {"subreddit": _TEXT, "title": _TEXT, "post": _TEXT, "summary": _TEXT}
+    ),
+    "cnn_dailymail": Format(sources.cnn_dailymail, {"article": _TEXT, "highlights": _TEXT}),
     # Many data sets have `text` and `label`.
     "imdb": Format(sources.imdb),
-    "alpaca": Format(formats.alpaca, ("instruction", "output")),
-    "unpaired": Format(formats.unpaired, ("prompt", "completion", "label")),
-    "ranked": Format(formats.ranked, ("prompt", "responses", "scores")),
-    "explicit": Format(formats.explicit, ("prompt", "chosen", "rejected")),
+    "alpaca": Format(formats.alpaca, {"instruction": _TEXT, "output": _TEXT}),
+    # A label of another type is more likely a mistake than no label.
+    "unpaired": Format(formats.unpaired, {"prompt": _TALK, "completion": _TURN, "label": _ANY}),
     "hh": Format(sources.hh),
-    "implicit": Format(formats.implicit, ("chosen", "rejected")),
-    "sft": Format(formats.sft, ("prompt", "completion")),
-    "messages": Format(formats.conversation, ("messages",)),
-    "responses": Format(formats.responses, ("prompt", "responses")),
-    "prompts": Format(formats.prompts, ("prompt",)),
+    "ultrafeedback": Format(sources.ultrafeedback),
+    "implicit": Format(formats.implicit, _PAIR),
+    "sft": Format(formats.sft, {"prompt": _TALK, "completion": _TURN}),
+    "messages": Format(formats.conversation, {"messages": list}),
+    "responses": Format(formats.responses, {"prompt": _TALK, "responses": list}),
+    "prompts": Format(formats.prompts, {"prompt": _TALK}),
+    "text": Format(formats.text, {"text": _TEXT}),
 }
 
 
@@ -68,8 +90,8 @@ def read_examples(
     Raises:
       UserError: naming the file, the line and what is wrong.
     """
-    format, records = open_source(path, format, subset=subset, split=split)
-    return parse(records, format, path, **options)
+    found, records = open_source(path, format, subset=subset, split=split)
+    return parse(records, found, path, detected=format == "auto", **options)
 
 
 def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str, Iterator[Record]]:
@@ -102,19 +124,30 @@ def detect(record: Mapping, where: str) -> str:
     Raises:
       UserError: none does.
     """
-    present = set(_given(record))
-    detectable = {name: format.columns for name, format in FORMATS.items() if format.columns}
-    found = next((name for name, needed in detectable.items() if present >= set(needed)), None)
-    if found is None:
-        known = "\n".join(f"  {name}: {', '.join(needed)}" for name, needed in detectable.items())
+    given = _given(record)
+    known = {name: format.columns for name, format in FORMATS.items() if format.columns}
+    there = [name for name, columns in known.items() if given.keys() >= columns.keys()]
+    first = next(iter(there), None)
+
+    def fits(name: str) -> bool:
+        # Not one that makes do with a part of the first one's columns, whose error says more.
+        part = first is not None and known[name].keys() < known[first].keys()
+        return not part and all(isinstance(given[c], kind) for c, kind in known[name].items())
+
+    found = next(filter(fits, there), first)
+    # A text with a label is no plain text, and what the label says of it is not known.
+    if found is None or (found == "text" and "label" in given):
+        columns = "\n".join(f"  {name}: {', '.join(needed)}" for name, needed in known.items())
         raise UserError(
-            f"{where}: no format has the columns {', '.join(sorted(map(repr, present)))}. Known "
-            f"are\n{known}\nRename the columns, or name a format with --config.data.format."
+            f"{where}: no format has the columns {', '.join(sorted(map(repr, given)))}. Known "
+            f"are\n{columns}\nRename the columns, or name a format with --config.data.format."
         )
     chosen = record.get("chosen")
     # Whole conversations beside a text that repeats their first message.
     if found == "explicit" and isinstance(record["prompt"], str) and isinstance(chosen, list):
-        return "implicit"
+        found = "implicit"
+    if found == "implicit" and isinstance(chosen, list) and given.keys() >= _RATED:
+        return "ultrafeedback"
     if found == "implicit" and isinstance(chosen, str) and sources.ASSISTANT_TURN in chosen:
         return "hh"
     return found
@@ -127,8 +160,11 @@ def parse(
     *,
     on_divergent: str = "error",
     on_empty: str = "error",
+    on_assistant_prompt: str = "error",
+    turns: str = "all",
     min_score_ratio: float = 2.0,
     limit: int = 0,
+    detected: bool = False,
 ) -> tuple[list[Example], Counter[str]]:
     """Reads examples from records.
 
@@ -136,11 +172,16 @@ def parse(
       records: with their places.
       format: a name in `FORMATS`.
       path: of the source, for messages.
-      on_divergent: "error", or "skip" to drop and count records whose dialogues part
-        before the last assistant turn.
+      on_divergent: "error", or "skip" to drop and count records whose dialogues have no
+        common prompt.
       on_empty: "error", or "skip" to drop and count records with an empty response.
+      on_assistant_prompt: of a message of the assistant that follows another one: "error",
+        "continue" to take it for the rest of the same turn, or "skip" to drop and count it.
+      turns: "all" turns of the assistant that follow the prompt, or the "last" alone, the
+        others belonging to the prompt.
       min_score_ratio: of the scores of SHP's pairs.
       limit: examples kept, the first ones; the records after them are counted. 0: all.
+      detected: the format was told by the columns, which an error then says.
 
     Returns:
       The examples in order, and what was dropped, by reason.
@@ -151,7 +192,11 @@ def parse(
     parse_record = FORMATS[format].parse
     if format == "shp":
         parse_record = partial(sources.shp, min_score_ratio=min_score_ratio)
-    policies = {"divergent_prompt": on_divergent, "empty_response": on_empty}
+    policies = {
+        "divergent_prompt": on_divergent,
+        "empty_response": on_empty,
+        "assistant_prompt": on_assistant_prompt,
+    }
     dropped: Counter[str] = Counter()
     examples: list[Example] = []
     for record, where in records:
@@ -159,13 +204,44 @@ def parse(
             dropped["over_limit"] += 1
             continue
         try:
-            examples.append(parse_record(record, where))
+            example = parse_record(record, where)
+            example = last_turn(example) if turns == "last" else example
+            if on_assistant_prompt != "continue":
+                _check_turns(example)
+            examples.append(example)
         except SkippableError as error:
             if policies[error.reason] != "skip":
                 raise
             dropped[error.reason] += 1
+        except RecursionError as error:
+            raise UserError(f"{where}: is nested too deeply to be read.") from error
         except Excluded as excluded:
             dropped[excluded.reason] += 1
+        except UserError as error:
+            if not detected:
+                raise
+            kinds = (f"{name!r} ({type(value).__name__})" for name, value in record.items())
+            raise UserError(
+                f"{error} The record has {', '.join(kinds)}. It is read as format {format!r}, "
+                "which the columns of the first records tell; name another one with "
+                "--config.data.format if it is not."
+            ) from error
     if not examples:
         raise UserError(f"{path}: holds no usable record ({dict(dropped) or 'it is empty'}).")
     return examples, dropped
+
+
+def _check_turns(example: Example) -> None:
+    """Refuses a message of the assistant that follows another one."""
+    if not isinstance(example.prompt, Chat):
+        return
+    before = [message["role"] for message in example.prompt.messages[-1:]]
+    # What is still to be sampled will be the assistant's too.
+    for response in example.responses or ({"role": "assistant"},):
+        roles = [*before, *(message["role"] for message in messages_of(response))]
+        if any(one == other == "assistant" for one, other in pairwise(roles)):
+            raise AssistantPromptError(
+                f"{example.where}: a response follows a message of the assistant, which a chat "
+                "template would end, and give it a second turn. Let it continue that message with "
+                "--config.data.on_assistant_prompt=continue, or skip such rows with =skip."
+            )

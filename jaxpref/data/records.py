@@ -109,29 +109,62 @@ def _read_json_lines(path: str) -> Iterator[Record]:
 def _array(text: bytes, path: str) -> Iterator[Record]:
     """The records of a JSON array, which a .json file may be as a whole."""
     try:
-        records = json.loads(text)
+        records = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}.") from error
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}:{number}: expected a JSON object a record; got {type(record).__name__}."
-            )
-        yield record, f"{path}:{number}"
+        yield _checked(record, f"{path}:{number}", "a record"), f"{path}:{number}"
 
 
 def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read as JSON: {error}.") from error
+    return _checked(record, where, "a line")
+
+
+class _Ambiguous(dict):
+    """A JSON object in which a key stands twice, so that a value is lost."""
+
+    key = ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
+    names = [name for name, _ in pairs]
+    ambiguous = _Ambiguous()
+    ambiguous.key = next(name for name in names if names.count(name) > 1)
+    return ambiguous
+
+
+def _checked(record: Any, where: str, what: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object a line; got {type(record).__name__}.")
+        raise UserError(f"{where}: expected a JSON object {what}; got {type(record).__name__}.")
+    key = _key_that_stands_twice(record)
+    if key is not None:
+        raise UserError(
+            f"{where}: the key {key!r} stands twice in one JSON object, and which of its values is "
+            "meant cannot be known; remove one."
+        )
     return record
+
+
+def _key_that_stands_twice(record: dict) -> str | None:
+    values: list[Any] = [record]
+    while values:
+        value = values.pop()
+        if isinstance(value, _Ambiguous):
+            return value.key
+        if isinstance(value, dict | list):
+            values += value.values() if isinstance(value, dict) else value
+    return None
 
 
 def _read_parquet(path: str) -> Iterator[Record]:

@@ -26,8 +26,8 @@ _HTML_LINES = {"br", "li", "tr"}
 def hh(record: Mapping, where: str) -> Example:
     """Anthropic/hh-rlhf (Bai et al. 2022, arXiv 2204.05862): pairs.
 
-    Reads `chosen` and `rejected`, whole dialogues, and `margin` if there is one. The prompt is
-    everything through the last assistant mark, which must be the same in both.
+    Reads `chosen` and `rejected`, whole dialogues, and what `columns.with_preference` reads. The
+    prompt is everything through the last assistant mark, which must be the same in both.
     """
     chosen, rejected = (columns.text(record, name, where) for name in _PAIR)
     cut = chosen.rfind(ASSISTANT_TURN)
@@ -41,7 +41,7 @@ def hh(record: Mapping, where: str) -> Example:
             "so they have no common prompt. Skip such rows with --config.data.on_divergent=skip."
         )
     example = Example(chosen[:cut], (chosen[cut:], rejected[cut:]), where=where)
-    return columns.with_margin(columns.not_empty(example, _PAIR), record)
+    return columns.with_preference(columns.not_empty(example, _PAIR), record)
 
 
 def shp(record: Mapping, where: str, min_score_ratio: float = 2.0) -> Example:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jaxpref.data.chat import Chat, ChatEncoder, read_template, special_names
 from jaxpref.data.dataset import TokenizedDataset, digest, extras_of, sources_of, true_scores
@@ -83,7 +83,7 @@ class Limits:
       max_length: of prompt plus response.
       max_prompt_length: of a prompt that has to be cut, BOS included.
       eos: ends every response.
-      bos: begins every prompt, if not None.
+      bos: begins every prompt that is a text, if not None.
       on_long_prompt: "truncate" to cut a prompt that has to be cut, else to refuse it:
         "error", or "skip" to drop and count its example.
     """
@@ -104,17 +104,14 @@ def complete(
     responses: Sequence[Sequence[int]],
     limits: Limits,
     where: str = "",
-    *,
-    turns_end: bool = False,
 ) -> list[Sequence[int]]:
-    """Adds BOS to a prompt and EOS to its responses, once: not where the ids already have them.
+    """Adds BOS to a text and EOS to its responses, once: not where the ids already have them.
 
     Args:
       prompt: ids without special tokens.
       responses: ids without special tokens.
       limits: the special tokens.
       where: place of the example, for messages.
-      turns_end: the responses have their end-of-turn token and need no EOS.
 
     Returns:
       The prompt, then the responses; none is empty.
@@ -129,12 +126,11 @@ def complete(
             f"{where}: the prompt is empty, and the tokenizer has no BOS to predict the first "
             "token of the response from. Put something before the response."
         )
-    if not turns_end:
-        responses = [
-            response if response and response[-1] == limits.eos else [*response, limits.eos]
-            for response in responses
-        ]
-    return [prompt, *responses]
+    ended = [
+        response if response and response[-1] == limits.eos else [*response, limits.eos]
+        for response in responses
+    ]
+    return [prompt, *ended]
 
 
 def truncate(
@@ -143,12 +139,15 @@ def truncate(
     limits: Limits,
     counts: Counter[str],
     where: str = "",
+    *,
+    bos: int | None = None,
 ) -> list[Sequence[int]]:
     """Cuts to the limits.
 
     If the prompt with its longest response exceeds `max_length`, the prompt keeps its last
-    `max_prompt_length` tokens (BOS counts and stays); a response that is still too long
-    keeps its start and so loses EOS, which keeps the model from learning to stop there.
+    `max_prompt_length` tokens (BOS counts, and stays where it is the first); a response that is
+    still too long keeps its start and so loses EOS, which keeps the model from learning to stop
+    there.
 
     Args:
       prompt: ids, complete.
@@ -156,6 +155,7 @@ def truncate(
       limits: the lengths.
       counts: receives how many prompts and responses were cut.
       where: place of the example, for messages.
+      bos: what a chat template may begin a conversation with, beside `limits.bos`.
 
     Returns:
       The prompt, then the responses; none is empty.
@@ -179,7 +179,7 @@ def truncate(
                 "--config.data.on_long_prompt=truncate, or leave them out with =skip."
             )
         counts["prompts_cut"] += 1
-        has_bos = limits.bos is not None
+        has_bos = prompt[0] in (limits.bos, bos)
         kept = prompt[len(prompt) - limits.max_prompt_length + has_bos :]
         prompt = [*prompt[:has_bos], *kept]
     room = limits.max_length - len(prompt)
@@ -223,10 +223,12 @@ def tokenize(
     kept = [
         e for e, is_kept in zip(examples, _joined([p.kept for p in parts]), strict=True) if is_kept
     ]
+    context = _joined([part.context for part in parts]).astype(bool, copy=False)
     return TokenizedDataset(
         tokens=_joined([part.tokens for part in parts]).astype(np.int32, copy=False),
         pieces=np.cumsum(_joined([[0], *(part.lengths for part in parts)])),
         examples=np.cumsum([0, *(1 + len(example.responses) for example in kept)]),
+        context=context if context.any() else None,
         scores=true_scores(kept),
         counts=counts,
         extras=extras_of(kept),
@@ -240,6 +242,7 @@ class _Encoded(NamedTuple):
     """A chunk of examples as ids end to end; of pieces and prompts as in `TokenizedDataset`."""
 
     tokens: Int[np.ndarray, " tokens"]
+    context: Bool[np.ndarray, " tokens"]
     lengths: Int[np.ndarray, " pieces"]
     uncut: Int[np.ndarray, " pieces"]
     prompts: Int[np.ndarray, " _"]
@@ -260,8 +263,8 @@ class _Encoder:
         texts = [
             text
             for example in chunk
-            if isinstance(example.prompt, str)
-            for text in (example.prompt, *example.responses)
+            if not isinstance(example.prompt, Chat)
+            for text in (example.prompt or "", *example.responses)
         ]
         counts["special_tokens_in_text"] += sum(len(self._names.findall(text)) for text in texts)
         # An empty list of texts is not a batch to every tokenizer.
@@ -273,34 +276,52 @@ class _Encoder:
             else ()
         )
         pieces: list[np.ndarray] = []
+        context: list[np.ndarray] = []
         uncut: list[int] = []
         prompts: list[int] = []
         kept: list[bool] = []
         for example in chunk:
-            turns_end = isinstance(example.prompt, Chat)
             if isinstance(example.prompt, Chat):
-                prompt, responses = chats.encode(example.prompt, example.responses, example.where)
+                prompt, turns = chats.encode(example.prompt, example.responses, example.where)
+                if not prompt:
+                    raise UserError(f"{example.where}: the chat template writes an empty prompt.")
+                whole: list[Sequence[int]] = [prompt, *(turn.ids for turn in turns)]
+                seen = [turn.context for turn in turns]
+                bos = self._tokenizer.bos_token_id
             else:
                 prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
-            whole = complete(prompt, responses, self._limits, example.where, turns_end=turns_end)
+                if example.prompt is None and self._limits.bos is None:
+                    # Something has to be there for the first token that is scored.
+                    prompt, responses = responses[0][:1], [responses[0][1:]]
+                whole = complete(prompt, responses, self._limits, example.where)
+                seen = [np.zeros(len(response), bool) for response in whole[1:]]
+                bos = None
             try:
-                encoded = truncate(whole[0], whole[1:], self._limits, counts, example.where)
+                encoded = truncate(
+                    whole[0], whole[1:], self._limits, counts, example.where, bos=bos
+                )
             except LongPromptError:
                 if self._limits.on_long_prompt != "skip":
                     raise
                 counts["dropped/long_prompt"] += 1
                 kept.append(False)
                 continue
-            pieces += [np.asarray(piece, np.int32) for piece in encoded]
+            pieces.append(np.asarray(encoded[0], np.int32))
+            context.append(np.zeros(len(encoded[0]), bool))
+            for response, unscored in zip(encoded[1:], seen, strict=True):
+                # What a cut leaves of a turn that is not scored would be seen by nothing.
+                end = int(np.flatnonzero(~unscored[: len(response)])[-1]) + 1
+                pieces.append(np.asarray(response[:end], np.int32))
+                context.append(unscored[:end])
             uncut += map(len, whole)
-            prompts.append(digest(whole[0]))
+            # Plain texts all have the same prompt, if any; they are told by what they say.
+            prompts.append(digest([*whole[0], *whole[1]] if example.prompt is None else whole[0]))
             kept.append(True)
         counts["special_tokens_in_text"] += chats.special_names
-        lengths = np.asarray([len(piece) for piece in pieces], np.int64)
-        tokens = _joined(pieces).astype(np.int32, copy=False)
         return _Encoded(
-            tokens,
-            lengths,
+            _joined(pieces).astype(np.int32, copy=False),
+            _joined(context).astype(bool, copy=False),
+            np.asarray([len(piece) for piece in pieces], np.int64),
             np.asarray(uncut, np.int64),
             np.asarray(prompts, np.int64),
             kept,

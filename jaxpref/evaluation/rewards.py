@@ -21,6 +21,7 @@ from jaxpref import (
 )
 from jaxpref.algorithms import response_scalars
 from jaxpref.data import BatchStream, Example
+from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
 from jaxpref.metrics import progress
 from jaxpref.models import Decoder, huggingface
@@ -96,7 +97,9 @@ def score_file(
     else:
         params = weights.read(source, decoder, abstract)
     row_length = config.data.row_length or config.data.max_length
-    scored = packing.scored_budget(dataset.prompt_lengths, dataset.response_lengths, row_length)
+    scored = packing.scored_budget(
+        dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
+    )
     budget = Budget(row_length, scored, sharding.batch_shards(mesh))
     stream = BatchStream(dataset, batch_size=batch_size, budget=budget)
     score = _make_score(decoder)
@@ -150,7 +153,7 @@ def _line(example: Example, rewards: Float[np.ndarray, " _"]) -> dict[str, Any]:
     prompt, responses = example.prompt, example.responses
     return {
         "where": example.where,
-        "prompt": prompt if isinstance(prompt, str) else list(prompt.messages),
+        "prompt": list(prompt.messages) if isinstance(prompt, Chat) else prompt,
         "responses": list(responses),
         "rewards": [round(float(reward), 6) for reward in rewards[: len(responses)]],
     }
