@@ -1,15 +1,18 @@
 """Optax transformations from the config."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
-from jax.tree_util import DictKey
 from ml_collections import ConfigDict
 
-# Parameters by these names are never decayed: a norm's scale belongs near 1.
-_NOT_DECAYED = frozenset({"scale", "bias"})
+from jaxpref.trainable import path_of
+
+# Ends of the paths of parameters that are never decayed: norms' scales, which belong near 1, and
+# biases, a norm's own (`bias`) and a product's (`query_bias`).
+_NOT_DECAYED = r"(^|[/_])(scale|bias)$"
 
 Schedule = Callable[[Any], Any]
 
@@ -51,9 +54,7 @@ def learning_rate(config: ConfigDict, steps: int) -> Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters weight decay applies to, as a tree of booleans."""
-
-    def matrix(path: tuple, _: Any) -> bool:
-        return not any(isinstance(key, DictKey) and key.key in _NOT_DECAYED for key in path)
-
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    """Which parameters weight decay applies to, as a tree of booleans: all but norms and biases."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not re.search(_NOT_DECAYED, path_of(path)), params
+    )

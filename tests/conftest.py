@@ -1,5 +1,6 @@
 """Shared by all tests: 8 fake CPU devices, strict JAX, shapes checked at run time."""
 
+import dataclasses
 import importlib.util
 import os
 from pathlib import Path
@@ -46,6 +47,24 @@ TINY = DecoderConfig(
     rope=(make_rope(4),),
     attention_block=8,
 )
+
+
+@pytest.fixture
+def float64():
+    """For two ways of computing the same thing: they agree to 1e-9 on every machine.
+
+    In float32 they differ by 1e-6 or so, on each kind of CPU by another amount; what is 0 but
+    for that has another sign or rank, and Adam makes a step of it.
+    """
+    with jax.enable_x64(True):
+        yield
+
+
+def in_float64(model: Decoder, params) -> tuple[Decoder, dict]:
+    """The same model; for tests with the fixture `float64`."""
+    config = dataclasses.replace(model.config, dtype="float64", param_dtype="float64")
+    with jax.enable_x64(True):
+        return model.clone(config=config), jax.tree.map(lambda x: x.astype("float64"), params)
 
 
 @pytest.fixture(scope="session")

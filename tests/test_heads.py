@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained
 import pytest
+from conftest import in_float64
 
 from jaxpref import models, packing
 from jaxpref.algorithms import response_scalars
@@ -74,8 +75,8 @@ def test_what_pads_is_passed_over_at_the_end(shards):
             assert (ends[g, k], tokens[g, k]) == (expected, text[expected])
 
 
-def test_a_reward_is_what_the_head_says_at_the_last_token():
-    model, params = grown("llama3")
+def test_a_reward_is_what_the_head_says_at_the_last_token(float64):
+    model, params = in_float64(*grown("llama3"))
     groups = random_groups(1)
     batch = packing.pack(groups, row_length=24, scored_length=24)
     rewards = response_scalars(model, params, batch)
@@ -84,7 +85,7 @@ def test_a_reward_is_what_the_head_says_at_the_last_token():
         for k, response in enumerate(group.responses):
             tokens = np.concatenate([group.prompt, response])[None]
             alone = model.apply({"params": params}, tokens, method="scalars")
-            np.testing.assert_allclose(rewards[g, k], alone[0, -1], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(rewards[g, k], alone[0, -1], rtol=1e-9, atol=1e-9)
 
 
 def test_the_body_is_shared_and_only_the_head_is_new():

@@ -41,13 +41,14 @@ def test_causal_by_gradient():
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_no_gradient(remat):
-    def gradient(model, variables):
+def test_remat_changes_no_gradient(remat, float64):
+    def gradient(**changes):
+        model, variables = build(dtype="float64", param_dtype="float64", **changes)
         return jax.jit(jax.grad(lambda v: (model.apply(v, TOKENS) ** 2).sum()))(variables)
 
-    plain, recomputed = gradient(*build()), gradient(*build(remat=remat))
+    plain, recomputed = gradient(), gradient(remat=remat)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(a).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(np.abs(a).max()))
 
 
 def test_compute_dtype_is_apart_from_parameter_dtype():
@@ -70,29 +71,38 @@ def test_layers_are_stacked_and_head_untied_on_request():
     assert "head" not in build()[1]["params"]
 
 
-def test_grouped_queries_equal_repeated_keys():
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-9)])
+def test_grouped_queries_equal_repeated_keys(dtype, tolerance, float64):
     keys = jax.random.split(jax.random.key(1), 3)
-    query = jax.random.normal(keys[0], (2, 10, 4, 6))
-    key, value = (jax.random.normal(k, (2, 10, 2, 6)) for k in keys[1:])
+    query = jax.random.normal(keys[0], (2, 10, 4, 6), dtype)
+    key, value = (jax.random.normal(k, (2, 10, 2, 6), dtype) for k in keys[1:])
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((10, 10), bool)), (2, 10, 10))
     grouped = attention(query, key, value, mask, block_size=4)
     repeated = attention(
         query, jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2), mask, block_size=16
     )
-    np.testing.assert_allclose(grouped, repeated, rtol=1e-5, atol=1e-6)
+    assert grouped.dtype == dtype
+    np.testing.assert_allclose(grouped, repeated, rtol=tolerance, atol=tolerance)
 
 
-def test_attention_is_its_formula():
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-9)])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_attention_is_its_formula(soft_cap, dtype, tolerance, float64):
+    """In float32, as jax.nn has it and as written out; in float64."""
     keys = jax.random.split(jax.random.key(2), 3)
-    query, key, value = (jax.random.normal(k, (1, 5, 1, 4)) for k in keys)
+    query, key, value = (jax.random.normal(k, (1, 5, 1, 4), dtype) for k in keys)
     mask = jnp.tril(jnp.ones((1, 5, 5), bool))
-    scores = np.asarray(query[0, :, 0] @ key[0, :, 0].T) / np.sqrt(4)
+    q, k, v = (np.asarray(x[0, :, 0], np.float64) for x in (query, key, value))
+    scores = q @ k.T / np.sqrt(4)
+    scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
     weights = np.where(mask[0], np.exp(scores), 0)
-    expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(value[0, :, 0])
-    np.testing.assert_allclose(attention(query, key, value, mask)[0, :, 0], expected, rtol=1e-5)
+    expected = weights / weights.sum(-1, keepdims=True) @ v
+    found = attention(query, key, value, mask, soft_cap=soft_cap)[0, :, 0]
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_rotary_scores_depend_on_distance_alone():
+def test_rotary_scores_depend_on_distance_alone(float64):
     keys = jax.random.split(jax.random.key(3), 2)
     query, key = (jax.random.normal(k, (1, 1, 1, 8)) for k in keys)
 
@@ -103,8 +113,8 @@ def test_rotary_scores_depend_on_distance_alone():
 
         return (turned(query, i) * turned(key, j)).sum()
 
-    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4)
-    np.testing.assert_allclose(score(5, 5), (query * key).sum(), rtol=1e-5)
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-9)
+    np.testing.assert_allclose(score(5, 5), (query * key).sum(), rtol=1e-9)
 
 
 def test_ids_outside_the_table_give_nan_not_another_token():

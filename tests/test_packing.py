@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, random_groups
+from conftest import TINY, in_float64, random_groups
 from hypothesis import given, settings, strategies as st
 
 from jaxpref import logprobs, packing
@@ -190,29 +190,33 @@ def value_and_gradient(model, params, batch, weights):
 @pytest.mark.parametrize(
     ("row_length", "scored_length", "shards"), [(64, 64, 1), (24, 18, 2), (12, 8, 1)]
 )
-def test_tree_equals_one_response_a_row(tiny_model, tiny_params, row_length, scored_length, shards):
+def test_tree_equals_one_response_a_row(
+    tiny_model, tiny_params, row_length, scored_length, shards, float64
+):
     """Also where the groups do not fit a row and are split (12)."""
+    model, params = in_float64(tiny_model, tiny_params)
     groups = random_groups(4, 7, responses=3)
-    weights = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    weights = np.random.default_rng(0).normal(size=(7, 3))
     tree = pack(groups, row_length=row_length, scored_length=scored_length, shards=shards)
     padded = pack(groups, row_length=12, planner=packing.plan_padded)
-    gradient, logps = value_and_gradient(tiny_model, tiny_params, tree, weights)
-    wanted, expected = value_and_gradient(tiny_model, tiny_params, padded, weights)
-    np.testing.assert_allclose(logps, expected, rtol=1e-5)
+    gradient, logps = value_and_gradient(model, params, tree, weights)
+    wanted, expected = value_and_gradient(model, params, padded, weights)
+    np.testing.assert_allclose(logps, expected, rtol=1e-9)
     for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5 * float(np.abs(w).max()))
+        np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9 * float(np.abs(w).max()))
 
 
-def test_log_probs_are_those_of_the_plain_model(tiny_model, tiny_params):
+def test_log_probs_are_those_of_the_plain_model(tiny_model, tiny_params, float64):
     """No packing, no mask, no blocks: the model on prompt + response alone."""
+    model, params = in_float64(tiny_model, tiny_params)
     groups = random_groups(5, 4)
-    packed = response_logps(tiny_model, tiny_params, pack(groups, row_length=32))
+    packed = response_logps(model, params, pack(groups, row_length=32))
     for (g, k), value in np.ndenumerate(packed):
         prompt, response = groups[g].prompt, groups[g].responses[k]
         ids = jnp.concatenate([prompt, response])[None]
-        logits = tiny_model.apply({"params": tiny_params}, ids)
+        logits = model.apply({"params": params}, ids)
         logps = logprobs.from_logits(logits[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
-        np.testing.assert_allclose(value, logps.sum(), rtol=1e-5)
+        np.testing.assert_allclose(value, logps.sum(), rtol=1e-9)
 
 
 def test_ragged_k_and_absent_groups():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained
 import pytest
+from conftest import in_float64
 from safetensors import safe_open
 
 from jaxpref import config as config_lib, models, packing, sharding, weights
@@ -33,7 +34,7 @@ def read(directory, **options):
 
 @pytest.fixture(scope="module", params=FAMILY_CASES)
 def family(request):
-    return read(pretrained.FIXTURES / request.param)
+    return in_float64(*read(pretrained.FIXTURES / request.param))
 
 
 def nll_and_logits(model, tokens):
@@ -222,7 +223,7 @@ def test_weights_go_into_their_shards_and_back(name, shape, tmp_path):
     assert stored(tmp_path) == stored(source)
 
 
-def test_every_layout_gives_the_same_response_logps(family):
+def test_every_layout_gives_the_same_response_logps(family, float64):
     """Alone, right-padded, left-padded, packed one by one, and as a tree."""
     model, params = family
     rng = np.random.default_rng(3)
@@ -239,10 +240,10 @@ def test_every_layout_gives_the_same_response_logps(family):
 
     tree = logps(pack(groups))
     padded = logps(pack(groups, planner=packing.plan_padded))
-    np.testing.assert_allclose(tree, padded, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(tree, padded, rtol=1e-9, atol=1e-9)
     singles = [packing.Group(g.prompt, [r]) for g in groups for r in g.responses]
     packed = logps(pack(singles))
-    np.testing.assert_allclose(packed.ravel(), padded.ravel(), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(packed.ravel(), padded.ravel(), rtol=1e-9, atol=1e-9)
 
     # Left-padded, through the plain interface.
     rows = [np.concatenate([g.prompt, g.responses[0]]) for g in groups]
@@ -255,15 +256,15 @@ def test_every_layout_gives_the_same_response_logps(family):
     logits = model.apply({"params": params}, tokens, positions, mask)
     each = from_logits(logits[:, :-1], jnp.asarray(tokens[:, 1:]))
     left = [each[i, LENGTH - 1 - len(g.responses[0]) :].sum() for i, g in enumerate(groups)]
-    np.testing.assert_allclose(np.stack(left), padded[:, 0], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(np.stack(left), padded[:, 0], rtol=1e-9, atol=1e-9)
 
     alone = model.apply({"params": params}, rows[0][None])
     targets = jnp.asarray(rows[0][None, 1:])
     expected = from_logits(alone[:, :-1], targets)[0, len(groups[0].prompt) - 1 :].sum()
-    np.testing.assert_allclose(padded[0, 0], expected, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(padded[0, 0], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_step_by_step_decoding_gives_the_full_forward_pass(family):
+def test_step_by_step_decoding_gives_the_full_forward_pass(family, float64):
     """Prompts padded left and right, then one token at a time, through the cache."""
     model, params = family
     variables = {"params": params}
@@ -283,13 +284,13 @@ def test_step_by_step_decoding_gives_the_full_forward_pass(family):
     cache = models.empty_cache(model.config, 2, 8 + LENGTH)
     hidden, cache = extend(prompts, cache, real)
     logits = head.logits(hidden)
-    np.testing.assert_allclose(logits[0, 3:], full[0, :5], atol=2e-5)
-    np.testing.assert_allclose(logits[1, :6], full[1, :6], atol=2e-5)
+    np.testing.assert_allclose(logits[0, 3:], full[0, :5], atol=1e-9)
+    np.testing.assert_allclose(logits[1, :6], full[1, :6], atol=1e-9)
     for step in range(LENGTH - 6):
         place = start + step
         hidden, cache = extend(tokens[[0, 1], place][:, None], cache, np.ones((2, 1), bool))
         logits = head.logits(hidden)[:, 0]
-        np.testing.assert_allclose(logits, full[[0, 1], place], atol=2e-5)
+        np.testing.assert_allclose(logits, full[[0, 1], place], atol=1e-9)
     assert int(cache.used) == 8 + LENGTH - 6
 
 

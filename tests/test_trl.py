@@ -1,8 +1,9 @@
-"""Losses that TRL has too, against what its own code gives; see `trl_values.py`."""
+"""Losses that TRL has too, against what its own code gives (`trl_values.py`); and a whole run."""
 
 import functools
 import importlib.util
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -135,3 +136,50 @@ def test_losses_are_trls():
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 def test_losses_are_trls_live():
     compare(trl_values.values())
+
+
+# The benchmark that compares whole runs, made smaller; decay and rate are larger than anyone's,
+# so that whether a bias decays shows in the losses.
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "trl_parity.py"
+SMALLER = {
+    "MAX_LENGTH": 64,
+    "VOCABULARY": 300,
+    "LEARNING_RATE": 1e-3,
+    "WEIGHT_DECAY": 10.0,
+    "SHAPE": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_25_steps_are_trls(tmp_path, monkeypatch):
+    """Both train loops whole: tokens, batches, losses, clipping, AdamW with decay."""
+    pytest.importorskip("trl")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    spec = importlib.util.spec_from_file_location("trl_parity", BENCHMARK)
+    parity = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(parity)
+    for name, value in SMALLER.items():
+        monkeypatch.setattr(parity, name, value)
+    turns = [
+        {side: f"\n\nHuman: What is {i} and {i}?\n\nAssistant:{say} {2 * i + j}."}
+        for i in range(parity.PAIRS)
+        for j, (side, say) in enumerate((("chosen", " It is"), ("rejected", " Surely")))
+    ]
+    pairs = [{**a, **b} for a, b in zip(turns[::2], turns[1::2], strict=True)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    made = parity.prepare(str(data), tmp_path, "gpt_neox")
+    ours = parity.run_jaxpref(tmp_path)
+    theirs = parity.run_trl(tmp_path, ours["order"])
+    assert parity.report(made, ours, theirs) < 1e-3
+    losses = [line["loss"] for line in ours["metrics"]]
+    assert min(losses) < 0.9 * losses[0]

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpref.losses.inputs import in_float32
+
 
 def rotary_angles(
     positions: Int[Array, "rows length"], frequencies: Float[Array, " half"], scale: float = 1.0
@@ -15,7 +17,7 @@ def rotary_angles(
       frequencies: angle by which each pair turns from one position to the next.
       scale: multiplies both (YaRN's attention factor, arXiv 2309.00071, section 3.4).
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
+    angles = positions[..., None, None].astype(frequencies.dtype) * frequencies[None, None, None]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -26,7 +28,7 @@ def rotate(
     *,
     interleaved: bool = False,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Rotates the first `2 * half` entries of each head, in float32; the others stay.
+    """Rotates the first `2 * half` entries of each head, in at least float32; the others stay.
 
     Args:
       x: queries or keys.
@@ -36,7 +38,7 @@ def rotate(
         the second, as in GPT-NeoX and after it.
     """
     rotated = 2 * cos.shape[-1]
-    turning, still = x[..., :rotated].astype(jnp.float32), x[..., rotated:]
+    turning, still = in_float32(x[..., :rotated]), x[..., rotated:]
     if interleaved:
         first, second = turning[..., ::2], turning[..., 1::2]
     else:
@@ -62,7 +64,7 @@ def attention(
     soft_cap: float | None = None,
     block_size: int = 128,
 ) -> Float[Array, "rows length heads head_dim"]:
-    """Softmax attention with grouped queries; scores and softmax in float32.
+    """Softmax attention with grouped queries; scores and softmax in at least float32.
 
     Args:
       query: queries, already rotated.
@@ -108,27 +110,30 @@ def _attend(
     @jax.checkpoint
     def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
         # Keeps nothing for the backward pass, where the scores are computed again.
-        if soft_cap is None:
+        if soft_cap is None and query.dtype != jnp.float64:
             return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
-        return _soft_capped(query, key, value, mask, scale, soft_cap)
+        return _written_out(query, key, value, mask, scale, soft_cap)
 
     return attend(query, key, value, mask)
 
 
-def _soft_capped(
+def _written_out(
     query: Array,
     key: Array,
     value: Array,
     mask: Array,
     scale: float | None,
-    soft_cap: float,
+    soft_cap: float | None,
 ) -> Array:
-    """What `jax.nn.dot_product_attention` lacks: scores bounded before the softmax."""
+    """With what `jax.nn.dot_product_attention` lacks: bounded scores, a softmax in float64."""
     rows, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, key, preferred_element_type=jnp.float32)
-    scores = soft_cap * jnp.tanh(scores * (head_dim**-0.5 if scale is None else scale) / soft_cap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, key, preferred_element_type=dtype)
+    scores *= head_dim**-0.5 if scale is None else scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("rkgqs,rskd->rqkgd", weights, value).reshape(query.shape)

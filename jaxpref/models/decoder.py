@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.logprobs import LMHead
+from jaxpref.losses.inputs import in_float32
 from jaxpref.models.attention import attention, rotary_angles, rotate
 from jaxpref.models.experts import mix_experts
 from jaxpref.nf4 import Nf4
@@ -321,7 +322,7 @@ def _param(
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm, computed in float32."""
+    """RMSNorm or LayerNorm, computed in at least float32."""
 
     config: DecoderConfig
     kind: str
@@ -331,10 +332,10 @@ class Norm(nn.Module):
         """Scales `x` to unit mean square or variance, then by a learned factor."""
         centred = self.kind == "layer"
         initializer = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
-        scale = _param(self, "scale", initializer, ("norm",), x.shape[-1]).astype(jnp.float32)
+        scale = in_float32(_param(self, "scale", initializer, ("norm",), x.shape[-1]))
         if self.kind == "rms_plus_one":
             scale += 1
-        x32 = x.astype(jnp.float32)
+        x32 = in_float32(x)
         if centred:
             x32 -= x32.mean(axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
@@ -535,7 +536,8 @@ class Block(nn.Module):
 def _write(slots: Array, new: Array, used: Array | None) -> Array:
     """Writes new keys or values after those in use."""
     assert used is not None
-    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, used, 0, 0))
+    zero = jnp.zeros_like(used)
+    return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (zero, used, zero, zero))
 
 
 class Decoder(nn.Module):
@@ -643,12 +645,12 @@ class Decoder(nn.Module):
         positions: Int[Array | np.ndarray, "rows length"] | None = None,
         mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
     ) -> Float[Array, "rows length"]:
-        """What a scalar head says at each token, in float32."""
+        """What a scalar head says at each token, in float32 (float64 stays float64)."""
         return self.scalars_of(self.hidden_states(tokens, positions, mask))
 
     def scalars_of(self, hidden: Float[Array, "*batch features"]) -> Float[Array, "*batch"]:
-        """What a scalar head says of hidden states, in float32."""
-        return hidden.astype(jnp.float32) @ self.score[0].astype(jnp.float32)
+        """What a scalar head says of hidden states, in float32 (float64 stays float64)."""
+        return in_float32(hidden) @ in_float32(self.score[0])
 
     def extend(
         self,
@@ -675,7 +677,8 @@ class Decoder(nn.Module):
             positions = before[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
             positions = jnp.maximum(positions, 0)
         positions = jnp.asarray(positions)
-        place = partial(jax.lax.dynamic_update_slice, start_indices=(0, cache.used))
+        start = (jnp.zeros_like(cache.used), cache.used)
+        place = partial(jax.lax.dynamic_update_slice, start_indices=start)
         filled, all_positions = place(cache.filled, real), place(cache.positions, positions)
         slots = jnp.arange(filled.shape[1])
         own = cache.used + jnp.arange(new)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxpref.losses.inputs import in_float32
+
 
 def mix_experts(
     x: Float[Array, "tokens width"],
@@ -34,7 +36,7 @@ def mix_experts(
       activation: of the gate.
     """
     gate, up, down = weights
-    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    probabilities = jax.nn.softmax(in_float32(router_logits), axis=-1)
     share, chosen = jax.lax.top_k(probabilities, per_token)
     if normalize:
         share = share / share.sum(axis=-1, keepdims=True)
@@ -63,8 +65,8 @@ def load_balancing_loss(
       per_token: experts a token goes to.
     """
     layers, _, experts = router_logits.shape
-    probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    probabilities = jax.nn.softmax(in_float32(router_logits), axis=-1)
     _, chosen = jax.lax.top_k(probabilities, per_token)
-    weights = real.astype(jnp.float32) / (layers * jnp.maximum(real.sum(), 1))
+    weights = real.astype(probabilities.dtype) / (layers * jnp.maximum(real.sum(), 1))
     share = jnp.einsum("t,ltke->e", weights, jax.nn.one_hot(chosen, experts))
     return experts * jnp.sum(share * jnp.einsum("t,lte->e", weights, probabilities))

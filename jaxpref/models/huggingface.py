@@ -392,7 +392,8 @@ def _put(where: Sharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Ar
     """Puts a value into a stack, in the stack's own memory."""
 
     def put(stacked: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
-        starts = (*index, *(0,) * value.ndim)
+        # Of one type, also where Python's 0 is an int64.
+        starts = tuple(jnp.pad(index, (0, value.ndim)))
         return jax.lax.dynamic_update_slice(stacked, value[(None,) * len(index)], starts)
 
     return jax.jit(put, donate_argnums=0, out_shardings=where)
