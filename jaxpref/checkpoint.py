@@ -211,6 +211,8 @@ def prepare_workdir(workdir: Path) -> None:
     Raises:
       UserError: it cannot.
     """
+    if jax.process_index():
+        return
     probe = workdir / ".write-probe"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

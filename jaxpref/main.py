@@ -16,6 +16,16 @@ from jaxpref.commands import WORKDIR, fail, quiet
 from jaxpref.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
+# Of a run in several processes. On a cluster that JAX knows they need not be given.
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0 of a run in several processes."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes run together; 1: this one alone.", lower_bound=1
+)
+_PROCESS = flags.DEFINE_integer(
+    "process_id", None, "Which of the processes this one is, from 0.", lower_bound=0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -28,18 +38,33 @@ def main(argv: list[str]) -> None:
     workdir = WORKDIR.value
     if not workdir:
         fail("--workdir is missing: the directory for checkpoints and measurements.")
+    _check_processes()
     quiet()
     try:
         config_lib.check(CONFIG.value)
         # JAX loads here, so that everything above answers at once.
-        from jaxpref import train
+        from jaxpref import sharding, train
 
+        sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.run(CONFIG.value, workdir)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt as interrupt:
         print(interrupt or "interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_processes() -> None:
+    """Refuses flags that name no group of processes with this one in it."""
+    coordinator, count, number = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    if coordinator is None and number is None and count in (None, 1):
+        return
+    if coordinator is None or count is None or number is None:
+        fail("--coordinator, --num_processes and --process_id go together; give all three.")
+    if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdigit():
+        fail(f"--coordinator should be HOST:PORT; got {coordinator!r}.")
+    if number >= count:
+        fail(f"--process_id should be below --num_processes ({count}); got {number}.")
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.packing import PackedBatch
 
@@ -220,7 +221,7 @@ class Log:
         if self._pending is None:
             return
         done, self._pending = self._pending, None
-        sums = jax.device_get(done.measured)
+        sums = sharding.fetch(done.measured)
         now = time.monotonic()
         if done.timed:
             seconds = now - self._since

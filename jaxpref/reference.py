@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.packing import PackedBatch
 
@@ -31,7 +32,7 @@ def precompute(
     """
     parts: list[np.ndarray] = []
     for batch in batches:
-        parts.append(np.asarray(jax.device_get(logps(batch))))
+        parts.append(np.asarray(sharding.fetch(logps(batch))))
         progress(min(sum(map(len, parts)), examples))
     return np.concatenate(parts)[:examples]
 

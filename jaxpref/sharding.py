@@ -12,6 +12,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpref.errors import UserError
@@ -38,6 +40,38 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("scalar", None),
     ("layers", None),
 )
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the other processes of a run, whose devices together are then `jax.devices()`.
+
+    It has to come before anything that asks JAX for a device. Without arguments the cluster says
+    who the others are (Cloud TPU, Slurm, Open MPI, Kubernetes); elsewhere there are none.
+
+    Args:
+      coordinator: HOST:PORT of process 0, which waits there for the others.
+      processes: how many there are; 1 for this one alone, whatever the cluster says.
+      process: which of them this one is, from 0.
+
+    Raises:
+      UserError: they cannot be joined.
+    """
+    if processes == 1:
+        return
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError) as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            # No cluster is known here.
+            return
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the other processes of this run cannot be joined ({reason}). Give each of them the "
+            "same --coordinator=HOST:PORT and --num_processes, and its own --process_id; or "
+            "--num_processes=1 for a process by itself."
+        ) from error
 
 
 def make_mesh(
@@ -110,12 +144,25 @@ def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
     """Puts a batch of micro-batches (a leading axis) on the devices: rows split, tables whole."""
 
     def put(x: Any, spec: PartitionSpec) -> jax.Array:
-        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
+        # Every process has the whole batch, and hands over what its own devices hold of it.
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
 
     by_row, whole = PartitionSpec(None, ("data", "fsdp")), PartitionSpec()
     rows: dict[str, Any] = {name: put(getattr(batch, name), by_row) for name in ROW_FIELDS}
     extras = {name: put(x, whole) for name, x in batch.extras.items()}
     return dataclasses.replace(batch, **rows, lengths=put(batch.lengths, whole), extras=extras)
+
+
+def fetch(tree: Any) -> Any:
+    """NumPy arrays of a tree's arrays, whole, in every process."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return x
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:

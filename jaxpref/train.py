@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -79,6 +80,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     config_lib.check(config)
     data_lib.check(config)
+    # Of several processes the first speaks, and writes what is not an array.
+    console.quiet = jax.process_index() > 0
     checkpoint.prepare_workdir(workdir)
     checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
     source = weights.find(config, workdir)
@@ -173,7 +176,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
                     state, measured = update(state, frozen, reference, batch)
                     log.dispatched(step, measured)
                     # Asked once a step: what is saved and what stops must agree.
-                    last, stop = step == steps, interrupted()
+                    last, stop = step == steps, interrupted(step)
                     if last or _due(step, config.train.eval_every):
                         log.settle()
                         writer.write(step, evaluate(state, step))
@@ -251,14 +254,14 @@ def initial_state(params: Any, optimizer: optax.GradientTransformation, abstract
     """The state before the first update."""
     where = jax.tree.map(lambda x: x.sharding, abstract)
     optimizer_state = jax.jit(optimizer.init, out_shardings=where.optimizer_state)(params)
-    return State(
-        jax.device_put(jnp.zeros((), jnp.int32), where.step),
-        params,
-        optimizer_state,
-        # A copy, since the update takes over the policy's buffers.
-        jax.tree.map(jnp.copy, params) if jax.tree.leaves(abstract.reference) else {},
-        jax.device_put(_zeros(abstract.running), where.running),
+    zeros = jax.jit(
+        lambda: (jnp.zeros((), jnp.int32), _zeros(abstract.running)),
+        out_shardings=(where.step, where.running),
     )
+    step, running = zeros()
+    # A copy, since the update takes over the policy's buffers.
+    reference = jax.tree.map(jnp.copy, params) if jax.tree.leaves(abstract.reference) else {}
+    return State(step, params, optimizer_state, reference, running)
 
 
 def _zeros(running: Iterable[str]) -> dict[str, Metric]:
@@ -508,29 +511,37 @@ def _streams(
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+def _interrupts() -> Iterator[Callable[[int], bool]]:
+    """Asks, after each step, whether to stop: a first SIGINT or SIGTERM says so.
+
+    A second signal acts as usual. Where several processes train together one of them may get the
+    signal alone, but all have to stop after the same step: JAX's own handler of SIGTERM tells the
+    others, and they agree.
+    """
     seen: list[int] = []
     before: dict[int, Any] = {}
+    together = jax.process_count() > 1
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)
         # Not print: the handler may run in the middle of another write.
         os.write(2, b"\ninterrupted: saving after this step (once more to stop at once)\n")
         restore()
+        if together:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)
     except ValueError:
         # Handlers belong to the main thread; a caller in another one has its own.
         before.clear()
     try:
-        yield lambda: bool(seen)
+        yield multihost_utils.reached_preemption_sync_point if together else lambda _: bool(seen)
     finally:
         restore()
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxpref import sharding
 from jaxpref.algorithms import Objective
 from jaxpref.evaluation.calibration import Reliability, reliability
 from jaxpref.evaluation.truth import reward_recovery
@@ -44,7 +44,7 @@ def evaluate(
       sources: the examples of each source, if there are several; their values have the prefix
         `eval/SOURCE/`.
     """
-    objectives = [jax.device_get(score(batch)) for batch in batches]
+    objectives = [sharding.fetch(score(batch)) for batch in batches]
     named = [{"loss": objective.loss, **objective.metrics} for objective in objectives]
     metrics = {
         name: Metric(

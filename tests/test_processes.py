@@ -1,0 +1,121 @@
+"""Several processes on one machine, joined over loopback: the same run as in one process."""
+
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_cli import ENVIRONMENT, ROOT, wait_for
+from test_train import lines_of
+
+from jaxpref import checkpoint
+
+SMALL = [
+    "--config=configs/quickstart.py:dpo",
+    "--config.model.init_from=",
+    "--config.model.width=16",
+    "--config.model.layers=1",
+    "--config.data.synthetic_pairs=60",
+    "--config.data.batch_size=8",
+    "--config.optimizer.schedule=constant",
+    "--config.train.log_every=1",
+    "--config.train.eval_every=0",
+]
+
+
+def start(workdir, *flags, processes=1):
+    """One run in so many processes, with two devices among them."""
+    joined = [[]]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"--coordinator=localhost:{free.getsockname()[1]}"
+        joined = [
+            [address, f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)
+        ]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "jaxpref.main", *SMALL, f"--workdir={workdir}", *flags, *others],
+            cwd=ROOT,
+            env={**ENVIRONMENT, "JAX_NUM_CPU_DEVICES": str(2 // processes)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for others in joined
+    ]
+
+
+def finish(started):
+    """The output of each process and how it ended."""
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return outputs, [process.returncode for process in started]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("processes") / "one"
+    outputs, codes = finish(start(workdir, "--config.train.steps=3"))
+    assert codes == [0], outputs
+    return workdir
+
+
+def test_two_processes_train_as_one(one, tmp_path):
+    """With rows and parameters split between them."""
+    split = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
+    outputs, codes = finish(start(tmp_path, "--config.train.steps=3", *split, processes=2))
+    assert codes == [0, 0], outputs
+    ours, theirs = lines_of(tmp_path), lines_of(one)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for here, there in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "logps/chosen", "eval/loss", "eval/logps/chosen"):
+            if key in there:
+                np.testing.assert_allclose(here[key], there[key], rtol=1e-4, err_msg=key)
+    assert ours[0]["eval/logps/chosen"] == pytest.approx(theirs[0]["eval/logps/chosen"], rel=1e-6)
+    # One of them speaks.
+    assert "step 3/3" in outputs[0]
+    assert "step" not in outputs[1]
+    # What two have saved, one resumes.
+    more = finish(start(tmp_path, "--config.train.steps=4"))
+    assert more[1] == [0], more[0]
+    assert "resuming after step 3" in more[0][0]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    started = start(tmp_path, "--config.train.steps=100000", processes=2)
+    measurements = tmp_path / "metrics.jsonl"
+    wait_for(lambda: measurements.exists() and len(lines_of(tmp_path)) > 5, started[0])
+    started[1].send_signal(signal.SIGINT)
+    outputs, codes = finish(started)
+    assert codes == [130, 130], outputs
+    step = checkpoint.latest_step(tmp_path)
+    assert all(f"interrupted after step {step}, which is saved" in output for output in outputs)
+    assert lines_of(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=localhost:1"], "give all three"),
+        (["--num_processes=2", "--process_id=0"], "give all three"),
+        (
+            ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+            "--process_id should be below --num_processes (2); got 2",
+        ),
+        (
+            ["--coordinator=localhost", "--num_processes=2", "--process_id=0"],
+            "--coordinator should be HOST:PORT; got 'localhost'",
+        ),
+    ],
+)
+def test_flags_that_name_no_group_of_processes_are_refused(flags, message, tmp_path):
+    outputs, codes = finish(start(tmp_path / "run", *flags))
+    assert codes == [2]
+    assert message in outputs[0]
+    assert not (tmp_path / "run").exists()
