@@ -384,13 +384,11 @@ def stop_ids(tokenizer: Any) -> list[int]:
     turn = Chat(({"role": "user", "content": "a"},))
     try:
         encoder = ChatEncoder(tokenizer, eos=eos)
-        _, (response,) = encoder.encode(
-            turn, [{"role": "assistant", "content": "b"}], "a conversation of two words"
-        )
+        _, (response,) = encoder.encode(turn, ["b"], "a conversation of two words")
     except UserError:
         # A template that cannot write so simple a conversation says nothing of its end.
         return [eos]
-    return list(dict.fromkeys([eos, response[-1]]))
+    return list(dict.fromkeys([eos, int(response.ids[-1])]))
 
 
 def _map_text(value: Any, function: Callable[[str], str]) -> Any:
