@@ -57,6 +57,13 @@ class Group(NamedTuple):
             return [np.arange(len(response)) for response in self.responses]
         return [np.flatnonzero(~context) for context in self.context]
 
+    @property
+    def scored_lengths(self) -> list[int]:
+        """How many tokens of each response are scored."""
+        if self.context is None:
+            return [len(response) for response in self.responses]
+        return [int((~context).sum()) for context in self.context]
+
 
 # The fields of a batch that have a row for each row of tokens.
 ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "place", "target", "response")
@@ -319,7 +326,7 @@ def plan(groups: Sequence[Group], budget: Budget, planner: Planner = plan_tree) 
         [len(group.prompt) for group in groups],
         [[len(response) for response in group.responses] for group in groups],
         budget,
-        [[len(places) for places in group.scored] for group in groups],
+        [group.scored_lengths for group in groups],
     )
 
 
@@ -412,7 +419,9 @@ def materialise(
                 filled[shard] += len(places)
                 # Each token is predicted from the one before it, the first from the prompt.
                 here = places + start + first_of_row
-                source[shard, scored] = np.where(places > 0, here - 1, last_of_prompt)
+                source[shard, scored] = here - 1
+                if places[0] == 0:
+                    source[shard, scored.start] = last_of_prompt
                 place[shard, scored] = here
                 target[shard, scored] = ids[places]
                 response[shard, scored] = part.group * responses + k
@@ -498,6 +507,6 @@ def _check_groups(groups: Sequence[Group]) -> None:
                 f"group {index}: context should say of each token of each response (there are "
                 f"{sizes}) whether it is scored; it has {[len(c) for c in group.context]}."
             )
-        unscored = [k for k, places in enumerate(group.scored) if len(places) == 0]
+        unscored = [k for k, scored in enumerate(group.scored_lengths) if not scored]
         if unscored:
             raise ValueError(f"group {index}: no token of response {unscored[0]} is scored.")

@@ -7,9 +7,19 @@ import re
 
 import pytest
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from hypothesis import given, settings, strategies as st
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-from jaxpref.data.chat import TEMPLATES, Chat
+from jaxpref.data.chat import TEMPLATES, Chat, ChatEncoder
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import read_examples
 from jaxpref.data.tokenize import Limits, begins_with_bos, load_tokenizer, tokenize
@@ -293,6 +303,56 @@ def test_special_tokens_stand_once_and_the_response_continues_the_prompt(name, b
     assert specials == response[-1:]
 
 
+@functools.cache
+def metaspace_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """As SentencePiece's: a space before a text's first piece alone, tokens that take blanks."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["pears are fresh", "the pears"] * 4, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token=AddedToken("</s>", rstrip=True, lstrip=True, normalized=False),
+        extra_special_tokens=[AddedToken("<|end|>", rstrip=True), AddedToken("<|end|><|more|>")],
+    )
+
+
+TOKENIZERS = {
+    "bytes": lambda: load_tokenizer("bytes"),
+    "metaspace": metaspace_tokenizer,
+    "chatml": lambda: build_tokenizer(STYLES["chatml"]),
+    "llama 3": lambda: build_tokenizer(STYLES["llama 3"]),
+}
+NAMES = (
+    "<s>",
+    "</s>",
+    "<|end|>",
+    "<|end|><|more|>",
+    "<|more|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<unk>",
+)
+TEXTS = st.lists(
+    st.sampled_from([*NAMES, " ", "\n", "\n\n", "  ", "pears", " are", "the", "<", "é", "<|end"])
+)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)
+@given(texts=st.lists(TEXTS, max_size=4))
+def test_pieces_between_special_tokens_are_tokenised_as_in_the_whole(name, texts):
+    tokenizer = TOKENIZERS[name]()
+    encoder = ChatEncoder(tokenizer, eos=tokenizer.eos_token_id)
+    for text in map("".join, texts):
+        expected = tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+        assert encoder._ids_of_pieces(text) == expected
+
+
 def test_the_prompts_special_tokens_are_not_the_texts():
     """A message that spells a special token cannot end a turn or open another one."""
     style = STYLES["chatml"]
@@ -399,8 +459,8 @@ def test_no_template_says_how_to_give_one(tmp_path):
     ):
         tokenize([example], tokenizer, Limits(512, 256, 1))
     (tmp_path / "own.jinja").write_text(TEMPLATES["hh"])
-    for given in ("hh", str(tmp_path / "own.jinja"), TEMPLATES["hh"]):
-        tokenizer = load_tokenizer("bytes", given)
+    for template in ("hh", str(tmp_path / "own.jinja"), TEMPLATES["hh"]):
+        tokenizer = load_tokenizer("bytes", template)
         group = tokenize([example], tokenizer, Limits(512, 256, 1)).group(0)
         assert bytes(int(i) - 3 for i in group.prompt).decode() == STYLES["hh"].prompt
     with pytest.raises(UserError, match="should be one of alpaca, hh, a Jinja file"):

@@ -226,6 +226,18 @@ def test_unreadable_parquet_is_an_error(tmp_path):
         list(read_records(str(path)))
 
 
+def test_a_parquet_column_that_stands_twice_is_an_error(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([text]) for text in "abcd"]
+    names = ["prompt", "chosen", "rejected", "prompt"]
+    table = pyarrow.Table.from_arrays(columns, names=names)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet: the column 'prompt' stands twice"):
+        list(read_records(str(tmp_path / "x.parquet")))
+
+
 def test_hub_data_sets_come_through_datasets(monkeypatch):
     import datasets
 

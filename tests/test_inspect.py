@@ -68,6 +68,62 @@ def test_fill_is_the_share_of_places_that_are_used():
     assert found.scored == 10 / 16
 
 
+def said_of(tmp_path, capsys, algorithm, records, **changes):
+    """What is printed of a file's records, without the line breaks of a narrow terminal."""
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    config = config_lib.default(algorithm)
+    config.data.update(path=str(tmp_path / "x.jsonl"), batch_size=2, eval_fraction=0.0)
+    config.tokenizer.chat_template = "alpaca"
+    config.data.update(**changes)
+    inspect.run(config, tmp_path / "lengths.png", examples=2)
+    return " ".join(capsys.readouterr().out.split())
+
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+RANKING = {"prompt": "p", "responses": ["a", "b"], "scores": [1.5, 4]}
+READ = {
+    "kto": (
+        [{"prompt": str(i), "completion": "a", "label": i < 1} for i in range(3)],
+        r"labels: good .* labels: not good .* labels: 1 good, 2 not good",
+    ),
+    "reward": (
+        [{**PAIR, "margin": m} for m in (1, 2.5, 4)],
+        r"margins: 1 .* margins: 2.5 .* margins: 1 to 4, half of them up to 2.5",
+    ),
+    "rrhf": (
+        [RANKING, {**RANKING, "responses": ["a", "b", "c"], "scores": [3, 2, 1]}],
+        r"scores: 4, 1.5 .* scores: 3, 2, 1 .* scores: 1 to 4, half of them up to 2",
+    ),
+    "dpo": (
+        [{**PAIR, "margin": 1, "score_chosen": 2, "score_rejected": 1}] * 2,
+        r"in the data, but not read by dpo: margins, scores",
+    ),
+}
+
+
+@pytest.mark.parametrize("algorithm", READ)
+def test_it_shows_what_the_method_reads_beside_the_tokens(tmp_path, capsys, algorithm):
+    records, wanted = READ[algorithm]
+    said = said_of(tmp_path, capsys, algorithm, records)
+    assert re.search(wanted, said), said
+    if algorithm == "dpo":
+        assert "margins: 1" not in said
+
+
+def test_it_shows_what_is_seen_but_not_scored(tmp_path, capsys):
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": text}
+        for i, text in enumerate(("Hello", "Hi!", "How are you?", "Well."))
+    ]
+    said = said_of(tmp_path, capsys, "sft", [{"messages": turns}] * 2)
+    assert re.search(
+        r"response \(\d+ tokens, 10 scored\): 'Hi!</s>' \[seen, not scored: '### Instruction:"
+        r"\\nHow are you\?.*Response:\\n'\] 'Well.</s>'",
+        said,
+    ), said
+    assert re.search(r"scored( 10){6} ", said)
+
+
 def test_it_prints_what_the_model_sees_and_draws_the_lengths(tmp_path, capsys):
     pairs = [
         {"prompt": f"Question {i}, and a long one:", "chosen": " yes" * 9, "rejected": " no"}
@@ -82,8 +138,8 @@ def test_it_prints_what_the_model_sees_and_draws_the_lengths(tmp_path, capsys):
     inspect.run(config, tmp_path / "lengths.png", examples=2)
     said = capsys.readouterr().out
     assert "read as format 'explicit'" in said
-    assert re.search(r"prompt \(20 tokens\): ' \[... \d+ tokens cut ...\] .*long one:'", said)
-    assert re.search(r"chosen \(20 tokens\): ' yes yes.* \[... 17 tokens cut ...\] '", said)
+    assert re.search(r"prompt \(20 tokens\): \[... \d+ tokens cut ...\] '.*long one:'", said)
+    assert re.search(r"chosen \(20 tokens\): ' yes yes.*' \[... 17 tokens cut ...\]", said)
     assert "rejected (4 tokens): ' no</s>'" in said
     assert "the chosen response is the longer one in 100.0% of the pairs" in said
     assert re.search(r"rows of 40 tokens: [\d.]+% full", said)

@@ -22,14 +22,26 @@ def array(*ids):
     return np.array(ids, np.int32)
 
 
-def groups_of(lengths) -> list[Group]:
-    """Groups in which no two tokens are alike."""
-    ids = itertools.count(1)
+def groups_of(lengths, context_share=0.0) -> list[Group]:
+    """Groups in which no two tokens are alike; of responses a share is context, but not all."""
+    ids, rng = itertools.count(1), np.random.default_rng(0)
 
     def piece(n):
         return np.array([next(ids) for _ in range(n)], np.int32)
 
-    return [Group(piece(prompt), [piece(n) for n in responses]) for prompt, responses in lengths]
+    def context(n):
+        drawn = rng.random(n) < context_share
+        drawn[rng.integers(n)] = False
+        return drawn
+
+    return [
+        Group(
+            piece(prompt),
+            [piece(n) for n in responses],
+            [context(n) for n in responses] if context_share else None,
+        )
+        for prompt, responses in lengths
+    ]
 
 
 def test_the_drawing_in_the_docstring():
@@ -80,11 +92,12 @@ def test_mask_is_its_definition():
     st.sampled_from([1, 2, 4]),
     st.floats(0.3, 1.0),
     st.sampled_from([packing.plan_tree, packing.plan_padded]),
+    st.sampled_from([0.0, 0.5]),
 )
 def test_every_token_is_laid_once_and_every_response_token_scored_once(
-    lengths, row_length, shards, share, planner
+    lengths, row_length, shards, share, planner, context_share
 ):
-    groups = groups_of(lengths)
+    groups = groups_of(lengths, context_share)
     scored_length = max(int(row_length * share), 9)
     batch = pack(
         groups, row_length=row_length, scored_length=scored_length, shards=shards, planner=planner
@@ -130,6 +143,7 @@ def test_every_token_is_laid_once_and_every_response_token_scored_once(
             for i, (before, after) in enumerate(
                 itertools.pairwise([int(group.prompt[-1]), *map(int, response)])
             )
+            if i in group.scored[j]
         ]
         for g, group in enumerate(groups)
         for j, response in enumerate(group.responses)
@@ -273,13 +287,21 @@ def test_impossible_groups_are_errors(group, message, planner):
 
 
 @settings(max_examples=25, deadline=None)
-@given(GROUPS, st.integers(1, 3))
-def test_index_in_response_counts_each_response_from_0(lengths, shards):
-    groups = groups_of(lengths)
+@given(GROUPS, st.integers(1, 3), st.sampled_from([0.0, 0.5]))
+def test_index_in_response_counts_each_response_from_0(lengths, shards, context_share):
+    groups = groups_of(lengths, context_share)
     budget = Budget(60, 36, shards)
     batch = packing.materialise(packing.plan(groups, budget), groups, budget)
     index = np.asarray(packing.index_in_response(batch))
-    place_of = {int(t): i for g in groups for r in g.responses for i, t in enumerate(r)}
+    place_of = {
+        int(response[place]): i
+        for group in groups
+        for response, places in zip(group.responses, group.scored, strict=True)
+        for i, place in enumerate(places)
+    }
     scored = np.asarray(batch.response) < batch.lengths.size
     expected = [place_of[int(t)] for t in np.asarray(batch.target)[scored]]
     assert index[scored].tolist() == expected
+    last = np.asarray(packing.is_last(batch))
+    ends = {int(r[p[-1]]) for g in groups for r, p in zip(g.responses, g.scored, strict=True)}
+    assert set(np.asarray(batch.target)[last].tolist()) == ends

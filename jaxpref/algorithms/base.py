@@ -40,6 +40,7 @@ class Algorithm(NamedTuple):
         `batch.extras["running/NAME"]`; 0 at first.
       pooled: `(params, batch)` to what the loss reads the means of over the whole batch, as
         `batch.extras["pooled/NAME"]`, where a batch is cut into micro-batches.
+      reads: what the loss takes of a data set's own extras, where they are there.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Algorithm(NamedTuple):
     reference_logps: Logps | None = None
     running: tuple[str, ...] = ()
     pooled: Callable[[Params, PackedBatch], dict[str, Metric]] | None = None
+    reads: tuple[str, ...] = ()
 
     def prepare(self, reference: Params | None, batch: PackedBatch) -> PackedBatch:
         """Adds what a live reference says, if there is one."""

@@ -23,7 +23,7 @@ def rrhf(config: ConfigDict, model: Decoder) -> Algorithm:
         output = losses.rrhf(scores.logps, lengths, jnp.asarray(given), rank_weight=rank_weight)
         return scores.complete(_objective(output.losses, output.rewards, scores.logps, batch))
 
-    return Algorithm("ranked", loss)
+    return Algorithm("ranked", loss, reads=("scores",))
 
 
 def dpo(config: ConfigDict, model: Decoder) -> Algorithm:

@@ -45,7 +45,8 @@ def kto(config: ConfigDict, model: Decoder) -> Algorithm:
         ratios = (policy - reference_of(batch, policy))[:, 1]
         return {"kl": Metric(ratios, present(batch)[:, 1].astype(ratios.dtype))}
 
-    return Algorithm("mismatched", loss, _reference_logps(config, model), pooled=pooled)
+    reference_logps = _reference_logps(config, model)
+    return Algorithm("mismatched", loss, reference_logps, pooled=pooled, reads=("labels",))
 
 
 def bco(config: ConfigDict, model: Decoder) -> Algorithm:
@@ -61,7 +62,8 @@ def bco(config: ConfigDict, model: Decoder) -> Algorithm:
         objective.metrics[_MEAN_REWARD] = Metric(output.rewards, objective.loss.weights)
         return scores.complete(objective)
 
-    return Algorithm("unpaired", loss, _reference_logps(config, model), (_MEAN_REWARD,))
+    reference_logps = _reference_logps(config, model)
+    return Algorithm("unpaired", loss, reference_logps, (_MEAN_REWARD,), reads=("labels",))
 
 
 def _reference_logps(config: ConfigDict, model: Decoder) -> Logps:

@@ -178,7 +178,9 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._eos = eos
         self._parse = parse_special_tokens
-        self._special = set(special_tokens(tokenizer).values())
+        self._special_ids = special_tokens(tokenizer)
+        self._special = set(self._special_ids.values())
+        self._known: dict[str, list[int]] = {}
         self._special_names = special_names(tokenizer)
         self._names = re.compile(f"{self._special_names.pattern}|{_MARKS.pattern}")
 
@@ -296,11 +298,35 @@ class ChatEncoder:
             is_name = i % 2 == 1
             if is_name:
                 piece = names[ord(piece) - _FIRST_MARK]
-            if piece:
-                ids += self._tokenizer(
-                    piece, add_special_tokens=False, split_special_tokens=is_name
-                ).input_ids
+                ids += self._ids([piece], split_special_tokens=True)[0]
+            elif piece:
+                ids += self._ids_of_pieces(piece)
         return ids
+
+    def _ids_of_pieces(self, text: str) -> list[int]:
+        """The token ids of a text, what is between two special tokens being tokenised once.
+
+        Special tokens part a text before anything else is done to it. A turn is read again with
+        every turn after it and with every response, so that most pieces are known already.
+        """
+        cuts = [match.span() for match in self._special_names.finditer(text)]
+        starts, ends = [0, *(start for start, _ in cuts)], [*(end for _, end in cuts), len(text)]
+        # With the special tokens around it, some of which take blanks away.
+        pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
+        if new:
+            self._known.update(zip(new, self._ids(new), strict=True))
+        names = [self._special_ids[text[start:end]] for start, end in cuts]
+        ids = [self._known[piece] for piece in pieces]
+        seams = zip(names, ids[:-1], ids[1:], strict=True)
+        if not all(before[-1:] == [name] == after[:1] for name, before, after in seams):
+            return self._ids([text])[0]
+        return [*ids[0], *(id for piece in ids[1:] for id in piece[1:])]
+
+    def _ids(self, texts: list[str], *, split_special_tokens: bool = False) -> list[list[int]]:
+        return self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=split_special_tokens
+        ).input_ids
 
     def _end_turn(self, ids: list[int]) -> list[int]:
         """Cuts what follows the template's end-of-turn token; adds EOS if there is none."""

@@ -1,14 +1,17 @@
 """What the model will see of a recipe's data: `python -m jaxpref.data.inspect --config=RECIPE`.
 
-Prints a few examples with their special tokens and with what truncation takes away, then
-lengths, what sharing prompts saves, how full rows are, and what was dropped and why; draws a
-histogram of lengths. It reads what a run of the recipe would read, and trains nothing.
+Prints a few examples with their special tokens, with what truncation takes away, what is seen
+but not scored, and what else the method reads of them (labels, margins, scores); then lengths,
+what sharing prompts saves, how full rows are, and what was dropped and why; draws a histogram of
+lengths. It reads what a run of the recipe would read, and trains nothing.
 """
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import app, flags
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
@@ -59,16 +62,22 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     tokenizer = data_lib.load_tokenizer(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
-    kind = algorithms.build(config, weights.build_model(config, source, len(tokenizer))).kind
+    algorithm = algorithms.build(config, weights.build_model(config, source, len(tokenizer)))
+    kind = algorithm.kind
     with progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, kind, progress=tell)
     data_lib.check_batch_size(config, data)
+    read = {name: data.train.extras[name] for name in algorithm.reads if name in data.train.extras}
     for index in range(min(examples, len(data.train))):
         console.rule(f"example {index + 1}", align="left")
-        group, (prompt, *responses) = data.train.group(index), data.train.uncut_lengths(index)
+        group, (prompt, *uncut) = data.train.group(index), data.train.uncut_lengths(index)
         console.print(_marked("prompt", group.prompt, prompt, tokenizer, at_end=False))
-        for k, (response, length) in enumerate(zip(group.responses, responses, strict=True)):
-            console.print(_marked(_label(k, kind), response, length, tokenizer, at_end=True))
+        context = group.context or [np.zeros(len(ids), bool) for ids in group.responses]
+        for k, ids in enumerate(group.responses):
+            label = _label(k, kind)
+            console.print(_marked(label, ids, uncut[k], tokenizer, at_end=True, context=context[k]))
+        for name, values in read.items():
+            console.print(f"{name}: {_shown(name, values[index], len(group.responses))}")
     console.rule("all", align="left")
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
     console.print("\n".join([*data.notes, f"data: {counts}"]))
@@ -78,6 +87,11 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     console.print(f"{'tokens':<20}{heads}")
     for part, values in found.lengths.items():
         console.print(f"{part:<20}" + "".join(f"{value:>8,}" for value in values))
+    for name, values in read.items():
+        console.print(_summary(name, values, data.train.response_lengths > 0))
+    unread = sorted(set(data.train.extras) - set(read))
+    if unread:
+        console.print(f"in the data, but not read by {config.algorithm.name}: {', '.join(unread)}")
     stream = train.train_stream(config, data)
     batches = (stream.batch(step) for step in range(_BATCHES))
     rows = statistics.fill(batches)
@@ -101,13 +115,44 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     console.print(f"lengths drawn in {output}")
 
 
-def _marked(label: str, kept: Any, uncut: int, tokenizer: Any, *, at_end: bool) -> str:
-    """A piece's text with its special tokens, and how much of it is cut."""
+def _marked(
+    label: str,
+    kept: Int[np.ndarray, " tokens"],
+    uncut: int,
+    tokenizer: Any,
+    *,
+    at_end: bool,
+    context: Bool[np.ndarray, " tokens"] | None = None,
+) -> str:
+    """A piece's text with its special tokens, what of it is not scored, and how much is cut."""
+    seen = np.zeros(len(kept), bool) if context is None else context
+    runs = np.split(np.arange(len(kept)), np.flatnonzero(np.diff(seen)) + 1)
+    texts = [
+        f"[seen, not scored: {text!r}]" if seen[run[0]] else repr(text)
+        for run in runs
+        if len(run)
+        for text in [tokenizer.decode(kept[run], skip_special_tokens=False)]
+    ]
     missing = uncut - len(kept)
-    note = f" [... {missing} tokens cut ...] " if missing else ""
-    text = tokenizer.decode(kept, skip_special_tokens=False)
-    text = text + note if at_end else note + text
-    return f"{label} ({len(kept)} tokens): {text!r}"
+    note = [f"[... {missing} tokens cut ...]"] if missing else []
+    scored = f", {int((~seen).sum())} scored" if seen.any() else ""
+    pieces = [*texts, *note] if at_end else [*note, *texts]
+    return f"{label} ({len(kept)} tokens{scored}): {' '.join(pieces)}"
+
+
+def _shown(name: str, value: Any, responses: int) -> str:
+    """What the method reads of one example beside its tokens."""
+    if name == "labels":
+        return "good" if value else "not good"
+    return ", ".join(f"{one:g}" for one in np.ravel(value)[:responses])
+
+
+def _summary(name: str, values: Float[np.ndarray, "examples ..."], there: Any) -> str:
+    """What the method reads of all examples beside their tokens."""
+    if name == "labels":
+        return f"labels: {int(values.sum()):,} good, {int((1 - values).sum()):,} not good"
+    low, middle, high = np.percentile(values[there] if values.ndim > 1 else values, (0, 50, 100))
+    return f"{name}: {low:g} to {high:g}, half of them up to {middle:g}"
 
 
 def _label(k: int, kind: str) -> str:

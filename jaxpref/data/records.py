@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,40 +132,38 @@ def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
 class _Ambiguous(dict):
     """A JSON object in which a key stands twice, so that a value is lost."""
 
-    key = ""
+    names: list[str]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
     record = dict(pairs)
-    if len(record) == len(pairs):
-        return record
-    names = [name for name, _ in pairs]
-    ambiguous = _Ambiguous()
-    ambiguous.key = next(name for name in names if names.count(name) > 1)
-    return ambiguous
+    if len(record) < len(pairs):
+        record = _Ambiguous()
+        record.names = [name for name, _ in pairs]
+    return record
 
 
 def _checked(record: Any, where: str, what: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object {what}; got {type(record).__name__}.")
-    key = _key_that_stands_twice(record)
-    if key is not None:
-        raise UserError(
-            f"{where}: the key {key!r} stands twice in one JSON object, and which of its values is "
-            "meant cannot be known; remove one."
-        )
-    return record
-
-
-def _key_that_stands_twice(record: dict) -> str | None:
     values: list[Any] = [record]
     while values:
         value = values.pop()
         if isinstance(value, _Ambiguous):
-            return value.key
+            _check_names(value.names, where, "key", "JSON object")
         if isinstance(value, dict | list):
             values += value.values() if isinstance(value, dict) else value
-    return None
+    return record
+
+
+def _check_names(names: list[str], where: str, what: str, whole: str) -> None:
+    """Refuses a name that stands twice, one of whose values would be lost."""
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"{where}: the {what} {twice!r} stands twice in one {whole}, and which of its values "
+            "is meant cannot be known; remove one."
+        )
 
 
 def _read_parquet(path: str) -> Iterator[Record]:
@@ -174,6 +173,7 @@ def _read_parquet(path: str) -> Iterator[Record]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path, "column", "parquet file")
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
                     row += 1

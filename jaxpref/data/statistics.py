@@ -18,7 +18,7 @@ class Statistics(NamedTuple):
 
     Attributes:
       lengths: percentiles (`PERCENTILES`) of tokens by part: prompt, response (or chosen and
-        rejected), and prompt plus response.
+        rejected), prompt plus response; and the scored tokens of a response, if not all are.
       shared: share of the tokens that computing each prompt once saves.
       longer: share of pairs whose chosen response is the longer one before truncation, equal
         lengths counting one half; None without pairs.
@@ -49,6 +49,8 @@ def describe(dataset: TokenizedDataset, *, borrowed: bool = False) -> Statistics
     else:
         parts["response"] = responses[there]
     parts["prompt + response"] = (prompts[:, None] + responses)[there]
+    if dataset.context is not None:
+        parts["scored"] = dataset.scored_lengths[:, : there.shape[1]][there]
     together = int(prompts.sum() + responses.sum())
     apart = int((prompts * there.sum(1)).sum() + responses.sum())
     own = 1 if borrowed else None
