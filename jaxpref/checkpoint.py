@@ -2,6 +2,7 @@
 
 A workdir holds
 
+    run.lock        locked by the run that is training there
     run.json        the config and the data's fingerprints
     checkpoints/N/  after update N: items `params` (what is trained) and `rest` (optimizer
                     state, step)
@@ -9,12 +10,21 @@ A workdir holds
     reference/      the frozen reference's parameters, where they are not those of `frozen`, or
     reference_logps.npz  its log-probs, if they are precomputed (see jaxpref.reference)
 
-Orbax writes a checkpoint beside its place and renames it when complete, so a process
-that is killed leaves the last complete one.
+Each of these folders is written beside its place (`N.saving`), described by a manifest of its
+files, and renamed when it is complete: a process that is killed leaves the last complete one, and
+what has been damaged since is found before it is read.
 """
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
+import shutil
+import socket
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +32,238 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib
+from jaxpref import config as config_lib, manifest, sharding
 from jaxpref.errors import UserError
+from jaxpref.metrics import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
 
-_RUN, _CHECKPOINTS = "run.json", "checkpoints"
+_RUN, _LOCK, _CHECKPOINTS = "run.json", "run.lock", "checkpoints"
 _REFERENCE, _FROZEN = "reference", "frozen"
+_SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
 _ABSENT = "(no such key)"
+_DIGEST = "sha256"
+# What an error says, through however many libraries, where there is no room left.
+_NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
+
+
+@contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Makes the workdir, and keeps other runs out of it until this process ends, however it ends.
+
+    Raises:
+      UserError: another run is training there, or it cannot be written.
+    """
+    held: list[Any] = []
+    sharding.in_first(lambda: held.append(_lock(workdir)))
+    try:
+        yield
+    finally:
+        for file in held:
+            file.truncate(0)
+            file.close()
+
+
+def _lock(workdir: Path) -> Any:
+    path, here = workdir / _LOCK, socket.gethostname()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: cannot be written ({error.strerror}); give a directory that can."
+        ) from error
+    locked = True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locked = False
+    except OSError as error:
+        console.print(
+            f"{path}: this file system has no locks ({error.strerror}); see to it yourself that "
+            "no second run trains in the same --workdir."
+        )
+    file.seek(0)
+    there = file.read().strip()
+    if not locked:
+        file.close()
+        raise UserError(
+            f"--workdir={workdir}: another run is training there, {there or 'just begun'}. Wait "
+            "for it, end it, or give another --workdir."
+        )
+    if there and not there.endswith(f" on {here}"):
+        console.print(
+            f"{path}: the last run here, {there}, has not ended as it should. If it still trains, "
+            "this file system does not share its locks between hosts: end one of the two."
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {here}")
+    file.flush()
+    return file
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run, which holds the workdir."""
 
     def __init__(self, workdir: Path, keep: int):
-        """Opens the folder; removes what an interrupted save left behind."""
-        self._manager = ocp.CheckpointManager(
-            (workdir / _CHECKPOINTS).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
-        )
+        """Looks for the last good one, and removes what an interrupted save left behind.
 
-    @property
-    def latest(self) -> int | None:
-        """The last complete step, or None."""
-        return self._manager.latest_step()
+        Checkpoints that came after it are damaged; they are set aside as `N.damaged`.
+
+        Raises:
+          UserError: there are checkpoints, but all are damaged.
+        """
+        self._workdir, self._keep = workdir, keep
+        self._folder = (workdir / _CHECKPOINTS).absolute()
+        self._saving: Future[None] | None = None
+        self._failed: UserError | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        found = sharding.in_first(self._open)
+        self.latest: int | None = found if found >= 0 else None
+
+    def _open(self) -> int:
+        for place in (self._workdir, self._folder):
+            for part in (_SAVING, _REMOVING):
+                for path in place.glob(f"*{part}*"):
+                    shutil.rmtree(path)
+        if latest_step(self._workdir) is None:
+            return -1
+        good, damaged = _good_step(self._workdir)
+        for step in damaged:
+            aside = self._folder / f"{step}{_DAMAGED}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / str(step)).rename(aside)
+        return good
 
     def save(self, step: int, params: Any, rest: Any) -> None:
-        """Starts to save; the arrays may be donated once this returns."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
-            ),
+        """Starts to save; the arrays may be donated once this returns.
+
+        Where the disk is full that is told, and the run goes on: the next save tries again.
+        """
+        self._settle()
+        self._failed = None
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
         )
+        size = sum(x.nbytes for x in jax.tree.leaves((params, rest)))
+        # One for each save, since one that has failed is of no more use.
+        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        try:
+            # Tried at all only where it may fit: what is written is compressed, but not to half.
+            if sharding.in_first(lambda: shutil.disk_usage(self._workdir).free < size / 2):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            checkpointer.save(self._place(step, _SAVING), args=args, force=True)
+        except Exception as error:
+            self._fail(step, error)
+            return
+        self._saving = self._pool.submit(self._finish, step, checkpointer)
+
+    def _finish(self, step: int, checkpointer: ocp.AsyncCheckpointer) -> None:
+        """Waits until all is written, then puts it in its place; in a thread of its own."""
+        try:
+            checkpointer.close()
+            if jax.process_index() == 0:
+                _complete(self._place(step, _SAVING), self._place(step))
+        except Exception as error:
+            self._fail(step, error)
+            return
+        self.latest = step
+        if jax.process_index() == 0:
+            for old in _steps(self._workdir)[: -self._keep]:
+                self._place(old).rename(self._place(old, _REMOVING))
+                shutil.rmtree(self._place(old, _REMOVING), ignore_errors=True)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        """Notes that a save has failed for want of room; raises any other error."""
+        if not any(words in str(error) for words in _NO_ROOM):
+            raise error
+        for path in self._folder.glob(f"*{_SAVING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        last = "there is none before" if self.latest is None else f"the last is of {self.latest}"
+        self._failed = UserError(
+            f"{self._folder}: the disk is full, so the checkpoint of step {step} is not saved "
+            f"({last}). Make room; the same command goes on from the last one."
+        )
+        console.print(f"{self._failed} This run tries again when it next saves.")
+
+    def _settle(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def _place(self, step: int, part: str = "") -> Path:
+        return self._folder / f"{step}{part}"
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
         """Reads the state of `step` into the shapes and shardings of abstract arrays."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
         )
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(self._place(step), args=args)
         return restored["params"], restored["rest"]
 
     def wait(self) -> None:
-        """Returns when every save that was started is complete."""
-        self._manager.wait_until_finished()
+        """Returns when the save that was started is complete.
+
+        Raises:
+          UserError: it was not, since the disk is full.
+        """
+        self._settle()
+        if self._failed is not None:
+            raise self._failed
+
+    def kept(self) -> str:
+        """What a run that has to stop leaves, in words."""
+        self._settle()
+        if self.latest is None:
+            return "there is no checkpoint yet"
+        damaged = manifest.damage(self._place(self.latest))
+        if damaged:
+            return f"the checkpoint of step {self.latest} is damaged ({damaged})"
+        return f"the checkpoint of step {self.latest} is kept"
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *error: object) -> None:
         """Waits for what is being saved, also when the run ends in an error."""
-        self._manager.close()
+        self._pool.shutdown()
+
+
+def _good_step(workdir: Path) -> tuple[int, list[int]]:
+    """The last checkpoint that is whole, and those after it, which are damaged.
+
+    Raises:
+      UserError: none is whole.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(_steps(workdir)):
+        reason = manifest.damage(workdir / _CHECKPOINTS / str(step))
+        if reason is None:
+            for bad, why in damaged.items():
+                console.print(
+                    f"{workdir}: the checkpoint of step {bad} is damaged ({why}); that of step "
+                    f"{step} is used in its place."
+                )
+            return step, list(damaged)
+        damaged[step] = reason
+    listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+    raise UserError(
+        f"{workdir}: all of its checkpoints are damaged ({listed}). Put a copy of one back, or "
+        "start again in another --workdir."
+    )
+
+
+def _complete(folder: Path, place: Path) -> None:
+    """Describes a folder that is written whole, and puts it in its place."""
+    manifest.write(folder)
+    if place.exists():
+        shutil.rmtree(place)
+    folder.rename(place)
 
 
 def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
-    """The parameters of a workdir's last checkpoint, into `params`' shapes and shardings.
+    """The parameters of a workdir's last good checkpoint, into `params`' shapes and shardings.
 
     What `params` lacks is not read.
 
@@ -86,12 +271,12 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
       All parameters, trained and frozen, these as the run keeps them, and the step.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or none that is whole.
     """
-    folder = (workdir / _CHECKPOINTS).absolute()
-    step, run = latest_step(workdir), read_run(workdir)
-    if step is None or run is None:
+    folder, run = (workdir / _CHECKPOINTS).absolute(), read_run(workdir)
+    if latest_step(workdir) is None or run is None:
         raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
+    step, _ = _good_step(workdir)
     config = config_lib.from_flat(run)
     trained, frozen = partition(params, config_lib.trainable(config))
     frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)
@@ -121,9 +306,12 @@ def restore_frozen(workdir: Path, params: Any) -> Any:
 
 def latest_step(workdir: Path) -> int | None:
     """The step of a workdir's last complete checkpoint, without opening it."""
+    return max(_steps(workdir), default=None)
+
+
+def _steps(workdir: Path) -> list[int]:
     folder = workdir / _CHECKPOINTS
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max(steps, default=None)
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
 
 
 def save_reference(workdir: Path, params: Any) -> None:
@@ -141,9 +329,18 @@ def restore_reference(workdir: Path, params: Any) -> Any:
 
 
 def _save(folder: Path, params: Any) -> None:
-    if jax.tree.leaves(params):
+    if not jax.tree.leaves(params):
+        return
+    saving = folder.with_name(folder.name + _SAVING).absolute()
+    try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute(), params, force=True)
+            checkpointer.save(saving, params, force=True)
+        if jax.process_index() == 0:
+            _complete(saving, folder)
+    except Exception as error:
+        if not any(words in str(error) for words in _NO_ROOM):
+            raise
+        raise UserError(f"{folder}: the disk is full. Make room, then run it again.") from error
 
 
 def _restore(folder: Path, params: Any, what: str) -> Any:
@@ -153,6 +350,11 @@ def _restore(folder: Path, params: Any, what: str) -> Any:
         raise UserError(
             f"{folder}: the {what} of this run cannot be found, so it cannot be resumed; put the "
             "folder back, or start again in another --workdir."
+        )
+    if damaged := manifest.damage(folder):
+        raise UserError(
+            f"{folder}: the {what} of this run are damaged ({damaged}); put a copy of the folder "
+            "back, or start again in another --workdir."
         )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(folder.absolute(), params)
@@ -165,20 +367,31 @@ def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
 
 
 def read_run(workdir: Path) -> dict[str, Any] | None:
-    """The description that `write_run` left, or None."""
+    """The description that `write_run` left, or None.
+
+    Raises:
+      UserError: it is damaged.
+    """
     path = workdir / _RUN
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError as error:
+        run = json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); not a jaxpref workdir?") from error
+    if run is not None and run.pop(_DIGEST, None) != _digest(run):
+        raise UserError(f"{path}: is not what jaxpref wrote; put a copy of the file back.")
+    return run
 
 
 def write_run(workdir: Path, run: dict[str, Any]) -> None:
     """Writes the description so that it is there whole or not at all."""
     if jax.process_index() == 0:
         temporary = workdir / f"{_RUN}.tmp"
-        temporary.write_text(json.dumps(run, indent=1))
+        temporary.write_text(json.dumps({**run, _DIGEST: _digest(run)}, indent=1))
         os.replace(temporary, workdir / _RUN)
+
+
+def _digest(run: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(workdir: Path, run: dict[str, Any]) -> None:
@@ -203,22 +416,3 @@ def check_same_run(workdir: Path, run: dict[str, Any]) -> None:
             + "\n  ".join(different)
             + "\nGive another --workdir, or the same settings to resume that run."
         )
-
-
-def prepare_workdir(workdir: Path) -> None:
-    """Makes the workdir and checks that it can be written.
-
-    Raises:
-      UserError: it cannot.
-    """
-    if jax.process_index():
-        return
-    probe = workdir / ".write-probe"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: cannot be written ({error.strerror}); give a directory that can."
-        ) from error

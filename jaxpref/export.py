@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import app, flags
 
 from jaxpref import config as config_lib
-from jaxpref.commands import OUTPUT, WORKDIR, fail, quiet
+from jaxpref.commands import OUTPUT, WORKDIR, fail, no_room, quiet
 from jaxpref.errors import UserError
 
 _DTYPE = flags.DEFINE_enum(
@@ -48,6 +48,10 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if (message := no_room(error)) is None:
+            raise
+        fail(message)
 
 
 def run(

@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib
-from jaxpref.commands import WORKDIR, fail, quiet
+from jaxpref.commands import WORKDIR, fail, no_room, quiet
 from jaxpref.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
@@ -49,6 +49,10 @@ def main(argv: list[str]) -> None:
         train.run(CONFIG.value, workdir)
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if (message := no_room(error)) is None:
+            raise
+        fail(message)
     except KeyboardInterrupt as interrupt:
         print(interrupt or "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -112,14 +112,14 @@ class Writer:
         self._began = time.monotonic()
         if not self._main:
             return
-        import tensorboardX
-
         self._path = workdir / "metrics.jsonl"
         # Without a checkpoint even step 0 is measured again.
         kept = start if start else -1
         _drop_after(self._path, kept)
-        self._file = self._path.open("a", buffering=1)
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=kept + 1)
+        # Unbuffered: what a full disk does not take is known, and is written later.
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten, self._told = b"", False
+        self._board: _Board | None = _Board(workdir / "tensorboard", kept + 1)
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=10),
@@ -144,10 +144,15 @@ class Writer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._main:
-            self._progress.stop()
-            self._file.close()
-            self._board.close()
+        if not self._main:
+            return
+        self._progress.stop()
+        self._append(b"")
+        self._file.close()
+        self._show(lambda board: board.close())
+        if self._unwritten and kind is None:
+            lines = self._unwritten.count(b"\n")
+            raise UserError(f"{self._path}: its last {lines} lines found no room on the disk.")
 
     def step(self, step: int) -> None:
         """Moves the live line to `step`."""
@@ -160,9 +165,8 @@ class Writer:
         """Records the values of a step, and shows the chief ones."""
         if not self._main or not values:
             return
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._append(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+        self._show(lambda board: board.write(step, values))
         shown = "  ".join(
             f"{prefix}{name.rpartition('/')[2]} {values[prefix + name]:.4g}"
             for prefix in ("", "eval/")
@@ -174,6 +178,27 @@ class Writer:
             left = self._left(step)
             console.print(f"step {step}/{self._steps}  {shown}{left}")
 
+    def _append(self, line: bytes) -> None:
+        """Adds to the file; what it does not take now is tried again with the next line."""
+        self._unwritten += line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._told:
+                console.print(f"{self._path}: {error.strerror}; measurements wait in memory")
+            self._told = True
+
+    def _show(self, action: "Callable[[_Board], None]") -> None:
+        """Acts on TensorBoard's file, as long as it can be written."""
+        if self._board is None:
+            return
+        try:
+            action(self._board)
+        except OSError as error:
+            self._board = None
+            console.print(f"TensorBoard's file: {error.strerror}; it ends here, metrics.jsonl not")
+
     def _left(self, step: int) -> str:
         done = step - self._start
         if done <= 0 or step >= self._steps:
@@ -182,12 +207,48 @@ class Writer:
         return f"  ETA {_clock(seconds)}"
 
 
+class _Board:
+    """TensorBoard's event file.
+
+    tensorboardX's own writer is not used: its thread dies of a full disk, after which the run
+    would wait for it without end.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        """Opens a new file, which replaces all that earlier ones say of steps from `first` on."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._summary = Event, Summary
+        self._file = EventsWriter(str(folder / "events"))
+        self._add(first, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds the values of a step."""
+        points = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
+        ]
+        self._add(step, summary=self._summary(value=points))
+
+    def close(self) -> None:
+        """Writes what is buffered."""
+        self._file.close()
+
+    def _add(self, step: int, **parts: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **parts))
+
+
 class Log:
     """Reads what a step measured after the next one is dispatched, and writes the means."""
 
-    def __init__(self, writer: Writer, *, every: int, steps: int):
-        """Means over `every` steps go to `writer`; the run ends after `steps`."""
-        self._writer, self._every, self._steps = writer, every, steps
+    def __init__(self, writer: Writer, *, every: int, steps: int, kept: Callable[[], str]):
+        """Means over `every` steps go to `writer`; the run ends after `steps`.
+
+        Should it have to stop before, `kept` says in words what it leaves.
+        """
+        self._writer, self._every, self._steps, self._kept = writer, every, steps, kept
         self._pending: _Step | None = None
         self._mean = Mean()
         self._shapes: set[tuple[int, ...]] = set()
@@ -230,7 +291,7 @@ class Log:
             self._mean.add("perf/pairs_per_second", done.groups, seconds)
         self._since = now
         values = {name: float(m.values) / float(m.weights or 1) for name, m in sums.items()}
-        require_finite(done.number, values)
+        require_finite(done.number, values, self._kept)
         self._require_gradient(done.number, values["grad_norm"])
         for name, metric in sums.items():
             self._mean.add(name, float(metric.values), float(metric.weights))
@@ -275,8 +336,8 @@ class _Step(NamedTuple):
     timed: bool
 
 
-def require_finite(step: int, values: dict[str, float]) -> None:
-    """Stops the run at a NaN or an infinity.
+def require_finite(step: int, values: dict[str, float], kept: Callable[[], str]) -> None:
+    """Stops the run at a NaN or an infinity; `kept` says in words what it leaves.
 
     Raises:
       UserError: naming the metrics and the step.
@@ -285,20 +346,31 @@ def require_finite(step: int, values: dict[str, float]) -> None:
     if bad:
         listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
         raise UserError(
-            f"step {step}: {listed}. Stopped; the last good checkpoint is kept. A lower "
-            "optimizer.learning_rate or optimizer.clip_norm, or model.dtype float32, may help."
+            f"step {step}: {listed}. Stopped; {kept()}. A lower optimizer.learning_rate or "
+            "optimizer.clip_norm, or model.dtype float32, may help."
         )
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; a last line that was cut short is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a `metrics.jsonl`.
+
+    A last line that was cut short is left out, and so are damaged ones, which the terminal counts.
+    """
+    *texts, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = [_parse(text) for text in texts]
+    whole = [line for line in lines if line is not None]
+    if len(whole) < len(lines):
+        console.print(f"{path}: {len(lines) - len(whole)} damaged lines are left out")
+    unfinished = _parse(last)
+    return whole if unfinished is None else [*whole, unfinished]
+
+
+def _parse(text: bytes) -> dict[str, float] | None:
+    try:
+        line = json.loads(text.decode())
+        return line if math.isfinite(line["step"]) else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _drop_after(path: Path, step: int) -> None:

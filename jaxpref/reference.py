@@ -1,5 +1,6 @@
 """The frozen reference: the policy's initial parameters, or their log-probs computed once."""
 
+import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -90,16 +91,23 @@ def load_table(
       The tables, or None if there are none.
 
     Raises:
-      UserError: they belong to other data or to another reference.
+      UserError: they belong to other data or to another reference, or are damaged.
     """
     path = workdir / _TABLE
     if not path.exists():
         return None
-    with np.load(path) as stored:
-        tables = dict(stored)
+    try:
+        # The format has a check sum of each array, which is compared as it is read.
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            tables = dict(stored)
+    except Exception as error:  # A damaged archive may raise anything.
+        raise UserError(
+            f"{path}: the reference's log-probs are damaged ({error}). Put a copy of the file "
+            "back; or, if no checkpoint was saved yet, remove it to compute them anew."
+        ) from error
     wanted = {"data_fingerprint": data_fingerprint, "reference_digest": reference_digest}
     for name, value in wanted.items():
-        if value is not None and (there := str(tables[name])) != value:
+        if value is not None and (there := str(tables.get(name))) != value:
             advice = (
                 "Remove the file to compute the reference's log-probs anew, or give another "
                 "--workdir."

@@ -9,7 +9,7 @@ output has the place of a record, its prompt, its responses and their rewards.
 
 from absl import app, flags
 
-from jaxpref.commands import OUTPUT, fail, quiet
+from jaxpref.commands import OUTPUT, fail, no_room, quiet
 from jaxpref.config import DATA_FORMATS
 from jaxpref.errors import UserError
 
@@ -53,6 +53,10 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         fail(str(error))
+    except OSError as error:
+        if (message := no_room(error)) is None:
+            raise
+        fail(message)
     counts = "".join(f", {n:,} {name.replace('_', ' ')}" for name, n in scored.counts.items() if n)
     console.print(f"{OUTPUT.value}: {scored.prompts:,} prompts scored{counts}")
 

@@ -7,7 +7,7 @@ logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps the
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -72,6 +72,28 @@ def join(
             "same --coordinator=HOST:PORT and --num_processes, and its own --process_id; or "
             "--num_processes=1 for a process by itself."
         ) from error
+
+
+def in_first(action: Callable[[], int | None]) -> int:
+    """Acts in the first process alone; its answer, or that it has failed, goes to all.
+
+    Raises:
+      UserError: what the action raises.
+    """
+    answer, failed = 0, None
+    if jax.process_index() == 0:
+        try:
+            answer = action() or 0
+        except UserError as error:
+            failed = error
+    if jax.process_count() > 1:
+        told = multihost_utils.broadcast_one_to_all(np.asarray([answer, failed is not None]))
+        answer = int(told[0])
+        if told[1] and failed is None:
+            failed = UserError("process 0 of this run cannot go on; it says why.")
+    if failed is not None:
+        raise failed
+    return answer
 
 
 def make_mesh(

@@ -82,8 +82,15 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     data_lib.check(config)
     # Of several processes the first speaks, and writes what is not an array.
     console.quiet = jax.process_index() > 0
-    checkpoint.prepare_workdir(workdir)
-    checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
+    with checkpoint.hold(workdir):
+        checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
+        with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
+            _run(config, workdir, checkpoints)
+        _report(workdir, config)
+
+
+def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints) -> None:
+    """From the first data to the last checkpoint, in a workdir of this run's own."""
     source = weights.find(config, workdir)
     mesh = sharding.make_mesh(**config.mesh)
 
@@ -108,95 +115,95 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     abstract, abstract_frozen = abstract_state(
         model, optimizer, mesh, trainable, synced=synced, running=algorithm.running
     )
-    with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
-        start = checkpoints.latest or 0
-        if start > steps:
-            raise UserError(
-                f"{workdir}: is already at step {start}, beyond train.steps = {steps}; ask for "
-                "more steps, or give another --workdir."
-            )
-        if start:
-            params, rest = checkpoints.restore(start, abstract.params, abstract.rest)
-            state = abstract._replace(params=params, **rest)
-            stored = store_frozen(abstract_frozen, config.model.frozen_dtype, convert=as_abstract)
-            frozen = checkpoint.restore_frozen(workdir, stored)
-        else:
-            read_as = "float32" if config.model.frozen_dtype == "float32" else "bfloat16"
-            whole = store_frozen(abstract_frozen, read_as, convert=as_abstract)
-            whole = merge(abstract.params, whole)
-            params, frozen = partition(weights.load(config, source, model, whole), trainable)
-            frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_array)
-            state = initial_state(params, optimizer, abstract)
-            checkpoint.save_frozen(workdir, frozen)
-        with sharding.use(mesh):
-            reference, tables = _reference(
-                config, workdir, mesh, algorithm, model, data, state, frozen, abstract
-            )
-            train_stream, held_out_stream = _streams(config, mesh, data, tables)
-            _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
-            if not start:
-                weights.keep(source, model, workdir)
-                checkpoint.write_run(workdir, identity)
-            update = make_update(
-                algorithm,
-                optimizer,
-                schedule,
-                seed=config.seed,
-                sync=_sync(config) if synced else None,
-            )
-            score = make_score(algorithm)
+    start = checkpoints.latest or 0
+    if start > steps:
+        raise UserError(
+            f"{workdir}: is already at step {start}, beyond train.steps = {steps}; ask for "
+            "more steps, or give another --workdir."
+        )
+    if start:
+        params, rest = checkpoints.restore(start, abstract.params, abstract.rest)
+        state = abstract._replace(params=params, **rest)
+        stored = store_frozen(abstract_frozen, config.model.frozen_dtype, convert=as_abstract)
+        frozen = checkpoint.restore_frozen(workdir, stored)
+    else:
+        read_as = "float32" if config.model.frozen_dtype == "float32" else "bfloat16"
+        whole = store_frozen(abstract_frozen, read_as, convert=as_abstract)
+        whole = merge(abstract.params, whole)
+        params, frozen = partition(weights.load(config, source, model, whole), trainable)
+        frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_array)
+        state = initial_state(params, optimizer, abstract)
+        checkpoint.save_frozen(workdir, frozen)
+    with sharding.use(mesh):
+        reference, tables = _reference(
+            config, workdir, mesh, algorithm, model, data, state, frozen, abstract
+        )
+        train_stream, held_out_stream = _streams(config, mesh, data, tables)
+        _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
+        if not start:
+            weights.keep(source, model, workdir)
+            checkpoint.write_run(workdir, identity)
+        update = make_update(
+            algorithm,
+            optimizer,
+            schedule,
+            seed=config.seed,
+            sync=_sync(config) if synced else None,
+        )
+        score = make_score(algorithm)
 
-            def evaluate(state: State, step: int) -> dict[str, float]:
-                if held_out_stream is None or data.held_out is None:
-                    return {}
-                results = evaluation.evaluate(
-                    lambda batch: score(state, frozen, reference, sharding.put_batch(mesh, batch)),
-                    held_out_stream.once(),
-                    data.held_out.scores,
-                    data.held_out.sources,
-                )
-                metrics_lib.require_finite(step, results.values)
-                if results.reliability is not None and not jax.process_index():
-                    title = f"{workdir}, step {step}"
-                    picture = workdir / "reliability.png"
-                    evaluation.plot_reliability(results.reliability, picture, title)
-                return results.values
+        def evaluate(state: State, step: int) -> dict[str, float]:
+            if held_out_stream is None or data.held_out is None:
+                return {}
+            results = evaluation.evaluate(
+                lambda batch: score(state, frozen, reference, sharding.put_batch(mesh, batch)),
+                held_out_stream.once(),
+                data.held_out.scores,
+                data.held_out.sources,
+            )
+            metrics_lib.require_finite(step, results.values, checkpoints.kept)
+            if results.reliability is not None and not jax.process_index():
+                title = f"{workdir}, step {step}"
+                picture = workdir / "reliability.png"
+                evaluation.plot_reliability(results.reliability, picture, title)
+            return results.values
 
-            with (
-                _interrupts() as interrupted,
-                metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
-            ):
-                if start == 0:
-                    counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
-                    writer.write(0, {**counts, **evaluate(state, 0)})
-                log = metrics_lib.Log(writer, every=config.train.log_every, steps=steps)
-                for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
-                    log.dispatching(step, batch)
-                    batch = sharding.put_batch(mesh, batch)
-                    state, measured = update(state, frozen, reference, batch)
-                    log.dispatched(step, measured)
-                    # Asked once a step: what is saved and what stops must agree.
-                    last, stop = step == steps, interrupted(step)
-                    if last or _due(step, config.train.eval_every):
-                        log.settle()
-                        writer.write(step, evaluate(state, step))
-                        log.pause()
-                    if last or stop or _due(step, config.train.save_every):
-                        log.flush(step)
-                        # Only weights that still give finite losses become the last good ones.
-                        loss = score(state, frozen, reference, batch).loss.values.sum()
-                        metrics_lib.require_finite(step, {"loss after the update": float(loss)})
-                        checkpoints.save(step, state.params, state.rest)
-                        log.pause()
-                    if last or stop:
-                        # Awaited here, where a second signal does not kill the save.
-                        checkpoints.wait()
-                    if stop and not last:
-                        raise KeyboardInterrupt(
-                            f"interrupted after step {step}, which is saved; the same command "
-                            "resumes."
-                        )
-    _report(workdir, config)
+        with (
+            _interrupts() as interrupted,
+            metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
+        ):
+            if start == 0:
+                counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
+                writer.write(0, {**counts, **evaluate(state, 0)})
+            log = metrics_lib.Log(
+                writer, every=config.train.log_every, steps=steps, kept=checkpoints.kept
+            )
+            for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
+                log.dispatching(step, batch)
+                batch = sharding.put_batch(mesh, batch)
+                state, measured = update(state, frozen, reference, batch)
+                log.dispatched(step, measured)
+                # Asked once a step: what is saved and what stops must agree.
+                last, stop = step == steps, interrupted(step)
+                if last or _due(step, config.train.eval_every):
+                    log.settle()
+                    writer.write(step, evaluate(state, step))
+                    log.pause()
+                if last or stop or _due(step, config.train.save_every):
+                    log.flush(step)
+                    # Only weights that still give finite losses become the last good ones.
+                    loss = _weighted_sum(score(state, frozen, reference, batch).loss)
+                    after = {"loss after the update": float(loss)}
+                    metrics_lib.require_finite(step, after, checkpoints.kept)
+                    checkpoints.save(step, state.params, state.rest)
+                    log.pause()
+                if last or stop:
+                    # Awaited here, where a second signal does not kill the save.
+                    checkpoints.wait()
+                if stop and not last:
+                    raise KeyboardInterrupt(
+                        f"interrupted after step {step}, which is saved; the same command resumes."
+                    )
 
 
 def abstract_state(

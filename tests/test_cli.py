@@ -120,7 +120,7 @@ def test_kill_9_then_the_same_command_ends_bit_identical(moment, uninterrupted, 
     def now():
         steps = [p.name for p in checkpoints.iterdir()] if checkpoints.exists() else []
         complete = [int(s) for s in steps if s.isdigit()]
-        saving = any("tmp" in s for s in steps)
+        saving = any("saving" in s for s in steps)
         return max(complete, default=0) >= 5 and saving == (moment == "while saving")
 
     wait_for(now, process)

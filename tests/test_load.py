@@ -121,7 +121,9 @@ def test_held_out_examples_beyond_the_first_are_counted_and_share_the_cache(tmp_
     assert part.counts["held_out_examples"] == 3
     assert part.counts["held_out_unused"] == len(whole.held_out) - 3
     damaged = next((tmp_path / "kept").rglob("tokens.npy"))
-    for content in (damaged.read_bytes()[:-9], b"", None):
+    whole = damaged.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 4])
+    for content in (flipped, whole[:-9], b"", None):
         damaged.unlink() if content is None else damaged.write_bytes(content)
         with pytest.raises(UserError, match=r"tokenised data is damaged .*remove it"):
             data_lib.load(config, load_tokenizer("bytes"), "pairs")

@@ -1,5 +1,6 @@
 """Tokenised data kept in a directory, under a key of all that it was made from.
 
+DIR/KEY/manifest.json                       digests of the other files
 DIR/KEY/counts.json
 DIR/KEY/train/tokens.npy, pieces.npy, ...   the arrays of a `TokenizedDataset`
 DIR/KEY/held_out/...                        if there is any
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib
+from jaxpref import config as config_lib, manifest
 from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.records import fingerprint
 from jaxpref.errors import UserError
 
+# Of what is kept; a change of it makes a key of its own.
+_VERSION = 2
 _COUNTS = "counts.json"
 _SIDES = ("train", "held_out")
 _ARRAYS = ("tokens", "context", "pieces", "examples", "scores", "uncut", "prompts")
@@ -60,7 +63,7 @@ def folder(config: ConfigDict, tokenizer: Any, kind: str) -> Path:
     if data.format == "synthetic":
         sources.append(config.seed)
     versions = [importlib.metadata.version(name) for name in ("jaxpref", "transformers")]
-    parts = [of_data, sources, kind, versions, _digest(tokenizer)]
+    parts = [_VERSION, of_data, sources, kind, versions, _digest(tokenizer)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(data.cache) / key
 
@@ -71,14 +74,13 @@ def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[
     Raises:
       UserError: it is damaged.
     """
-    if not (folder / _COUNTS).exists():
+    if not folder.exists():
         return None
-    try:
-        counts = json.loads((folder / _COUNTS).read_text())
-        train = _read_dataset(folder / "train")
-        held_out = _read_dataset(folder / "held_out") if counts["held_out_examples"] else None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder}: tokenised data is damaged ({error}); remove it.") from error
+    if damaged := manifest.damage(folder):
+        raise UserError(f"{folder}: tokenised data is damaged ({damaged}); remove it.")
+    counts = json.loads((folder / _COUNTS).read_text())
+    train = _read_dataset(folder / "train")
+    held_out = _read_dataset(folder / "held_out") if counts["held_out_examples"] else None
     return train, held_out, counts
 
 
@@ -98,6 +100,7 @@ def write(
                 if dataset is not None:
                     _write_dataset(temporary / side, dataset)
             (temporary / _COUNTS).write_text(json.dumps(counts))
+            manifest.write(temporary)
             os.replace(temporary, folder)
     except OSError as error:
         if folder.exists():

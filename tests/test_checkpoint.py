@@ -1,0 +1,323 @@
+"""What becomes of a run whose files are damaged, whose disk is full, whose workdir is in use."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import assert_same_params, final_params, lines_of, small
+
+from jaxpref import checkpoint, export, manifest, metrics, reference, train
+from jaxpref.checkpoint import Checkpoints, hold
+from jaxpref.errors import UserError
+
+PARAMS = {"w": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones(3)}
+REST = {"step": jnp.int32(7), "moments": {"w": jnp.full((4, 6), 0.5)}}
+
+
+def flip(path, bit=None):
+    """Flips one bit of a file, by default one in its middle."""
+    content = bytearray(path.read_bytes())
+    bit = 4 * len(content) if bit is None else bit
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def largest(folder):
+    """The file that holds the most, of arrays for certain."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def save(workdir, *steps):
+    """Checkpoints whose parameters say of which step they are."""
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, jax.tree.map(lambda x: x + step, PARAMS), REST)  # noqa: B023
+        checkpoints.wait()
+
+
+def restored(workdir):
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        assert checkpoints.latest is not None
+        params, rest = checkpoints.restore(checkpoints.latest, PARAMS, REST)
+    np.testing.assert_array_equal(params["w"], PARAMS["w"] + checkpoints.latest)
+    np.testing.assert_array_equal(rest["moments"]["w"], REST["moments"]["w"])
+    return checkpoints.latest
+
+
+def test_a_manifest_sees_every_flipped_bit_and_every_missing_file(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x").write_bytes(bytes(range(20)))
+    (tmp_path / "empty").write_bytes(b"")
+    manifest.write(tmp_path)
+    assert manifest.damage(tmp_path) is None
+    for path in (tmp_path / "sub" / "x", tmp_path / "manifest.json"):
+        whole = path.read_bytes()
+        for bit in range(8 * len(whole)):
+            flip(path, bit)
+            assert manifest.damage(tmp_path), (path, bit)
+            path.write_bytes(whole)
+        path.write_bytes(whole[:-1])
+        assert manifest.damage(tmp_path)
+        path.unlink()
+        assert "is missing" in manifest.damage(tmp_path)
+        path.write_bytes(whole)
+    (tmp_path / "sub" / "another").write_bytes(b"later")
+    assert manifest.damage(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "without manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, capsys):
+    save(tmp_path, 2, 4)
+    folder = tmp_path / "checkpoints" / "4"
+    path = folder / "manifest.json" if damage == "without manifest" else largest(folder)
+    if damage == "flipped":
+        flip(path)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    assert restored(tmp_path) == 2
+    told = f"the checkpoint of step 4 is damaged ({path.relative_to(folder)}"
+    assert told in capsys.readouterr().out
+    # Set aside, so that step 4 can be saved again, and nothing is lost that may be of use.
+    assert (tmp_path / "checkpoints" / "4.damaged").is_dir()
+    save(tmp_path, 4)
+    assert restored(tmp_path) == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_checkpoints_that_are_all_damaged_are_an_error_and_stay(tmp_path):
+    save(tmp_path, 2, 4)
+    for step in (2, 4):
+        flip(largest(tmp_path / "checkpoints" / str(step)))
+    with pytest.raises(UserError, match=r"all of its checkpoints are damaged \(step 4: .*; step 2"):
+        restored(tmp_path)
+    assert checkpoint.latest_step(tmp_path) == 4
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.kept() == "there is no checkpoint yet"
+        for step in (1, 2, 3, 10):
+            checkpoints.save(step, PARAMS, REST)
+        assert checkpoints.kept() == "the checkpoint of step 10 is kept"
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["10", "3"]
+        flip(largest(tmp_path / "checkpoints" / "10"))
+        assert "step 10 is damaged" in checkpoints.kept()
+
+
+def test_what_an_interrupted_save_leaves_is_removed(tmp_path):
+    save(tmp_path, 2)
+    left = ["checkpoints/3.saving.orbax-checkpoint-tmp", "checkpoints/1.removing", "frozen.saving"]
+    for name in left:
+        (tmp_path / name).mkdir()
+    assert restored(tmp_path) == 2
+    assert not any((tmp_path / name).exists() for name in left)
+
+
+@pytest.mark.parametrize("what", ["frozen", "reference"])
+def test_frozen_parameters_and_reference_are_compared_with_what_was_written(what, tmp_path):
+    write = getattr(checkpoint, f"save_{what}")
+    read = getattr(checkpoint, f"restore_{what}")
+    # Twice, as where a run was killed before its first checkpoint.
+    for _ in range(2):
+        write(tmp_path, PARAMS)
+    np.testing.assert_array_equal(read(tmp_path, PARAMS)["w"], PARAMS["w"])
+    flip(largest(tmp_path / what))
+    with pytest.raises(UserError, match=f"{what}: the .* of this run are damaged .*not what was"):
+        read(tmp_path, PARAMS)
+
+
+def test_a_changed_run_json_is_refused(tmp_path):
+    checkpoint.write_run(tmp_path, {"model.lora.alpha": 16.0})
+    assert checkpoint.read_run(tmp_path) == {"model.lora.alpha": 16.0}
+    path = tmp_path / "run.json"
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 3):
+        flip(path, bit)
+        # White space alone may be another.
+        with contextlib.suppress(UserError):
+            assert checkpoint.read_run(tmp_path) == {"model.lora.alpha": 16.0}
+        path.write_bytes(whole)
+
+
+def test_no_flipped_bit_of_precomputed_log_probs_passes(tmp_path):
+    table = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    reference.save_table(tmp_path, {"train": table}, "data", "reference")
+    path = tmp_path / "reference_logps.npz"
+    whole, refused = path.read_bytes(), 0
+    for bit in np.random.default_rng(1).choice(8 * len(whole), 300, replace=False):
+        flip(path, int(bit))
+        try:
+            found = reference.load_table(tmp_path, "data", None)
+            np.testing.assert_array_equal(found["train"], table)
+        except UserError as error:
+            refused += "damaged" in str(error)
+        path.write_bytes(whole)
+    assert refused > 100
+
+
+def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, PARAMS, REST)
+        with monkeypatch.context() as disk:
+            # Before anything is written, and in the end of it.
+            disk.setattr(
+                checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0)
+            )
+            checkpoints.save(2, PARAMS, REST)
+            disk.undo()
+            disk.setattr(checkpoint.manifest, "write", full)
+            checkpoints.save(3, PARAMS, REST)
+            with pytest.raises(
+                UserError, match=r"checkpoint of step 3 is not saved .*last is of 1"
+            ):
+                checkpoints.wait()
+        assert checkpoints.kept() == "the checkpoint of step 1 is kept"
+        checkpoints.save(4, PARAMS, REST)
+        checkpoints.wait()
+    told = capsys.readouterr().out
+    assert [f"step {step} is not saved" in told for step in (1, 2, 3, 4)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
+
+
+def test_an_error_that_is_no_full_disk_is_raised(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint.manifest, "write", broken)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, PARAMS, REST)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            checkpoints.wait()
+
+
+def test_measurements_wait_for_room_on_the_disk(tmp_path, capsys):
+    class Disk:
+        """Takes so many bytes, and no more before there is room again."""
+
+        def __init__(self, file):
+            self.file, self.room = file, 10
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            taken = self.file.write(data[: self.room])
+            self.room -= taken
+            return taken
+
+        def close(self):
+            self.file.close()
+
+    with metrics.Writer(tmp_path, start=0, steps=9) as writer:
+        disk = writer._file = Disk(writer._file)
+        writer.write(1, {"loss": 0.5})
+        writer.write(2, {"loss": 0.25})
+        disk.room = 10**6
+        writer.write(3, {"loss": 0.125})
+    assert lines_of(tmp_path) == [{"step": i, "loss": 2.0**-i} for i in (1, 2, 3)]
+    assert capsys.readouterr().out.count("measurements wait in memory") == 1
+    with (  # noqa: PT012
+        pytest.raises(UserError, match="its last 1 lines found no room"),
+        metrics.Writer(tmp_path, start=3, steps=9) as writer,
+    ):
+        writer._file = Disk(writer._file)
+        writer.write(4, {"loss": 0.5})
+
+
+def test_damaged_lines_of_measurements_are_counted_and_the_others_stay(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(5)]
+    path.write_bytes(b"\n".join([*good[:2], b'{"step": 2, "lo\xff', *good[3:], b'{"step": 5, "l']))
+    assert [line["step"] for line in metrics.read(path)] == [0, 1, 3, 4]
+    assert "metrics.jsonl: 1 damaged lines are left out" in capsys.readouterr().out
+    path.write_bytes(b"\n".join(good))
+    assert len(metrics.read(path)) == 5
+
+
+def test_a_workdir_in_use_is_refused_by_name(tmp_path):
+    with hold(tmp_path / "run"):
+        with (
+            pytest.raises(
+                UserError,
+                match=f"is training there, process {os.getpid()} on {socket.gethostname()}",
+            ),
+            hold(tmp_path / "run"),
+        ):
+            pass
+        with pytest.raises(UserError, match="another run is training there"):
+            train.run(small(), tmp_path / "run")
+    with hold(tmp_path / "run"):
+        pass
+
+
+def test_kill_9_lets_go_of_the_workdir(tmp_path, capsys):
+    script = (
+        "from jaxpref import checkpoint; from pathlib import Path; import sys, time\n"
+        "with checkpoint.hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), hold(tmp_path):
+        pass
+    holder.kill()
+    holder.communicate()
+    with hold(tmp_path):
+        pass
+    assert capsys.readouterr().out == ""
+    # Where locks end at a host's border, only the text is left to go by.
+    (tmp_path / "run.lock").write_text("process 3 on elsewhere")
+    with hold(tmp_path):
+        pass
+    assert "process 3 on elsewhere, has not ended as it should" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """An SFT run with checkpoints of steps 2 and 4."""
+    workdir = tmp_path_factory.mktemp("damaged") / "run"
+    train.run(small("sft", train__save_every=2), workdir)
+    return workdir
+
+
+def test_a_run_goes_on_from_the_last_good_checkpoint(two_checkpoints, tmp_path, capsys):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / "run")
+    flip(largest(workdir / "checkpoints" / "4" / "rest"))
+    train.run(small("sft", train__save_every=2), workdir)
+    output = capsys.readouterr().out
+    assert "the checkpoint of step 4 is damaged (rest/" in output
+    assert "resuming after step 2" in output
+    assert [line["step"] for line in lines_of(workdir)] == [0, 1, 2, 3, 4, 4]
+    assert_same_params(workdir, two_checkpoints)
+
+
+def test_what_reads_a_workdir_takes_its_last_good_checkpoint(two_checkpoints, tmp_path, capsys):
+    workdir = shutil.copytree(two_checkpoints, tmp_path / "run")
+    flip(largest(workdir / "checkpoints" / "4" / "params"))
+    export.run(workdir, tmp_path / "out")
+    assert "run, step 2: written to" in capsys.readouterr().out
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    with pytest.raises(UserError, match="all of its checkpoints are damaged"):
+        export.run(workdir, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(UserError, match="all of its checkpoints are damaged"):
+        train.run(small(model__init_from=str(workdir)), tmp_path / "dpo")
+    assert final_params(workdir)
