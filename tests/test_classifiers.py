@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 import transformers
 from test_weights import QWEN3, small, write_model
+from tokenizers import Tokenizer, decoders, models as tokenizer_models, pre_tokenizers
 
 from jaxpref import evaluation, export, models, train
 
-# As many rows as ByT5's tokenizer has ids, so that a new token needs a new row; and more.
-ROWS = (384, 400)
-PADS = {"eos": {"pad_token": "</s>"}, "apart": {"pad_token": "<pad>"}, "none": {}}
+# Of `</s>`, a padding token, and bytes; as many rows as ids, so that a new token needs a new row,
+# and more.
+IDS = 258
+ROWS = (IDS, 400)
+PADS = {"eos": "</s>", "apart": "<pad>", "none": None}
 
 
 def tokenizer_that_pads(pad):
-    tokenizer = transformers.ByT5Tokenizer(**PADS[pad])
-    if pad == "none":
-        tokenizer.pad_token = None
-    return tokenizer
+    """One id a byte, as a tokenizer of the fast kind."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["</s>", "<pad>", *alphabet])}
+    bytes_alone = Tokenizer(tokenizer_models.BPE(vocabulary, merges=[]))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone, eos_token="</s>", pad_token=PADS[pad]
+    )
 
 
 def write_pairs(path, count=20):
@@ -90,6 +98,35 @@ def test_an_export_gives_the_rewards_of_its_workdir(pad, rows, tmp_path):
     np.testing.assert_allclose(theirs(tmp_path / "out", pairs), here, atol=2e-5)
     again = ours(tmp_path / "out", tmp_path / "pairs.jsonl", tmp_path / "again")
     np.testing.assert_allclose(again, here, atol=2e-5)
+    if pad == "eos":
+        # TRL reads the names of special tokens in texts as such.
+        plain = [i for i, pair in enumerate(pairs) if "<pad>" not in "".join(pair.values())]
+        margins = np.subtract(*here[plain].T)
+        expected = np.log1p(np.exp(-margins)).mean()
+        found = trl_loss(tmp_path / "out", [pairs[i] for i in plain], tmp_path / "trl")
+        assert len(plain) > 5
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def trl_loss(directory, pairs, output):
+    """The loss of TRL's reward trainer before its first step."""
+    import datasets
+    import trl
+
+    args = trl.RewardConfig(
+        output_dir=str(output),
+        report_to=[],
+        per_device_eval_batch_size=len(pairs),
+        use_cpu=True,
+        bf16=False,
+        model_init_kwargs={"dtype": "float32"},
+        disable_tqdm=True,
+    )
+    data = datasets.Dataset.from_list(pairs)
+    trainer = trl.RewardTrainer(
+        model=str(directory), args=args, train_dataset=data, eval_dataset=data
+    )
+    return trainer.evaluate()["eval_loss"]
 
 
 @pytest.mark.torch
@@ -101,7 +138,7 @@ def test_an_import_gives_the_rewards_of_transformers(pad, tmp_path):
     torch.manual_seed(0)
     tokenizer = tokenizer_that_pads(pad)
     config = transformers.Qwen3Config(
-        **{**QWEN3, "architectures": None},
+        **{**QWEN3, "architectures": None, "vocab_size": IDS},
         num_labels=1,
         initializer_range=0.3,
         pad_token_id=tokenizer.pad_token_id,
