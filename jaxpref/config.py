@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that a command line is checked at once.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -224,6 +225,7 @@ def default(algorithm: str) -> ConfigDict:
       A locked config: values may change, an unknown key is an error.
     """
     config = ConfigDict()
+    # Of the first weights, the order of the data, dropout, and generated data: 32 bits.
     config.seed = 0
 
     config.model = ConfigDict()
@@ -515,6 +517,13 @@ def check(config: ConfigDict) -> None:
         lowest = _LOWEST.get(key)
         if lowest is not None and not value >= lowest:
             raise UserError(f"{key} should be at least {lowest}; got {value}.")
+    if config.seed not in range(2**32):
+        raise UserError(f"seed should be from 0 to {2**32 - 1}; got {config.seed}.")
+    if not config.train.steps and not 0 < config.train.epochs < math.inf:
+        raise UserError(
+            f"train.steps is 0 and train.epochs {config.train.epochs}, which is no number of "
+            "steps; give either."
+        )
     for key in ("beta", "temperature"):
         if config.algorithm.get(key, 1.0) <= 0:
             raise UserError(f"algorithm.{key} should be above 0; got {config.algorithm[key]}.")

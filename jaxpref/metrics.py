@@ -20,8 +20,9 @@ from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.packing import PackedBatch
 
-# A gradient may vanish by chance once; not three times from the start.
-_ZERO_GRADIENTS = 3
+# Steps from the start with a gradient of exactly zero before the run is told of it, and stopped at
+# the latest: a few may have nothing to learn.
+_ZERO_TOLD, _ZERO_STOPPED = 3, 100
 
 # What the terminal's line shows, in this order, of what a run measures.
 _SHOWN = (
@@ -243,16 +244,33 @@ class _Board:
 class Log:
     """Reads what a step measured after the next one is dispatched, and writes the means."""
 
-    def __init__(self, writer: Writer, *, every: int, steps: int, kept: Callable[[], str]):
-        """Means over `every` steps go to `writer`; the run ends after `steps`.
+    def __init__(
+        self,
+        writer: Writer,
+        *,
+        every: int,
+        steps: int,
+        epoch: int,
+        kept: Callable[[], str],
+        resumed: bool = False,
+    ):
+        """Starts with nothing measured.
 
-        Should it have to stop before, `kept` says in words what it leaves.
+        Args:
+          writer: where the means go.
+          every: how many steps a mean is of.
+          steps: after which the run ends.
+          epoch: steps of one pass over the data. Where none of these has a gradient, no later one
+            will.
+          kept: says in words what the run leaves, should it have to stop before.
+          resumed: whether the run has trained before.
         """
         self._writer, self._every, self._steps, self._kept = writer, every, steps, kept
+        self._patience = min(max(epoch, _ZERO_TOLD), _ZERO_STOPPED)
         self._pending: _Step | None = None
         self._mean = Mean()
         self._shapes: set[tuple[int, ...]] = set()
-        self._trained, self._moved = 0, False
+        self._trained, self._moved, self._skipped = 0, resumed, 0
         self._learning_rate = 0.0
         self._since = time.monotonic()
 
@@ -295,6 +313,9 @@ class Log:
         self._require_gradient(done.number, values["grad_norm"])
         for name, metric in sums.items():
             self._mean.add(name, float(metric.values), float(metric.weights))
+        if not sums["loss"].weights:
+            self._skipped += 1
+            console.print(f"step {done.number}: no example has a weight, so nothing is updated")
         self._learning_rate = values["learning_rate"]
         self._writer.step(done.number)
         if done.number in (1, self._steps) or done.number % self._every == 0:
@@ -307,9 +328,11 @@ class Log:
         """
         self.settle()
         values = self._mean.result()
+        if self._skipped:
+            values["skipped_steps"] = float(self._skipped)
         if values:
             self._writer.write(step, {**values, "learning_rate": self._learning_rate})
-        self._mean = Mean()
+        self._mean, self._skipped = Mean(), 0
 
     def pause(self) -> None:
         """Leaves what happened since the last step out of the next one's time."""
@@ -318,12 +341,17 @@ class Log:
     def _require_gradient(self, step: int, norm: float) -> None:
         self._trained += 1
         self._moved |= norm > 0
-        if not self._moved and (self._trained >= _ZERO_GRADIENTS or step == self._steps):
-            raise UserError(
-                f"step {step}: the gradient was exactly zero everywhere in all "
-                f"{self._trained} steps so far, so nothing trains. Are chosen and "
-                "rejected the same text, or is every parameter frozen?"
-            )
+        if self._moved:
+            return
+        found = (
+            f"step {step}: the gradient was exactly zero everywhere in all {self._trained} steps "
+            "so far, so nothing trains. Are chosen and rejected the same text, or is every "
+            "parameter frozen?"
+        )
+        if self._trained >= self._patience or step == self._steps:
+            raise UserError(found)
+        if self._trained == _ZERO_TOLD:
+            console.print(f"{found} The run stops if it goes on like this.")
 
 
 class _Step(NamedTuple):

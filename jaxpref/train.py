@@ -176,7 +176,12 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
                 counts = {f"data/{name}": float(n) for name, n in data.counts.items()}
                 writer.write(0, {**counts, **evaluate(state, 0)})
             log = metrics_lib.Log(
-                writer, every=config.train.log_every, steps=steps, kept=checkpoints.kept
+                writer,
+                every=config.train.log_every,
+                steps=steps,
+                epoch=-(-len(data.train) // config.data.batch_size),
+                kept=checkpoints.kept,
+                resumed=start > 0,
             )
             for step, batch in enumerate(train_stream.batches(start, steps), start=start + 1):
                 log.dispatching(step, batch)
@@ -287,9 +292,10 @@ def make_update(
 
     The batch has a leading axis of micro-batches. Each measurement is a sum of weighted
     values and the sum of their weights; the gradient is of the loss's sum, divided once
-    by its weight, so that it does not depend on how the batch was cut. Only the state's
-    parameters have gradients and optimizer state; `frozen` holds the others. With `sync`,
-    `(step, params, reference)` to the next reference, the reference is the state's own.
+    by its weight, so that it does not depend on how the batch was cut. Where that weight is 0
+    nothing but the step moves on. Only the state's parameters have gradients and optimizer
+    state; `frozen` holds the others. With `sync`, `(step, params, reference)` to the next
+    reference, the reference is the state's own.
     """
 
     def weighted_loss(
@@ -325,15 +331,24 @@ def make_update(
         gradients, sums = _over_micro_batches(
             lambda micro, key: gradient(state.params, frozen, reference, micro, key), batch, key
         )
-        gradients = jax.tree.map(lambda g: g / sums["loss"].weights, gradients)
+        weight = sums["loss"].weights
+        trains = weight > 0
+        gradients = jax.tree.map(
+            lambda g: jnp.where(trains, g / jnp.where(trains, weight, 1), 0), gradients
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        for name, value in {
-            "grad_norm": optax.tree.norm(gradients),
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": schedule(state.step),
-        }.items():
-            sums[name] = Metric(jnp.asarray(value, jnp.float32), jnp.ones(()))
+        # A batch without any weight says nothing: moments and weight decay would move all the same.
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(trains, new, old),
+            (optax.apply_updates(state.params, updates), optimizer_state),
+            (state.params, state.optimizer_state),
+        )
+        for name, value, counts in (
+            ("grad_norm", optax.tree.norm(gradients), trains),
+            ("param_norm", optax.tree.norm(params), True),
+            ("learning_rate", schedule(state.step), True),
+        ):
+            sums[name] = Metric(*(jnp.asarray(x, jnp.float32) for x in (value, counts)))
         running = {
             name: jax.tree.map(jnp.add, total, sums[name]) for name, total in state.running.items()
         }
@@ -581,6 +596,13 @@ def _describe(
     for note in data.notes:
         console.print(f"data: {note}")
     console.print(f"data: {counts}")
+    if 0 < steps <= (warmup := config.optimizer.warmup_steps):
+        console.print(
+            f"optimizer.warmup_steps is {warmup}, which this run of {steps} steps does not reach: "
+            f"the learning rate stays below {config.optimizer.learning_rate}"
+        )
+    if config.train.eval_every and data.held_out is None:
+        console.print("train.eval_every has no effect, since no data is held out")
     console.print(
         f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples, rows of "
         f"{stream.budget.row_length} tokens with {stream.budget.scored_length} scored"

@@ -54,6 +54,10 @@ def valid(**changes):
 
 
 BAD = [
+    ({"seed": -1}, "seed should be from 0 to 4294967295; got -1"),
+    ({"seed": 2**32}, "seed should be from 0 to 4294967295; got 4294967296"),
+    ({"train__epochs": 0.0}, "train.steps is 0 and train.epochs 0.0, which is no number of steps"),
+    ({"train__epochs": float("inf")}, "train.epochs inf, which is no number of steps"),
     ({"data__format": "hhh"}, "data.format is 'hhh'.*Did you mean 'hh'"),
     ({"data__eval_split": "train"}, "data.eval_split is 'train', which is trained on"),
     (

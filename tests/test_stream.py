@@ -121,3 +121,5 @@ def test_a_mixed_batch_depends_on_seed_and_step_alone():
     for batch, expected in zip(stream(data, **options).batches(3, 6), in_order[3:], strict=True):
         assert_same(batch, expected)
     assert stream(data, seed=4, **options).indices(0) != stream(data, **options).indices(0)
+    # The last seed there is; that of the second source begins again.
+    assert len(stream(data, seed=2**32 - 1, **options).indices(0)) == 8

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import jax
@@ -9,6 +10,7 @@ from jaxpref import algorithms, checkpoint, config as config_lib, metrics, refer
 from jaxpref.algorithms import Objective
 from jaxpref.errors import UserError
 from jaxpref.metrics import Metric
+from jaxpref.packing import PackedBatch
 
 
 def small(algorithm="dpo", **changes):
@@ -275,9 +277,14 @@ def test_precomputed_reference_equals_live(finished, tmp_path):
     )
 
 
-def test_reference_free_runs(tmp_path):
-    train.run(small(reference__mode="free", train__steps=1), tmp_path)
+def test_reference_free_runs(tmp_path, capsys):
+    """And what has no effect is told: a warm-up beyond the last step, evaluation of no data."""
+    idle = {"optimizer__warmup_steps": 1, "train__eval_every": 1, "data__eval_fraction": 0.0}
+    train.run(small(reference__mode="free", train__steps=1, **idle), tmp_path)
     assert not (tmp_path / "reference").exists()
+    told = capsys.readouterr().out
+    assert "optimizer.warmup_steps is 1, which this run of 1 steps does not reach" in told
+    assert "train.eval_every has no effect" in told
 
 
 def test_micro_batches_and_row_length_change_no_update(finished, tmp_path):
@@ -387,16 +394,92 @@ def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
         return algorithm._replace(loss=loss)
 
     monkeypatch.setattr(algorithms, "build", frozen)
-    with pytest.raises(UserError, match="gradient was exactly zero everywhere in all 3 steps"):
+    # A pass over the 48 examples.
+    with pytest.raises(UserError, match="gradient was exactly zero everywhere in all 6 steps"):
         train.run(small(train__steps=10), tmp_path)
     assert checkpoint.latest_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("norms", "epoch", "stops"),
+    [
+        ([0, 0, 0, 0, 1, 0, 0, 0], 8, None),
+        ([1, 0, 0, 0, 0, 0, 0, 0], 2, None),
+        ([0, 0, 0, 0, 0, 1, 1, 1], 5, 5),
+        ([0, 0, 0, 1, 1, 1, 1, 1], 1, 3),
+        ([0] * 8, 99, 8),
+        ([0] * 101 + [1], 10**6, 100),
+    ],
+)
+def test_a_few_steps_may_have_nothing_to_learn(norms, epoch, stops, tmp_path, capsys):
+    with metrics.Writer(tmp_path, start=0, steps=len(norms)) as writer:
+        log = metrics.Log(writer, every=10**6, steps=len(norms), epoch=epoch, kept=lambda: "none")
+        with contextlib.ExitStack() as stack:
+            if stops:
+                message = f"step {stops}: the gradient was exactly zero everywhere in all {stops} s"
+                stack.enter_context(pytest.raises(UserError, match=message))
+            measure(log, [{"loss": (1.0, 1.0), "grad_norm": (norm, 1.0)} for norm in norms])
+    assert ("The run stops if it goes on" in capsys.readouterr().out) == (norms[:4] == [0] * 4)
+
+
+def measure(log, steps):
+    """Hands the log what a run's steps measured."""
+    nothing = np.zeros((1, 1, 1), np.int32)
+    for number, measured in enumerate(steps, start=1):
+        log.dispatching(number, PackedBatch(*[nothing] * 8, nothing, {}))
+        values = {"learning_rate": (0.1, 1.0), **measured}
+        log.dispatched(number, {k: Metric(*map(np.float32, v)) for k, v in values.items()})
+    log.settle()
+
+
+def test_steps_without_weight_are_counted_and_change_no_mean(tmp_path, capsys):
+    with metrics.Writer(tmp_path, start=0, steps=9) as writer:
+        log = metrics.Log(writer, every=4, steps=9, epoch=9, kept=lambda: "none")
+        trained = {"loss": (6.0, 2.0), "grad_norm": (5.0, 1.0)}
+        empty = {"loss": (0.0, 0.0), "grad_norm": (0.0, 0.0)}
+        measure(log, [trained, empty, trained, empty, trained, trained, trained, trained])
+    first, second, third = lines_of(tmp_path)
+    assert "skipped_steps" not in first
+    assert (second["skipped_steps"], second["loss"], second["grad_norm"]) == (2, 3, 5)
+    assert "skipped_steps" not in third
+    assert "step 4: no example has a weight, so nothing is updated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+def test_a_step_without_weight_leaves_all_but_the_step(name):
+    """Moments and weight decay, which move parameters without a gradient, too."""
+    settings = config_lib.default("sft").optimizer
+    settings.update(name=name, learning_rate=0.5, weight_decay=0.1)
+    optimizer, schedule = train.optimizer_lib.build(settings, 9)
+
+    def loss(params, batch, key):
+        weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
+        # Without weight a value may be anything, and its gradient too.
+        return Objective(Metric(params["w"] / weights, weights), {})
+
+    update = train.make_update(algorithms.Algorithm("sft", loss), optimizer, schedule)
+    nothing = np.zeros((1, 1, 1), np.int32)
+
+    def step(state, length):
+        lengths = np.full((1, 1, 1), length, np.int32)
+        state, measured = update(state, {}, None, PackedBatch(*[nothing] * 8, lengths, {}))
+        return jax.device_get(state), jax.device_get(measured)
+
+    params = {"w": jnp.float32(2.0)}
+    begun = train.State(jnp.int32(0), params, optimizer.init(params), {}, {})
+    before, _ = step(begun, 3)
+    after, measured = step(jax.tree.map(jnp.array, before), 0)
+    assert before.params["w"] != 2
+    assert after.step == before.step + 1 == 2
+    for a, b in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert measured["loss"] == measured["grad_norm"] == Metric(0, 0)
+    assert np.isfinite(measured["param_norm"].values)
 
 
 def test_update_divides_once_by_the_weight_of_all_micro_batches():
     """A loss with unequal weights: the mean is over weights, not over micro-batches."""
     import optax
-
-    from jaxpref.packing import PackedBatch
 
     def loss(params, batch, key):
         weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)

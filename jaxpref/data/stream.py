@@ -117,7 +117,9 @@ def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -
     if not weights:
         return grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
     sources = [
-        grain.MapDataset.source(dataset.sources[name]).shuffle(seed=seed + number).repeat()
+        grain.MapDataset.source(dataset.sources[name])
+        .shuffle(seed=(seed + number) % 2**32)
+        .repeat()
         for number, name in enumerate(weights)
     ]
     return grain.MapDataset.mix(sources, list(weights.values()))

@@ -76,8 +76,9 @@ def _means(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """Weighted means; what has no weight at all is left out."""
     return with_margin(
         {
-            name: float(np.average(metric.values, weights=metric.weights))
-            for name, metric in metrics.items()
-            if metric.weights.sum()
+            # A value without weight may be anything, NaN too.
+            name: float(np.average(np.where(weights > 0, values, 0), weights=weights))
+            for name, (values, weights) in metrics.items()
+            if weights.sum()
         }
     )
