@@ -175,7 +175,7 @@ class Writer:
             if prefix + name in values
         )
         self._progress.update(self._task, shown=shown)
-        if not console.is_terminal or any(name.startswith("eval/") for name in values):
+        if shown and (not console.is_terminal or "eval/" in shown):
             left = self._left(step)
             console.print(f"step {step}/{self._steps}  {shown}{left}")
 
