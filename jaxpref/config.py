@@ -207,7 +207,9 @@ _RESUMABLE = (
     "data.num_proc",
     "eval.",
     "mesh.",
-    "model.init_from",  # The run goes on from its own checkpoint and its own reference.
+    # The run goes on from its own checkpoint and its own reference.
+    "model.init_from",
+    "reference.init_from",
     "train.eval_every",
     "train.keep",
     "train.log_every",
@@ -351,9 +353,13 @@ def default(algorithm: str) -> ConfigDict:
 
     config.reference = ConfigDict()
     # live (a frozen copy of the initial policy), precomputed (its log-probs, once), adapter (the
-    # policy with its adapters off), synced (live, and mixed with the policy now and then:
-    # TR-DPO), free (none).
+    # policy's base, with the adapters that it starts with where they are trained), synced (live,
+    # and mixed with the policy now and then: TR-DPO), free (none).
     config.reference.mode = "free" if algorithm in _WITHOUT_REFERENCE else "live"
+    # Of modes live, precomputed and synced: another policy in place of the initial one, as a
+    # jaxpref workdir, or a Hugging Face directory or hub name, with the policy's tokenizer.
+    # Empty: the policy that training starts from.
+    config.reference.init_from = ""
     # Of mode synced: the policy's share after a mix, and the updates between two.
     config.reference.sync_mix = 0.6
     config.reference.sync_every = 512
@@ -480,6 +486,7 @@ def check(config: ConfigDict) -> None:
             f"reference.mode is 'free', but algorithm.divergence {config.algorithm.divergence!r} "
             "reads each log-ratio by itself; only reverse_kl can do without a reference."
         )
+    _check_other_reference(config)
     if not 0 < config.reference.sync_mix <= 1:
         raise UserError(
             f"reference.sync_mix should be above 0 and at most 1; got {config.reference.sync_mix}."
@@ -599,6 +606,21 @@ def check(config: ConfigDict) -> None:
     if not 0 <= config.data.eval_fraction < 1:
         raise UserError(
             f"data.eval_fraction should be from 0 to below 1; got {config.data.eval_fraction}."
+        )
+
+
+def _check_other_reference(config: ConfigDict) -> None:
+    """Refuses a reference of its own where there is no place for one."""
+    why = {
+        "adapter": "is the policy's own base, with the adapters that it starts with",
+        "free": "compares with no reference",
+    }.get(config.reference.mode)
+    if config.reference.mode == "synced" and (config.model.lora.rank or config.train.trainable):
+        why = "mixes its parameters with the policy's, which has frozen ones"
+    if config.reference.init_from and why:
+        raise UserError(
+            f"reference.init_from is {config.reference.init_from!r}, but reference.mode "
+            f"{config.reference.mode!r} {why}; leave it empty, or use 'live' or 'precomputed'."
         )
 
 

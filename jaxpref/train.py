@@ -38,6 +38,7 @@ from jaxpref.errors import UserError
 from jaxpref.metrics import Metric, console
 from jaxpref.models import Decoder
 from jaxpref.packing import Budget, PackedBatch
+from jaxpref.reference import Another
 from jaxpref.trainable import (
     as_abstract,
     as_array,
@@ -46,6 +47,9 @@ from jaxpref.trainable import (
     path_of,
     store_frozen,
 )
+
+# In `run.json`: whether the reference has parameters of its own, beside those that are frozen.
+_OWN = "reference.own_parameters"
 
 
 class State(NamedTuple):
@@ -99,7 +103,8 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
     model = weights.build_model(config, source, len(tokenizer))
-    algorithm = algorithms.build(config, model)
+    another = reference_lib.find_another(config, workdir, tokenizer)
+    algorithm = algorithms.build(config, model, another and another.model)
     with metrics_lib.progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, algorithm.kind, progress=tell)
     data_lib.check_batch_size(config, data)
@@ -133,24 +138,30 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
         params, frozen = partition(weights.load(config, source, model, whole), trainable)
         frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_array)
         state = initial_state(params, optimizer, abstract)
+        if synced and another is not None:
+            state = state._replace(reference=_first_synced(another, model, mesh))
         checkpoint.save_frozen(workdir, frozen)
+    reference, tables = _reference(
+        config, workdir, mesh, algorithm, another, model, data, state, frozen, abstract
+    )
+    if config.reference.mode == "adapter" and reference:
+        # The adapters that training starts with are on in the reference.
+        algorithm = algorithms.build(config, model, model)
     with sharding.use(mesh):
-        reference, tables = _reference(
-            config, workdir, mesh, algorithm, model, data, state, frozen, abstract
-        )
         train_stream, held_out_stream = _streams(config, mesh, data, tables)
         _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
         if not start:
             weights.keep(source, model, workdir)
-            checkpoint.write_run(workdir, identity)
+            checkpoint.write_run(workdir, {**identity, _OWN: bool(reference)})
         update = make_update(
             algorithm,
             optimizer,
             schedule,
             seed=config.seed,
             sync=_sync(config) if synced else None,
+            shared=another is None or synced,
         )
-        score = make_score(algorithm)
+        score = make_score(algorithm, shared=another is None or synced)
 
         def evaluate(state: State, step: int) -> dict[str, float]:
             if held_out_stream is None or data.held_out is None:
@@ -287,6 +298,7 @@ def make_update(
     *,
     seed: int = 0,
     sync: Callable[[jax.Array, Any, Any], Any] | None = None,
+    shared: bool = True,
 ) -> Callable[[State, Any, Any, PackedBatch], tuple[State, dict[str, Metric]]]:
     """The jitted update `(state, frozen, reference, batch)` to a new state and measurements.
 
@@ -295,13 +307,14 @@ def make_update(
     by its weight, so that it does not depend on how the batch was cut. Where that weight is 0
     nothing but the step moves on. Only the state's parameters have gradients and optimizer
     state; `frozen` holds the others. With `sync`, `(step, params, reference)` to the next
-    reference, the reference is the state's own.
+    reference, the reference is the state's own. What a reference lacks it shares with the
+    policy's frozen parameters, unless it is not `shared`.
     """
 
     def weighted_loss(
         params: Any, frozen: Any, reference: Any, batch: PackedBatch, key: jax.Array
     ) -> tuple[Any, dict]:
-        batch = algorithm.prepare(_whole(frozen, reference), batch)
+        batch = algorithm.prepare(_whole(frozen, reference, shared), batch)
         objective = algorithm.loss(merge(params, frozen), batch, key)
         sums = {
             name: Metric(_weighted_sum(metric), metric.weights.sum())
@@ -311,7 +324,7 @@ def make_update(
 
     def pooled(params: Any, frozen: Any, reference: Any, batch: PackedBatch) -> dict[str, Metric]:
         assert algorithm.pooled is not None
-        batch = algorithm.prepare(_whole(frozen, reference), batch)
+        batch = algorithm.prepare(_whole(frozen, reference, shared), batch)
         found = algorithm.pooled(merge(params, frozen), batch)
         return {name: Metric(_weighted_sum(m), m.weights.sum()) for name, m in found.items()}
 
@@ -360,13 +373,18 @@ def make_update(
     return jax.jit(update, donate_argnums=0)
 
 
-def make_score(algorithm: Algorithm) -> Callable[[State, Any, Any, PackedBatch], Objective]:
-    """The jitted `(state, frozen, reference, batch)` to per-example losses and metrics."""
+def make_score(
+    algorithm: Algorithm, *, shared: bool = True
+) -> Callable[[State, Any, Any, PackedBatch], Objective]:
+    """The jitted `(state, frozen, reference, batch)` to per-example losses and metrics.
+
+    See `make_update`.
+    """
 
     def score(state: State, frozen: Any, reference: Any, batch: PackedBatch) -> Objective:
         reference = state.reference or reference
         batch = jax.tree.map(lambda x: x[0], _with_means(batch, "running", state.running))
-        batch = algorithm.prepare(_whole(frozen, reference), batch)
+        batch = algorithm.prepare(_whole(frozen, reference, shared), batch)
         return algorithm.loss(merge(state.params, frozen), batch, None)
 
     return jax.jit(score)
@@ -395,9 +413,9 @@ def _sync(config: ConfigDict) -> Callable[[jax.Array, Any, Any], Any]:
     return sync
 
 
-def _whole(frozen: Any, reference: Any) -> Any:
-    """The reference's parameters: what the policy shares with it, and its own."""
-    return None if reference is None else merge(frozen, reference)
+def _whole(frozen: Any, reference: Any, shared: bool) -> Any:
+    """The reference's parameters: what the policy shares with it, if anything, and its own."""
+    return merge(frozen, reference) if shared and reference is not None else reference
 
 
 def _weighted_sum(metric: Metric) -> jax.Array:
@@ -422,11 +440,25 @@ def _over_micro_batches(
     return jax.lax.scan(add, zeros, (batch, jax.random.split(key, count)))[0]
 
 
+def _first_synced(another: Another, model: Decoder, mesh: Mesh) -> Any:
+    if another.model.config != model.config:
+        raise UserError(
+            f"reference.init_from={another.config.model.init_from}: is of another shape than the "
+            "policy, with whose parameters reference.mode 'synced' mixes its own; use 'live'."
+        )
+    return another.load(mesh, "float32")
+
+
+def _with_dtype(abstract: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda x: as_abstract(x, dtype), abstract)
+
+
 def _reference(
     config: ConfigDict,
     workdir: Path,
     mesh: Mesh,
     algorithm: Algorithm,
+    another: Another | None,
     model: Decoder,
     data: Data,
     state: State,
@@ -435,25 +467,34 @@ def _reference(
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """The reference's own parameters, if it is needed live, and its log-probs, if precomputed.
 
-    What the policy does not train, the reference shares with it. Before the first update
-    the rest comes from the policy, and is kept in the workdir; when a run resumes it comes
-    from there, so that nothing else has to be where it was.
+    What the policy does not train, the reference shares with it, if it is the policy that
+    training starts from. Before the first update the rest comes from that policy, and is kept in
+    the workdir; when a run resumes it comes from there, so that nothing else has to be where it
+    was. Like `abstract_state` this is called outside `sharding.use`.
     """
     mode, resuming = config.reference.mode, int(state.step) > 0
+    dtype = config.reference.dtype
     if mode in ("free", "synced"):
         return None, {}
     if mode == "adapter":
-        # All that it needs is shared: the base.
-        return {}, {}
-    if mode == "live":
-        dtype = jnp.dtype(config.reference.dtype)
+        adapted = (
+            (checkpoint.read_run(workdir) or {}).get(_OWN, False)
+            if resuming
+            else reference_lib.has_adapted(state.params)
+        )
+        if not adapted:
+            # All that it needs is shared: the base.
+            return {}, {}
+    if mode in ("live", "adapter"):
+        own = another.abstract(mesh, dtype) if another else _with_dtype(abstract.params, dtype)
         if resuming:
-            kept = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract.params
-            )
-            return checkpoint.restore_reference(workdir, kept), {}
-        # A copy, since the update takes over the policy's buffers.
-        reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), state.params)
+            return checkpoint.restore_reference(workdir, own), {}
+        if another is not None:
+            reference = another.load(mesh, dtype)
+            another.keep(workdir)
+        else:
+            # A copy, since the update takes over the policy's buffers.
+            reference = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), state.params)
         checkpoint.save_reference(workdir, reference)
         return reference, {}
     sides = {"train": data.train, "held_out": data.held_out}
@@ -462,7 +503,10 @@ def _reference(
     settings = f"{model.config}, {config.algorithm.get('length_alpha', 1.0)}"
     parts = [dataset.fingerprint() for dataset in present.values()]
     data_fingerprint = "-".join([*parts, hashlib.sha256(settings.encode()).hexdigest()[:16]])
-    digest = None if resuming else reference_lib.digest(merge(state.params, frozen))
+    digest = None
+    if not resuming:
+        params = another.load(mesh, dtype) if another else merge(state.params, frozen)
+        digest = reference_lib.digest(params)
     tables = reference_lib.load_table(workdir, data_fingerprint, digest)
     if tables is not None:
         return None, tables
@@ -475,9 +519,9 @@ def _reference(
     logps = jax.jit(
         lambda params, batch: score_reference(params, jax.tree.map(lambda x: x[0], batch))
     )
-    params, tables = merge(state.params, frozen), {}
+    tables = {}
     for name, dataset in present.items():
-        with metrics_lib.progress("reference log-probs", "examples") as tell:
+        with sharding.use(mesh), metrics_lib.progress("reference log-probs", "examples") as tell:
             tables[name] = reference_lib.precompute(
                 lambda batch: logps(params, sharding.put_batch(mesh, batch)),
                 _stream(config, mesh, data, dataset, training=False).once(),

@@ -62,9 +62,8 @@ def find(config: ConfigDict, workdir: Path) -> Source:
     Raises:
       UserError: the weights cannot be loaded, or belong to a model of another shape.
     """
-    kept = workdir / _KEPT
     if checkpoint.latest_step(workdir) is not None:
-        source = Source(None, kept if kept.is_dir() else None)
+        source = kept(workdir)
     elif not config.model.init_from:
         source = Source(None, None)
     elif (there := checkpoint.read_run(Path(config.model.init_from))) is not None:
@@ -74,6 +73,12 @@ def find(config: ConfigDict, workdir: Path) -> Source:
     if source.pretrained:
         _refuse_shape(config)
     return source
+
+
+def kept(workdir: Path) -> Source:
+    """What `keep` left in a workdir: enough for the model, without its weights."""
+    folder = workdir / _KEPT
+    return Source(None, folder if folder.is_dir() else None)
 
 
 def _hugging_face(name: str) -> Source:

@@ -376,16 +376,48 @@ def test_adapters_without_a_base_that_others_can_read_say_what_to_export(folder,
     assert described["base_model_name_or_path"] == "owner/model"
 
 
-def test_adapters_go_on_from_another_run(folder, tmp_path):
-    """SFT's adapters are DPO's first policy, and a copy of them its live reference."""
-    train.run(lora_run(folder / "hf", "sft"), tmp_path / "sft")
-    train.run(lora_run(tmp_path / "sft"), tmp_path / "dpo")
-    first = lines_of(tmp_path / "dpo")[0]
-    assert first["eval/loss"] == pytest.approx(np.log(2), rel=1e-5)
-    train.run(lora_run(tmp_path / "sft", reference__mode="adapter"), tmp_path / "far")
-    assert lines_of(tmp_path / "far")[0]["eval/loss"] != pytest.approx(np.log(2), rel=1e-3)
+@pytest.fixture(scope="module")
+def sft(folder):
+    """SFT of the adapters alone."""
+    train.run(lora_run(folder / "hf", "sft"), folder / "sft")
+    return folder / "sft"
+
+
+def test_adapters_go_on_from_another_run(sft, tmp_path):
     with pytest.raises(UserError, match=r"model.lora.rank is 2 there and 0 here"):
-        train.run(small("dpo", tmp_path / "sft"), tmp_path / "other")
+        train.run(small("dpo", sft), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["live", "precomputed", "adapter", "synced"])
+def test_the_reference_is_the_policy_that_training_starts_from(mode, sft, tmp_path):
+    """SFT's adapters are DPO's first policy, and they are on in its reference."""
+    config = lora_run(sft, reference__mode=mode, train__steps=1)
+    if mode == "synced":
+        config.reference.sync_mix = 1.0
+    train.run(config, tmp_path)
+    first = lines_of(tmp_path)[0]
+    assert first["eval/loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert first["eval/rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_adapters_of_the_reference_resume_from_the_workdir(sft, folder, tmp_path):
+    live, adapter = (
+        lora_run(sft, reference__mode=mode, train__steps=1) for mode in ("live", "adapter")
+    )
+    for config, name in ((live, "live"), (adapter, "adapter")):
+        train.run(config, tmp_path / name)
+        # Where the weights were is forgotten.
+        config.update_from_flattened_dict({"train.steps": 2, "model.init_from": str(folder)})
+        train.run(config, tmp_path / name)
+    for ours, theirs in zip(
+        lines_of(tmp_path / "adapter"), lines_of(tmp_path / "live"), strict=True
+    ):
+        for key in ("loss", "eval/loss", "eval/rewards/margins"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6)
+    shutil.rmtree(tmp_path / "adapter" / "reference")
+    with pytest.raises(UserError, match="frozen reference of this run cannot be found"):
+        train.run(adapter.copy_and_resolve_references(), tmp_path / "adapter")
 
 
 def test_any_part_can_be_trained_by_a_pattern(folder, tmp_path):

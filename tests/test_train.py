@@ -385,8 +385,8 @@ def test_log_lines_do_not_depend_on_interruptions(tmp_path):
 def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
     original = algorithms.build
 
-    def frozen(config, model):
-        algorithm = original(config, model)
+    def frozen(config, model, reference):
+        algorithm = original(config, model, reference)
 
         def loss(params, batch, key):
             return algorithm.loss(jax.tree.map(jax.lax.stop_gradient, params), batch, key)

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from jaxpref.algorithms import pairs, ranked, reward, sft, unpaired
 from jaxpref.algorithms.base import Algorithm, Objective, response_logps, response_scalars
-from jaxpref.models import Decoder
+from jaxpref.models import Decoder, without_adapters
 
 __all__ = ["Algorithm", "Objective", "build", "response_logps", "response_scalars"]
 
@@ -31,11 +31,17 @@ _BUILDERS: dict[str, _Builder] = {
 }
 
 
-def build(config: ConfigDict, model: Decoder) -> Algorithm:
+def build(config: ConfigDict, model: Decoder, reference: Decoder | None = None) -> Algorithm:
     """The algorithm that a checked config names.
 
     Args:
       config: the whole config.
       model: the policy's model.
+      reference: the reference's; by default the policy's, without its adapters where
+        `reference.mode` says so.
     """
-    return _BUILDERS[config.algorithm.name](config, model)
+    builder = _BUILDERS[config.algorithm.name]
+    if reference is None:
+        reference = without_adapters(model) if config.reference.mode == "adapter" else model
+    reference_logps = builder(config, reference).reference_logps
+    return builder(config, model)._replace(reference_logps=reference_logps)

@@ -20,7 +20,7 @@ from jaxpref.algorithms.base import (
 )
 from jaxpref.losses import PreferenceOutput
 from jaxpref.metrics import Metric
-from jaxpref.models import Decoder, without_adapters
+from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 
 # Of chosen and rejected log-probs of the policy, then of the reference, and of the batch.
@@ -33,12 +33,11 @@ def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
     """A method that compares the policy with its reference, on pairs."""
     knobs = config.algorithm
     loss_of_pairs = _loss(knobs)
-    frozen = without_adapters(model) if config.reference.mode == "adapter" else model
     running = (_MEAN_REWARD,) if knobs.name in ("bco", "mpo") else ()
 
     def reference_logps(params: Params, batch: PackedBatch) -> Float[Array, "groups responses"]:
         weights = _token_weights(knobs, batch)
-        return score(frozen, params, batch, token_weights=weights).weighted_logps
+        return score(model, params, batch, token_weights=weights).weighted_logps
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(

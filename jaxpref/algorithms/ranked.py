@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from jaxpref import losses
 from jaxpref.algorithms.base import Algorithm, Objective, Params, present, reference_of, score
 from jaxpref.metrics import Metric
-from jaxpref.models import Decoder, without_adapters
+from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 
 
@@ -29,10 +29,9 @@ def rrhf(config: ConfigDict, model: Decoder) -> Algorithm:
 def dpo(config: ConfigDict, model: Decoder) -> Algorithm:
     """DPO on rankings: the Plackett-Luce likelihood, or the mean over all pairs."""
     knobs = config.algorithm
-    frozen = without_adapters(model) if config.reference.mode == "adapter" else model
 
     def reference_logps(params: Params, batch: PackedBatch) -> Array:
-        return score(frozen, params, batch).logps
+        return score(model, params, batch).logps
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(model, params, batch, key)

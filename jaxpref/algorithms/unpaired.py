@@ -16,7 +16,7 @@ from jaxpref.algorithms.base import (
 )
 from jaxpref.losses import UnpairedOutput
 from jaxpref.metrics import Metric
-from jaxpref.models import Decoder, without_adapters
+from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 
 _MEAN_REWARD = "rewards/mean"
@@ -67,8 +67,7 @@ def bco(config: ConfigDict, model: Decoder) -> Algorithm:
 
 
 def _reference_logps(config: ConfigDict, model: Decoder) -> Logps:
-    frozen = without_adapters(model) if config.reference.mode == "adapter" else model
-    return lambda params, batch: score(frozen, params, batch).logps
+    return lambda params, batch: score(model, params, batch).logps
 
 
 def _desirable(batch: PackedBatch) -> Array:
