@@ -137,7 +137,7 @@ def test_conversations_train_and_their_template_goes_along(folder, tmp_path):
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
     config = small("sft", folder / "hf", data__path=str(tmp_path / "talk.jsonl"), train__steps=1)
-    config.data.format, config.data.eval_fraction = "messages", 0.0
+    config.data.update(format="messages", eval_fraction=0.0, batch_size=1)
     with pytest.raises(UserError, match=r"talk.jsonl:1: .* no chat template"):
         train.run(config, tmp_path / "refused")
     config.tokenizer.chat_template = "hh"
