@@ -64,8 +64,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     # A mixture of DPO's, BCO's and SFT's loss.
     "mpo": {"beta": 0.1, "dpo_weight": 0.8, "bco_weight": 0.2, "nll_weight": 1.0},
     "simpo": {"beta": 2.0, "margin": 1.0, **_SMOOTHED},
-    "orpo": {"beta": 0.1},
-    "cpo": {"beta": 0.1, "nll_weight": 1.0, **_SMOOTHED},
+    # nll_per_token: the likelihood's term as a mean over the response tokens of the batch, as TRL
+    # has it (for orpo with the prompts' tokens). Else the paper's: of a response the mean (orpo)
+    # or the sum (cpo).
+    "orpo": {"beta": 0.1, "nll_per_token": False},
+    "cpo": {"beta": 0.1, "nll_weight": 1.0, **_SMOOTHED, "nll_per_token": False},
     "slic_hf": {"margin": 1.0, "nll_weight": 1.0},
     # Weight of the rejected responses' term.
     "unlikelihood": {"alpha": 1.0},

@@ -78,6 +78,7 @@ def token_logprobs(
       (float64 stays float64).
 
     Raises:
+      TypeError: the head is no `LMHead`, but a bare kernel for example.
       ValueError: the shapes do not fit together.
 
     >>> import jax.numpy as jnp
@@ -177,6 +178,11 @@ def response_means(
 def _blockwise(
     hidden: Array, head: LMHead, targets: Array, block_size: int | None, **wanted: bool
 ) -> "_Result":
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"token_logprobs expected an LMHead; got {type(head).__name__}. Pass LMHead(kernel), "
+            "with one row of the kernel a vocabulary entry, or LMHead(kernel, bias)."
+        )
     vocabulary, width = head.kernel.shape
     if hidden.shape != (*targets.shape, width):
         raise ValueError(

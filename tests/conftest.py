@@ -8,7 +8,15 @@ from pathlib import Path
 # Before JAX starts: a mesh to shard over, and products in full float32 on every backend.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Half of the suite's time is compiling, and many tests compile the same step.
+# Half of the suite's time is compiling: it is done quickly rather than well, and kept, since many
+# tests compile the same step.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")

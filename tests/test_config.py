@@ -1,10 +1,11 @@
 import importlib
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from jaxpref import algorithms, config as config_lib
+from jaxpref import algorithms, config as config_lib, losses
 from jaxpref.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,42 @@ def test_recipes_are_all_tested():
 def test_every_algorithm_can_be_configured():
     for name in algorithms._BUILDERS:
         assert config_lib.default(name).algorithm.name == name
+
+
+# The losses that are not called like their algorithm.
+LOSSES = {"sft": losses.nll, "reward": losses.bradley_terry, "all_pairs_dpo": losses.dpo}
+# What an algorithm does beside calling its loss, with the value that does nothing.
+AROUND = {
+    "length_alpha": 1.0,
+    "wpo": False,
+    "wpo_largest": 0.0,
+    "per_token": False,
+    "nll_per_token": False,
+    "ranking": "all_pairs",
+}
+
+
+@pytest.mark.parametrize("name", sorted(algorithms._BUILDERS.keys() - {"mpo"}))
+def test_a_knobs_default_is_that_of_its_loss(name):
+    """A recipe without knobs is the loss called without options."""
+    parameters = inspect.signature(LOSSES.get(name) or getattr(losses, name)).parameters
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    knobs = dict(config_lib.ALGORITHMS[name])
+    if name == "dpo":
+        alpha = inspect.signature(losses.divergences.alpha_divergence).parameters["alpha"]
+        assert knobs.pop("alpha") == alpha.default
+        assert knobs.pop("divergence") == defaults.pop("divergence").__name__
+    assert knobs == {key: {**AROUND, **defaults}[key] for key in knobs}
+    if name not in LOSSES:
+        # And the loss has no number that the config leaves out.
+        numbers = {key for key, value in defaults.items() if type(value) is float}
+        assert numbers <= knobs.keys()
+
+
+def test_the_mixtures_defaults_are_those_of_its_parts():
+    knobs = config_lib.ALGORITHMS["mpo"]
+    for loss in (losses.dpo, losses.bco):
+        assert inspect.signature(loss).parameters["beta"].default == knobs["beta"]
 
 
 def test_configs_are_locked():

@@ -560,6 +560,14 @@ def test_every_token_of_a_text_is_scored():
     limits = Limits(64, 32, 1, 2)
     with_bos = tokenize(texts, load_tokenizer("bytes"), limits)
     assert everything(with_bos)[0] == [[2], [100, 101, 1]]
+    # A long one is in parts that begin with the last token before them: none of it is lost.
+    long = tokenized(Example(None, ("a" * 62 + "b" * 63 + "cd",)), *texts[:1])
+    assert [len(prompt) + len(response) for prompt, response in everything(long)] == [64, 64, 2, 3]
+    scored = [token for _, response in everything(long)[:3] for token in response]
+    assert scored == [100] * 61 + [101] * 63 + [102, 103, 1]
+    assert [prompt for prompt, _ in everything(long)[:3]] == [[100], [101], [103]]
+    assert long.counts["further_parts_of_texts"] == 2
+    assert long.counts["responses_cut"] == 0
     # A text is held out, and told from others, by what it says.
     for there in (data, with_bos):
         assert there.prompts[0] == there.prompts[2] != there.prompts[1]

@@ -380,3 +380,6 @@ def test_a_file_without_responses_cannot_be_scored(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"prompt": "p"}])
     with pytest.raises(UserError, match=r"x.jsonl:1: has a prompt, but no response; columns"):
         data_lib.load_file(config_lib.default("reward"), load_tokenizer("bytes"), path)
+    path = write(tmp_path / "y.jsonl", [{"text": "p"}])
+    with pytest.raises(UserError, match=r"y.jsonl:1: has text alone; columns"):
+        data_lib.load_file(config_lib.default("reward"), load_tokenizer("bytes"), path)

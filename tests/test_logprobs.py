@@ -1,3 +1,5 @@
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,13 +133,13 @@ def test_full_logits_exist_in_neither_pass():
     assert largest_array(plain.jaxpr) == tokens * vocabulary
 
 
-def test_any_leading_shape_and_vmap():
-    hidden, head, targets = inputs(shape=(2, 3, 2))
+def test_any_leading_shape_and_vmap(float64):
+    hidden, head, targets = inputs("float64", shape=(2, 3, 2))
     out = logprobs.token_logprobs(hidden, head, targets)
     expected = full(hidden.reshape(-1, WIDTH), head, targets.ravel())[0].reshape(2, 3, 2)
-    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(out, expected, rtol=1e-9)
     mapped = jax.vmap(lambda h, t: logprobs.token_logprobs(h, head, t))(hidden, targets)
-    np.testing.assert_allclose(mapped, out, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(mapped, out, rtol=1e-9)
 
 
 def test_bfloat16_gives_float32_close_to_float32():
@@ -174,9 +176,9 @@ def test_nan_is_not_hidden():
     np.testing.assert_array_equal(np.isnan(out), np.arange(TOKENS) == 3)
 
 
-def test_vocabulary_entries_switched_off_by_an_infinite_bias():
+def test_vocabulary_entries_switched_off_by_an_infinite_bias(float64):
     """The entropy, the log-probs and all gradients are those of the smaller vocabulary."""
-    hidden, head, _ = inputs(bias=False)
+    hidden, head, _ = inputs("float64", bias=False)
     targets = jnp.arange(TOKENS) % 40
     bias = jnp.where(jnp.arange(VOCABULARY) < 40, 0.0, -jnp.inf)
 
@@ -188,9 +190,9 @@ def test_vocabulary_entries_switched_off_by_an_infinite_bias():
 
     value, gradients = jax.value_and_grad(total, (0, 1))(hidden, head.kernel, bias)
     small, wanted = jax.value_and_grad(total, (0, 1))(hidden, head.kernel[:40], None)
-    np.testing.assert_allclose(value, small, rtol=1e-5)
-    np.testing.assert_allclose(gradients[0], wanted[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(gradients[1][:40], wanted[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(value, small, rtol=1e-9)
+    np.testing.assert_allclose(gradients[0], wanted[0], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(gradients[1][:40], wanted[1], rtol=1e-9, atol=1e-9)
     np.testing.assert_array_equal(gradients[1][40:], 0)
 
 
@@ -205,12 +207,10 @@ def test_targets_outside_the_vocabulary_give_nan_in_both_functions(outside):
         np.testing.assert_array_equal(np.isnan(out), np.arange(TOKENS) == 4)
 
 
-def test_from_logits_agrees():
-    hidden, head, targets = inputs(bias=False)
+def test_from_logits_agrees(float64):
+    hidden, head, targets = inputs("float64", bias=False)
     out = logprobs.from_logits(hidden @ head.kernel.T, targets)
-    np.testing.assert_allclose(
-        out, logprobs.token_logprobs(hidden, head, targets), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(out, logprobs.token_logprobs(hidden, head, targets), rtol=1e-9)
 
 
 def test_an_nnx_model_enters_through_split_and_merge():
@@ -246,6 +246,16 @@ def test_an_nnx_model_enters_through_split_and_merge():
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
     stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     assert loss(stepped) < value
+
+
+def test_a_bare_kernel_is_told_from_a_head(monkeypatch):
+    hidden, head, targets = inputs(bias=False)
+    # As a user calls them, without the run-time checker of the test run.
+    monkeypatch.setattr(logprobs, "_blockwise", inspect.unwrap(logprobs._blockwise))
+    for name in ("", "_and_entropy", "_and_collision"):
+        function = inspect.unwrap(getattr(logprobs, f"token_logprobs{name}"))
+        with pytest.raises(TypeError, match=r"expected an LMHead; got .*Pass LMHead\(kernel\)"):
+            function(hidden, head.kernel, targets)
 
 
 def test_errors_say_what_does_not_fit():

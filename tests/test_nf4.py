@@ -122,8 +122,12 @@ def test_the_merged_export_is_the_model_that_was_trained(folder, tmp_path):
 def test_eight_devices_train_the_four_bit_base_too(folder, tmp_path):
     config = quantized(folder / "hf", mesh__fsdp=2, mesh__tensor=2, mesh__data=2)
     train.run(config, tmp_path)
-    one, other = (metrics.read(d / "metrics.jsonl")[-1] for d in (folder / "run", tmp_path))
-    assert one["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-4)
+    one, other = (metrics.read(d / "metrics.jsonl") for d in (folder / "run", tmp_path))
+    # What is measured before the first update, gradients too, and that there was one.
+    assert one[1]["step"] == other[1]["step"] == 1
+    for name in ("loss", "grad_norm", "logps/chosen"):
+        assert one[1][name] == pytest.approx(other[1][name], rel=1e-4)
+    assert other[-1]["eval/loss"] != pytest.approx(np.log(2), rel=1e-4)
 
 
 def test_a_bfloat16_base_is_kept_as_it_is(folder, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trl_values
 
-from jaxpref import losses
+from jaxpref import config as config_lib, losses
 
 BETA = trl_values.BETA
 
@@ -136,6 +136,37 @@ def test_losses_are_trls():
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 def test_losses_are_trls_live():
     compare(trl_values.values())
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_trls_defaults_are_those_that_the_readme_tells_of():
+    """Its table of methods whose defaults differ; the forms of the losses are compared above."""
+    trl = pytest.importorskip("trl")
+    from trl.experimental.cpo import CPOConfig
+    from trl.experimental.orpo import ORPOConfig
+
+    def defaults(config, *names):
+        return [config.__dataclass_fields__[name].default for name in names]
+
+    dpo = ("beta", "label_smoothing", "discopop_tau", "ref_model_mixup_alpha")
+    assert defaults(trl.DPOConfig, *dpo, "ref_model_sync_steps") == [0.1, 0.0, 0.05, 0.6, 512]
+    assert defaults(CPOConfig, "beta", "simpo_gamma", "cpo_alpha", "loss_type") == [
+        *(0.1, 0.5, 1.0, "sigmoid")
+    ]
+    assert defaults(ORPOConfig, "beta") == [0.1]
+    weights = ("beta", "desirable_weight", "undesirable_weight")
+    assert defaults(trl.KTOConfig, *weights) == [0.1, 1.0, 1.0]
+    knobs = config_lib.ALGORITHMS
+    for name, value in {
+        "simpo": 2.0,
+        "discopop": 0.05,
+        "orpo": 0.1,
+        "cpo": 0.1,
+        "kto": 0.1,
+    }.items():
+        assert knobs[name]["beta"] == value
+    assert (knobs["simpo"]["margin"], knobs["robust_dpo"]["label_smoothing"]) == (1.0, 0.1)
 
 
 # The benchmark that compares whole runs, made smaller; decay and rate are larger than anyone's,

@@ -27,6 +27,7 @@ from jaxpref.packing import PackedBatch
 Loss = Callable[[Sequence[Array], PackedBatch], PreferenceOutput]
 
 _MEAN_REWARD = "rewards/mean"
+_CHOSEN_LENGTH = "chosen_length"
 
 
 def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
@@ -63,16 +64,28 @@ def without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
     """A method that needs the policy alone, on pairs."""
     knobs = config.algorithm
     function = getattr(losses, knobs.name)
-    options = {name: value for name, value in knobs.items() if name != "name"}
+    own = {name: value for name, value in knobs.items() if name not in ("name", "nll_per_token")}
     by_length = knobs.name in ("simpo", "orpo")
+    nll_per_token = knobs.get("nll_per_token", False)
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(model, params, batch, key)
         lengths = jnp.asarray(batch.lengths).T if by_length else ()
-        output = function(*scores.logps.T, *lengths, **options)
+        options: dict[str, Any] = {}
+        if nll_per_token:
+            tokens = batch.extras.get(f"pooled/{_CHOSEN_LENGTH}")
+            if tokens is None:
+                (sums,) = pooled(params, batch).values()
+                tokens = sums.values.sum() / jnp.maximum(sums.weights.sum(), 1)
+            options["nll"] = losses.nll(scores.logps[:, 0]) / jnp.maximum(tokens, 1)
+        output = function(*scores.logps.T, *lengths, **own, **options)
         return scores.complete(_objective(output.losses, output, scores.logps, batch))
 
-    return Algorithm("pairs", loss)
+    def pooled(params: Params, batch: PackedBatch) -> dict[str, Metric]:
+        chosen = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
+        return {_CHOSEN_LENGTH: Metric(chosen, present(batch).all(1).astype(jnp.float32))}
+
+    return Algorithm("pairs", loss, pooled=pooled if nll_per_token else None)
 
 
 def _loss(knobs: ConfigDict) -> Loss:

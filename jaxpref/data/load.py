@@ -210,11 +210,12 @@ def load_file(
     )
     # Of one conversation the last turn is what a reward is of, and all before it the prompt.
     examples = [last_turn(e) if len(e.responses) == 1 else e for e in examples]
-    bare = next((example for example in examples if not example.responses), None)
+    bare = next((e for e in examples if not e.responses or e.prompt is None), None)
     if bare is not None:
         raise UserError(
-            f"{bare.where}: has a prompt, but no response; columns that hold some are "
-            "prompt, responses; or prompt, completion; or prompt, chosen, rejected."
+            f"{bare.where}: has {'a prompt, but no response' if bare.prompt else 'text alone'}; "
+            "columns that hold responses to a prompt are prompt, responses; or prompt, completion; "
+            "or prompt, chosen, rejected."
         )
     dataset = tokenize(
         # A text's tokens do not depend on what is known of it.

@@ -26,7 +26,6 @@ _RATED = {"score_chosen", "score_rejected"}
 # Records that tell which columns a source has.
 _LOOKED_AT = 100
 
-
 # Types of the values of columns.
 _TEXT: type = str
 _TALK: tuple[type, ...] = (str, list)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +199,8 @@ def tokenize(
 ) -> TokenizedDataset:
     """Tokenises examples: texts apart at the boundary, conversations through the chat template.
 
+    A plain text becomes as many examples as `max_length` calls for, with none of it lost.
+
     Args:
       examples: in the order that they shall have.
       tokenizer: a `transformers` tokenizer.
@@ -220,9 +223,8 @@ def tokenize(
             counts.update(part.counts)
             done += len(chunk)
             progress(done)
-    kept = [
-        e for e, is_kept in zip(examples, _joined([p.kept for p in parts]), strict=True) if is_kept
-    ]
+    times = chain.from_iterable(part.kept for part in parts)
+    kept = [e for e, count in zip(examples, times, strict=True) for _ in range(count)]
     context = _joined([part.context for part in parts]).astype(bool, copy=False)
     return TokenizedDataset(
         tokens=_joined([part.tokens for part in parts]).astype(np.int32, copy=False),
@@ -239,15 +241,34 @@ def tokenize(
 
 
 class _Encoded(NamedTuple):
-    """A chunk of examples as ids end to end; of pieces and prompts as in `TokenizedDataset`."""
+    """A chunk of examples as ids end to end; of pieces and prompts as in `TokenizedDataset`.
+
+    `kept` says how often each example is there: 0 if it is dropped, more than once for parts.
+    """
 
     tokens: Int[np.ndarray, " tokens"]
     context: Bool[np.ndarray, " tokens"]
     lengths: Int[np.ndarray, " pieces"]
     uncut: Int[np.ndarray, " pieces"]
     prompts: Int[np.ndarray, " _"]
-    kept: list[bool]
+    kept: list[int]
     counts: Counter[str]
+
+
+class _Part(NamedTuple):
+    """An example, or a part of a plain text, before anything is cut.
+
+    Attributes:
+      pieces: the prompt, then the responses.
+      context: of each response, the tokens that are seen but not scored.
+      prompt: what tells the prompt from others.
+      bos: see `truncate`.
+    """
+
+    pieces: Sequence[Sequence[int]]
+    context: Sequence[Bool[np.ndarray, " tokens"]]
+    prompt: int
+    bos: int | None = None
 
 
 class _Encoder:
@@ -279,44 +300,37 @@ class _Encoder:
         context: list[np.ndarray] = []
         uncut: list[int] = []
         prompts: list[int] = []
-        kept: list[bool] = []
+        kept: list[int] = []
         for example in chunk:
-            if isinstance(example.prompt, Chat):
-                prompt, turns = chats.encode(example.prompt, example.responses, example.where)
-                if not prompt:
-                    raise UserError(f"{example.where}: the chat template writes an empty prompt.")
-                whole: list[Sequence[int]] = [prompt, *(turn.ids for turn in turns)]
-                seen = [turn.context for turn in turns]
-                bos = self._tokenizer.bos_token_id
-            else:
-                prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
-                if example.prompt is None and self._limits.bos is None:
-                    # Something has to be there for the first token that is scored.
-                    prompt, responses = responses[0][:1], [responses[0][1:]]
-                whole = complete(prompt, responses, self._limits, example.where)
-                seen = [np.zeros(len(response), bool) for response in whole[1:]]
-                bos = None
-            try:
-                encoded = truncate(
-                    whole[0], whole[1:], self._limits, counts, example.where, bos=bos
-                )
-            except LongPromptError:
-                if self._limits.on_long_prompt != "skip":
-                    raise
-                counts["dropped/long_prompt"] += 1
-                kept.append(False)
-                continue
-            pieces.append(np.asarray(encoded[0], np.int32))
-            context.append(np.zeros(len(encoded[0]), bool))
-            for response, unscored in zip(encoded[1:], seen, strict=True):
-                # What a cut leaves of a turn that is not scored would be seen by nothing.
-                end = int(np.flatnonzero(~unscored[: len(response)])[-1]) + 1
-                pieces.append(np.asarray(response[:end], np.int32))
-                context.append(unscored[:end])
-            uncut += map(len, whole)
-            # Plain texts all have the same prompt, if any; they are told by what they say.
-            prompts.append(digest([*whole[0], *whole[1]] if example.prompt is None else whole[0]))
-            kept.append(True)
+            parts = self._read(example, ids, chats)
+            kept.append(0)
+            for part in parts:
+                try:
+                    encoded = truncate(
+                        part.pieces[0],
+                        part.pieces[1:],
+                        self._limits,
+                        counts,
+                        example.where,
+                        bos=part.bos,
+                    )
+                except LongPromptError:
+                    if self._limits.on_long_prompt != "skip":
+                        raise
+                    counts["dropped/long_prompt"] += 1
+                    continue
+                pieces.append(np.asarray(encoded[0], np.int32))
+                context.append(np.zeros(len(encoded[0]), bool))
+                for response, unscored in zip(encoded[1:], part.context, strict=True):
+                    # What a cut leaves of a turn that is not scored would be seen by nothing.
+                    end = int(np.flatnonzero(~unscored[: len(response)])[-1]) + 1
+                    pieces.append(np.asarray(response[:end], np.int32))
+                    context.append(unscored[:end])
+                uncut += map(len, part.pieces)
+                prompts.append(part.prompt)
+                kept[-1] += 1
+            if len(parts) > 1:
+                counts["further_parts_of_texts"] += len(parts) - 1
         counts["special_tokens_in_text"] += chats.special_names
         return _Encoded(
             _joined(pieces).astype(np.int32, copy=False),
@@ -327,6 +341,38 @@ class _Encoder:
             kept,
             counts,
         )
+
+    def _read(self, example: Example, ids: Iterator[list[int]], chats: ChatEncoder) -> list[_Part]:
+        """An example with its special tokens, `ids` being those of its texts, if it has texts."""
+        if isinstance(example.prompt, Chat):
+            prompt, turns = chats.encode(example.prompt, example.responses, example.where)
+            if not prompt:
+                raise UserError(f"{example.where}: the chat template writes an empty prompt.")
+            whole: list[Sequence[int]] = [prompt, *(turn.ids for turn in turns)]
+            context = [turn.context for turn in turns]
+            return [_Part(whole, context, digest(prompt), self._tokenizer.bos_token_id)]
+        prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
+        if example.prompt is None:
+            return self._parts_of_text(responses[0], example.where)
+        whole = complete(prompt, responses, self._limits, example.where)
+        context = [np.zeros(len(response), bool) for response in whole[1:]]
+        return [_Part(whole, context, digest(whole[0]))]
+
+    def _parts_of_text(self, text: list[int], where: str) -> list[_Part]:
+        """A plain text in parts that fit, each token but the first predicted from those before it.
+
+        The first is BOS if there is one. A part begins with the last token of the one before it.
+        """
+        cut = 0 if self._limits.bos is not None else 1
+        first, rest = complete(text[:cut], [text[cut:]], self._limits, where)
+        whole, room = [*first, *rest], self._limits.max_length - 1
+        # All texts may have the same prompt; they are told by what they say.
+        told = digest(whole)
+        return [
+            _Part([whole[i - 1 : i], part], [np.zeros(len(part), bool)], told)
+            for i in range(1, len(whole), room)
+            for part in [whole[i : i + room]]
+        ]
 
 
 _encoder_of_process: _Encoder

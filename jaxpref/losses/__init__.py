@@ -28,18 +28,15 @@ from jaxpref.losses.reward import (
     plackett_luce,
 )
 from jaxpref.losses.unpaired import (
-    RunningMean,
     UnpairedOutput,
     bco_unpaired,
     kto,
     kto_kl,
-    update_mean,
 )
 
 __all__ = [
     "PreferenceOutput",
     "RankedOutput",
-    "RunningMean",
     "UnpairedOutput",
     "all_pairs",
     "aot",
@@ -72,6 +69,5 @@ __all__ = [
     "smoothed_logistic",
     "sppo_hard",
     "unlikelihood",
-    "update_mean",
     "weighting",
 ]

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxpref.losses.inputs import check_range
+
 # Beyond it exp overflows in float32; there a gradient is 0.
 _LARGEST_EXPONENT = 80.0
 
@@ -37,7 +39,11 @@ def alpha_divergence(
     Args:
       log_ratios: in nats.
       alpha: from 0, the limit $\\log u$, to 1.
+
+    Raises:
+      ValueError: alpha is outside.
     """
+    check_range("alpha_divergence", least=0, most=1, alpha=alpha)
     if alpha == 0:
         return log_ratios
     return -jnp.expm1(jnp.minimum(-alpha * log_ratios, _LARGEST_EXPONENT)) / alpha

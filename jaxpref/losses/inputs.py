@@ -1,5 +1,7 @@
 """What every loss does with its inputs first."""
 
+from numbers import Real
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -21,19 +23,52 @@ def in_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def check_smoothing(loss: str, label_smoothing: object, *, above: bool = False) -> None:
-    """Refuses a label smoothing outside 0 to below a half; `above` excludes 0 too.
+def check_range(
+    loss: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    **values: object,
+) -> None:
+    """Refuses numbers outside the range given, with a NaN.
+
+    Args:
+      loss: whose parameters they are.
+      above: what they should be larger than.
+      least: what they should be at least.
+      below: what they should be smaller than.
+      most: what they should be at most.
+      values: parameters by name; what is no plain number (a traced value) cannot be checked.
 
     Raises:
-      ValueError: it is outside. A traced value cannot be checked.
+      ValueError: one is outside.
     """
-    if isinstance(label_smoothing, float | int) and not (
-        (label_smoothing > 0 if above else label_smoothing >= 0) and label_smoothing < 0.5
-    ):
-        raise ValueError(
-            f"{loss} expected label_smoothing {'above' if above else 'from'} 0 to below 0.5; got "
-            f"{label_smoothing}."
-        )
+    bounds = {"above": above, "at least": least, "below": below, "at most": most}
+    given = {word: bound for word, bound in bounds.items() if bound is not None}
+    for name, value in values.items():
+        if not isinstance(value, Real):
+            continue
+        number = float(value)
+        holds = {
+            "above": lambda bound, x=number: x > bound,
+            "at least": lambda bound, x=number: x >= bound,
+            "below": lambda bound, x=number: x < bound,
+            "at most": lambda bound, x=number: x <= bound,
+        }
+        if not all(holds[word](bound) for word, bound in given.items()):
+            wanted = " and ".join(f"{word} {bound:g}" for word, bound in given.items())
+            raise ValueError(f"{loss} expected {name} {wanted}; got {value}.")
+
+
+def check_smoothing(loss: str, label_smoothing: object) -> None:
+    """Refuses a label smoothing outside 0 to below a half.
+
+    Raises:
+      ValueError: it is outside.
+    """
+    check_range(loss, least=0, below=0.5, label_smoothing=label_smoothing)
 
 
 def per_token(sums: Array, lengths: Array) -> Array:

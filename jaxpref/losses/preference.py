@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses.divergences import reverse_kl
-from jaxpref.losses.inputs import check_smoothing, checked, per_token
+from jaxpref.losses.inputs import check_range, check_smoothing, checked, per_token
 
 Scalar = float | Float[Array, ""]
 
@@ -82,7 +82,7 @@ def dpo(
 
     Raises:
       ValueError: the shapes differ, the reference is missing, only one length is given,
-        or the label smoothing is out of range.
+        or a parameter is out of range.
 
     >>> import jax.numpy as jnp
     >>> at_reference = jnp.array([-12.0])
@@ -97,6 +97,7 @@ def dpo(
             "dpo needs the reference's log-probs of both responses; got None. "
             "Pass them, or reference_free=True to do without a reference."
         )
+    check_range("dpo", above=0, beta=beta)
     check_smoothing("dpo", label_smoothing)
     chosen, rejected = _log_ratios(
         "dpo",
@@ -138,7 +139,7 @@ def robust_dpo(
       See `dpo`; a loss may be negative.
 
     Raises:
-      ValueError: the shapes differ, or the label smoothing is out of range.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     check_smoothing("robust_dpo", label_smoothing)
     chosen, rejected = _rewards(
@@ -187,8 +188,9 @@ def ipo(
       See `dpo`; losses in squared nats.
 
     Raises:
-      ValueError: the shapes differ, or only one length is given.
+      ValueError: the shapes differ, only one length is given, or beta is not above 0.
     """
+    check_range("ipo", above=0, beta=beta)
     chosen, rejected = _log_ratios(
         "ipo",
         policy_chosen_logps,
@@ -225,7 +227,7 @@ def hinge(
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     chosen, rejected = _rewards(
         "hinge",
@@ -267,9 +269,9 @@ def exo(
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ, or the label smoothing is out of range.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
-    check_smoothing("exo", label_smoothing, above=True)
+    check_range("exo", above=0, below=0.5, label_smoothing=label_smoothing)
     chosen, rejected = _rewards(
         "exo",
         beta,
@@ -312,7 +314,7 @@ def nca(
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     chosen, rejected = _rewards(
         "nca",
@@ -352,8 +354,9 @@ def sppo_hard(
       See `dpo`; losses in squared nats.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("sppo_hard", above=0, beta=beta)
     chosen, rejected = _log_ratios(
         "sppo_hard",
         policy_chosen_logps,
@@ -399,8 +402,9 @@ def aot(
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ, or the label smoothing is out of range.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("aot", above=0, beta=beta)
     check_smoothing("aot", label_smoothing)
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = checked(
         "aot",
@@ -451,7 +455,7 @@ def aot_unpaired(
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ, or the label smoothing is out of range.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     check_smoothing("aot_unpaired", label_smoothing)
     chosen, rejected = _rewards(
@@ -493,7 +497,7 @@ def apo_zero(
       See `dpo`; losses from 0 to 2.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     chosen, rejected = _rewards(
         "apo_zero",
@@ -532,7 +536,7 @@ def apo_down(
       See `dpo`; losses from 0 to 2.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     chosen, rejected = _rewards(
         "apo_down",
@@ -568,14 +572,15 @@ def discopop(
       reference_chosen_logps: under the reference.
       reference_rejected_logps: under the reference.
       beta: inverse temperature of the implicit reward.
-      temperature: $\\tau$, below 1.
+      temperature: $\\tau$, above 0 and below 1.
 
     Returns:
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("discopop", above=0, below=1, temperature=temperature)
     chosen, rejected = _rewards(
         "discopop",
         beta,
@@ -606,8 +611,8 @@ def bco(
     $L = -\\log \\sigma(\\hat r_w - \\delta) - \\log \\sigma(-(\\hat r_l - \\delta))$.
 
     Source: Jung et al. 2024 (arXiv 2404.04656), equation 13. The paper's $\\delta$ is the
-    mean reward of chosen and rejected responses alike, tracked over the run by
-    `update_mean`; TRL's pairwise form has it at 0.
+    mean reward of chosen and rejected responses alike, of all steps so far; TRL's pairwise
+    form has it at 0.
 
     Args:
       policy_chosen_logps: see `dpo`, as are the three that follow.
@@ -621,7 +626,7 @@ def bco(
       See `dpo`.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
     chosen, rejected = _rewards(
         "bco",
@@ -671,6 +676,7 @@ def _log_ratios(
 
 
 def _rewards(loss: str, beta: Scalar, *logps: Array) -> tuple[Array, Array]:
+    check_range(loss, above=0, beta=beta)
     chosen, rejected = _log_ratios(loss, *logps)
     return beta * chosen, beta * rejected
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.losses.inputs import checked, per_token
+from jaxpref.losses.inputs import check_range, checked, per_token
 from jaxpref.losses.preference import Scalar
 from jaxpref.losses.reward import plackett_luce
 
@@ -51,8 +51,9 @@ def rrhf(
       `RankedOutput(losses, rewards)` in float32; rewards are $p$.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("rrhf", least=0, rank_weight=rank_weight)
     logps, counts, scores = checked(
         "rrhf", policy_logps=policy_logps, lengths=lengths, scores=scores
     )
@@ -93,8 +94,9 @@ def plackett_luce_dpo(
       `RankedOutput(losses, rewards)` in float32.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("plackett_luce_dpo", above=0, beta=beta)
     policy, reference = checked(
         "plackett_luce_dpo", policy_logps=policy_logps, reference_logps=reference_logps
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.losses.inputs import check_smoothing, checked, per_token
+from jaxpref.losses.inputs import check_range, check_smoothing, checked, per_token
 from jaxpref.losses.preference import (
     PreferenceOutput,
     Scalar,
@@ -50,8 +50,9 @@ def simpo(
       `PreferenceOutput(losses, chosen_rewards, rejected_rewards)` in float32.
 
     Raises:
-      ValueError: the shapes differ, or the label smoothing is out of range.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("simpo", above=0, beta=beta)
     check_smoothing("simpo", label_smoothing)
     chosen, rejected = _mean_logps(
         "simpo", policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
@@ -68,13 +69,15 @@ def orpo(
     rejected_lengths: Int[Array, "*batch"],
     *,
     beta: Scalar = 0.1,
+    nll: Float[Array, "*batch"] | None = None,
 ) -> PreferenceOutput:
     """ORPO: the SFT loss, and a logistic loss on the log odds ratio of the responses.
 
     Formula, with $p = \\pi_\\theta(y|x)^{1 / |y|}$ and $odds = \\frac{p}{1 - p}$:
     $L = -\\log p_w - \\lambda \\log \\sigma(\\log \\frac{odds_w}{odds_l})$.
 
-    Source: Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7.
+    Source: Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7. TRL's first term is the mean
+    over the tokens of a whole batch, those of the prompts too; see `nll`.
 
     Args:
       policy_chosen_logps: summed log-probability of each chosen response, in nats.
@@ -82,19 +85,24 @@ def orpo(
       chosen_lengths: tokens of each chosen response.
       rejected_lengths: tokens of each rejected response.
       beta: $\\lambda$, the weight of the odds ratio.
+      nll: the first term of each pair, in place of the paper's mean over its response: with
+        summed negative log-likelihoods divided by the batch's mean length, the mean over a
+        batch is per token.
 
     Returns:
       `PreferenceOutput(losses, chosen_rewards, rejected_rewards)` in float32; rewards are
       beta times the mean log-probability.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("orpo", least=0, beta=beta)
     chosen, rejected = _mean_logps(
         "orpo", policy_chosen_logps, policy_rejected_logps, chosen_lengths, rejected_lengths
     )
     log_odds = _log_odds(chosen) - _log_odds(rejected)
-    losses = -chosen - beta * jax.nn.log_sigmoid(log_odds)
+    likelihood = -chosen if nll is None else checked("orpo", chosen=chosen, nll=nll)[1]
+    losses = likelihood - beta * jax.nn.log_sigmoid(log_odds)
     return without_gradient(losses, beta * chosen, beta * rejected)
 
 
@@ -105,7 +113,7 @@ def cpo(
     beta: Scalar = 0.1,
     nll_weight: Scalar = 1.0,
     label_smoothing: Scalar = 0.0,
-    chosen_lengths: Int[Array, "*batch"] | None = None,
+    nll: Float[Array, "*batch"] | None = None,
 ) -> PreferenceOutput:
     """CPO: DPO's loss with a uniform reference, and the SFT loss.
 
@@ -113,7 +121,7 @@ def cpo(
     - \\alpha \\log \\pi_\\theta(y_w|x)$, the first term smoothed as in `dpo`.
 
     Source: Xu et al. 2024 (arXiv 2401.08417), equations 3 and 5. The paper's second term is
-    of the whole response; TRL's is per token, which `chosen_lengths` gives.
+    of the whole response; TRL's is the mean over the response tokens of a whole batch, see `nll`.
 
     Args:
       policy_chosen_logps: summed log-probability of each chosen response, in nats.
@@ -121,20 +129,25 @@ def cpo(
       beta: inverse temperature.
       nll_weight: $\\alpha$, the weight of the SFT loss.
       label_smoothing: probability that a label is wrong, from 0 to below 0.5.
-      chosen_lengths: tokens of each chosen response, to divide the second term by.
+      nll: the likelihood of each pair's second term, in place of the paper's
+        $-\\log \\pi_\\theta(y_w|x)$: divided by the batch's mean length of a chosen response,
+        it makes the mean over the batch TRL's.
 
     Returns:
       `PreferenceOutput(losses, chosen_rewards, rejected_rewards)` in float32.
 
     Raises:
-      ValueError: the shapes differ, or the label smoothing is out of range.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("cpo", above=0, beta=beta)
+    check_range("cpo", least=0, nll_weight=nll_weight)
     check_smoothing("cpo", label_smoothing)
     chosen, rejected = checked(
         "cpo", policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps
     )
-    nll = -chosen if chosen_lengths is None else -per_token(chosen, chosen_lengths)
-    losses = smoothed_logistic(beta * (chosen - rejected), label_smoothing) + nll_weight * nll
+    likelihood = -chosen if nll is None else checked("cpo", chosen=chosen, nll=nll)[1]
+    losses = smoothed_logistic(beta * (chosen - rejected), label_smoothing)
+    losses += nll_weight * likelihood
     return without_gradient(losses, beta * chosen, beta * rejected)
 
 
@@ -163,8 +176,9 @@ def slic_hf(
       the log-probabilities.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("slic_hf", least=0, margin=margin, nll_weight=nll_weight)
     chosen, rejected = checked(
         "slic_hf",
         policy_chosen_logps=policy_chosen_logps,
@@ -198,8 +212,9 @@ def unlikelihood(
       the log-probabilities.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("unlikelihood", least=0, alpha=alpha)
     chosen, rejected = checked(
         "unlikelihood",
         policy_chosen_logps=policy_chosen_logps,

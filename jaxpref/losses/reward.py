@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxpref.losses.inputs import checked, in_float32
+from jaxpref.losses.inputs import check_range, checked, in_float32
 from jaxpref.losses.preference import Scalar
 
 
@@ -35,12 +35,13 @@ def bradley_terry(
       One loss a pair, in nats (with centering, plus squared reward), in float32.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or the coefficient is negative.
 
     >>> import jax.numpy as jnp
     >>> print(bradley_terry(jnp.array([1.0]), jnp.array([1.0])))
     [0.6931472]
     """
+    check_range("bradley_terry", least=0, center_coefficient=center_coefficient)
     margin = jnp.zeros_like(chosen_rewards) if margin is None else margin
     chosen, rejected, margin = checked(
         "bradley_terry",

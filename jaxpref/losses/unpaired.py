@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxpref.losses.inputs import checked, in_float32
+from jaxpref.losses.inputs import check_range, checked
 from jaxpref.losses.preference import Scalar
 
 
@@ -54,16 +54,20 @@ def kto(
       `UnpairedOutput(losses, rewards)` in float32 (float64 stays float64).
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("kto", above=0, beta=beta)
+    check_range(
+        "kto", least=0, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
     policy, reference, sign = checked(
         "kto",
         policy_logps=policy_logps,
         reference_logps=reference_logps,
-        desirable=jnp.where(desirable, 1.0, -1.0),
+        desirable=_sign(desirable, policy_logps),
     )
     ratios = policy - jax.lax.stop_gradient(reference)
-    weights = jnp.where(desirable, desirable_weight, undesirable_weight)
+    weights = jnp.where(desirable, desirable_weight, undesirable_weight).astype(ratios.dtype)
     losses = weights * jax.nn.sigmoid(-sign * beta * (ratios - jax.lax.stop_gradient(kl)))
     return UnpairedOutput(losses, jax.lax.stop_gradient(beta * ratios))
 
@@ -122,57 +126,26 @@ def bco_unpaired(
       policy_logps: summed log-probability of each response under the policy, in nats.
       reference_logps: the same under the frozen reference; no gradient.
       desirable: the labels.
-      shift: $\\delta$, the mean reward so far, see `update_mean`; no gradient.
+      shift: $\\delta$, the mean reward of all steps so far; no gradient.
       beta: inverse temperature of the implicit reward.
 
     Returns:
       `UnpairedOutput(losses, rewards)` in float32 (float64 stays float64).
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or a parameter is out of range.
     """
+    check_range("bco_unpaired", above=0, beta=beta)
     policy, reference, sign = checked(
         "bco_unpaired",
         policy_logps=policy_logps,
         reference_logps=reference_logps,
-        desirable=jnp.where(desirable, 1.0, -1.0),
+        desirable=_sign(desirable, policy_logps),
     )
     rewards = beta * (policy - jax.lax.stop_gradient(reference))
     losses = -jax.nn.log_sigmoid(sign * (rewards - jax.lax.stop_gradient(shift)))
     return UnpairedOutput(losses, jax.lax.stop_gradient(rewards))
 
 
-class RunningMean(NamedTuple):
-    """A mean over all that was seen: the sum of values, and of their weights.
-
-    Attributes:
-      total: sum of weighted values.
-      weight: sum of weights.
-    """
-
-    total: Float[Array, ""]
-    weight: Float[Array, ""]
-
-    @property
-    def mean(self) -> Float[Array, ""]:
-        """The mean; 0 before anything was seen."""
-        return jnp.where(self.weight > 0, self.total / jnp.maximum(self.weight, 1e-8), 0.0)
-
-
-def update_mean(
-    state: RunningMean,
-    values: Float[Array, "*batch"],
-    *,
-    where: Bool[Array, "*batch"] | None = None,
-) -> RunningMean:
-    """The running mean after some more values, such as BCO's $\\delta$ of rewards.
-
-    Args:
-      state: before; start with `RunningMean(0.0, 0.0)` as arrays.
-      values: what is new; no gradient.
-      where: True for those that count.
-    """
-    values = jax.lax.stop_gradient(in_float32(values))
-    counts = jnp.ones_like(values) if where is None else where.astype(values.dtype)
-    total = jnp.where(counts > 0, values, 0.0).sum()
-    return RunningMean(state.total + total, state.weight + counts.sum())
+def _sign(desirable: Array, logps: Array) -> Array:
+    return jnp.where(desirable, 1, -1).astype(logps.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxpref.losses.inputs import checked
+from jaxpref.losses.inputs import check_range, checked
 from jaxpref.losses.preference import Scalar
 
 
@@ -23,7 +23,11 @@ def length_desensitized(
       index: of each token in its response, from 0.
       shared_length: length of the shorter response of each token's pair.
       alpha: from 0 to 1, where it is plain DPO.
+
+    Raises:
+      ValueError: alpha is outside.
     """
+    check_range("length_desensitized", least=0, most=1, alpha=alpha)
     return jnp.where(index < shared_length, 1.0, alpha)
 
 
@@ -46,10 +50,11 @@ def wpo(
       chosen_logps: $\\bar \\ell$ of each chosen response, in nats; no gradient. See
         `logprobs.token_logprobs_and_collision`.
       rejected_logps: the same for the rejected responses.
-      largest: weight.
+      largest: weight, above 0.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ, or no weight is allowed.
     """
+    check_range("wpo", above=0, largest=largest)
     chosen, rejected = checked("wpo", chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(chosen + rejected), largest))

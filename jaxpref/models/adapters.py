@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpref.errors import UserError
+from jaxpref.losses.inputs import in_float32
 from jaxpref.models import safetensors
 from jaxpref.models.decoder import Decoder, Lora
 from jaxpref.models.families import SCORE
@@ -51,7 +52,7 @@ def merge_adapters(model: Decoder, params: Any) -> tuple[Decoder, Any]:
             adapters["layers"][f"{name}_lora_a"], adapters["layers"][f"{name}_lora_b"]
         )
         change = change.reshape(weight.shape) * lora.scale
-        layers[name] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+        layers[name] = (in_float32(weight) + change).astype(weight.dtype)
     return without_adapters(model), {**base, "layers": layers}
 
 
@@ -72,7 +73,7 @@ def _adapted(adapters: Any) -> list[str]:
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     layers, rank = a.shape[0], a.shape[-1]
     a, b = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
-    return jnp.einsum("lir,lro->lio", a.astype(jnp.float32), b.astype(jnp.float32))
+    return jnp.einsum("lir,lro->lio", in_float32(a), in_float32(b))
 
 
 def save_adapters(model: Decoder, params: Any, directory: str | Path, base: str = "") -> None:
