@@ -121,10 +121,11 @@ class Checkpoints:
         self.latest: int | None = found if found >= 0 else None
 
     def _open(self) -> int:
-        for place in (self._workdir, self._folder):
-            for part in (_SAVING, _REMOVING):
-                for path in place.glob(f"*{part}*"):
-                    shutil.rmtree(path)
+        begun = [f"{_FROZEN}{_SAVING}*", f"{_REFERENCE}{_SAVING}*"]
+        begun += [f"{_CHECKPOINTS}/*{part}*" for part in (_SAVING, _REMOVING)]
+        for pattern in begun:
+            for path in self._workdir.glob(pattern):
+                shutil.rmtree(path)
         if latest_step(self._workdir) is None:
             return -1
         good, damaged = _good_step(self._workdir)
@@ -299,7 +300,7 @@ def restore_frozen(workdir: Path, params: Any) -> Any:
     """Reads the parameters that are not trained, if there are any.
 
     Raises:
-      UserError: the workdir has none.
+      UserError: the workdir has none, or they are damaged.
     """
     return _restore(workdir / _FROZEN, params, "parameters that are not trained")
 
@@ -323,7 +324,7 @@ def restore_reference(workdir: Path, params: Any) -> Any:
     """Reads the frozen reference into the shapes and shardings of abstract arrays.
 
     Raises:
-      UserError: the workdir has none.
+      UserError: the workdir has none, or it is damaged.
     """
     return _restore(workdir / _REFERENCE, params, "frozen reference")
 

@@ -72,16 +72,20 @@ class Another(NamedTuple):
         weights.keep(self.source, self.adapted, folder)
 
 
-def find_another(config: ConfigDict, workdir: Path, tokenizer: Any) -> Another | None:
+def find_another(
+    config: ConfigDict, workdir: Path, policy: Decoder, tokenizer: Any
+) -> Another | None:
     """The policy that `reference.init_from` names; None if it names none, or is needed no more.
 
     Args:
       config: a checked config.
       workdir: of a run that begins, or of one that goes on with the reference it began with.
+      policy: the model that is trained.
       tokenizer: the policy's.
 
     Raises:
-      UserError: there is no such model, or its tokenizer gives other ids than the policy's.
+      UserError: there is no such model, its tokenizer gives other ids than the policy's, or it is
+        of another shape where the two are to be mixed.
     """
     if checkpoint.latest_step(workdir) is not None:
         begun = (checkpoint.read_run(workdir) or {}).get("reference.init_from")
@@ -113,7 +117,13 @@ def find_another(config: ConfigDict, workdir: Path, tokenizer: Any) -> Another |
             "the policy's, so it cannot say how likely the policy's tokens are; give a model with "
             "the same tokenizer."
         )
-    return Another(other, source, model)
+    another = Another(other, source, model)
+    if config.reference.mode == "synced" and another.model.config != policy.config:
+        raise UserError(
+            f"reference.init_from={config.reference.init_from}: is of another shape than the "
+            "policy, with whose parameters reference.mode 'synced' mixes its own; use 'live'."
+        )
+    return another
 
 
 def _config_of_another(config: ConfigDict) -> ConfigDict:

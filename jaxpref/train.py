@@ -103,7 +103,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
     model = weights.build_model(config, source, len(tokenizer))
-    another = reference_lib.find_another(config, workdir, tokenizer)
+    another = reference_lib.find_another(config, workdir, model, tokenizer)
     algorithm = algorithms.build(config, model, another and another.model)
     with metrics_lib.progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, algorithm.kind, progress=tell)
@@ -139,7 +139,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
         frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_array)
         state = initial_state(params, optimizer, abstract)
         if synced and another is not None:
-            state = state._replace(reference=_first_synced(another, model, mesh))
+            state = state._replace(reference=another.load(mesh, "float32"))
         checkpoint.save_frozen(workdir, frozen)
     reference, tables = _reference(
         config, workdir, mesh, algorithm, another, model, data, state, frozen, abstract
@@ -440,15 +440,6 @@ def _over_micro_batches(
     return jax.lax.scan(add, zeros, (batch, jax.random.split(key, count)))[0]
 
 
-def _first_synced(another: Another, model: Decoder, mesh: Mesh) -> Any:
-    if another.model.config != model.config:
-        raise UserError(
-            f"reference.init_from={another.config.model.init_from}: is of another shape than the "
-            "policy, with whose parameters reference.mode 'synced' mixes its own; use 'live'."
-        )
-    return another.load(mesh, "float32")
-
-
 def _with_dtype(abstract: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: as_abstract(x, dtype), abstract)
 
@@ -507,6 +498,8 @@ def _reference(
     if not resuming:
         params = another.load(mesh, dtype) if another else merge(state.params, frozen)
         digest = reference_lib.digest(params)
+        if another is not None:
+            digest += hashlib.sha256(str(another.model.config).encode()).hexdigest()[:8]
     tables = reference_lib.load_table(workdir, data_fingerprint, digest)
     if tables is not None:
         return None, tables

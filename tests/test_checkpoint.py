@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import assert_same_params, final_params, lines_of, small
 
-from jaxpref import checkpoint, export, manifest, metrics, reference, train
+from jaxpref import checkpoint, commands, export, manifest, metrics, reference, train
 from jaxpref.checkpoint import Checkpoints, hold
 from jaxpref.errors import UserError
 
@@ -208,6 +208,15 @@ def test_an_error_that_is_no_full_disk_is_raised(tmp_path, monkeypatch):
         checkpoints.save(1, PARAMS, REST)
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
             checkpoints.wait()
+
+
+def test_a_full_disk_anywhere_else_is_a_sentence():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/curves.png")
+    assert commands.no_room(full) == (
+        "runs/curves.png: the disk is full (No space left on device). Make room, then give the "
+        "same command."
+    )
+    assert commands.no_room(OSError(errno.EIO, "broken")) is None
 
 
 def test_measurements_wait_for_room_on_the_disk(tmp_path, capsys):
