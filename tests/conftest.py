@@ -44,6 +44,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs go with their file: a worker would keep gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
 TINY = DecoderConfig(
     vocabulary_size=64,
     width=16,
