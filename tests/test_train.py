@@ -10,6 +10,8 @@ from jaxpref.algorithms import Objective
 from jaxpref.errors import UserError
 from jaxpref.metrics import Metric
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def small(algorithm="dpo", **changes):
     """A run of seconds: generated data, 16 wide, one compiled shape."""
