@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -29,7 +30,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import packing
+from jaxpref import packing, sharding
 from jaxpref.models import Decoder, DecoderConfig, init_params, make_rope
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,6 +43,27 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs go with their file: a worker would keep gigabytes of them."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs take one device unless they ask for more: their steps compile in half the time."""
+    make_mesh = sharding.make_mesh
+
+    def small_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+        sizes = [max(size, 1) for size in (data, fsdp, tensor)]
+        return make_mesh(*sizes, devices=devices or jax.devices()[: math.prod(sizes)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", small_mesh)
+        yield
 
 
 TINY = DecoderConfig(

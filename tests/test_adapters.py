@@ -30,6 +30,8 @@ from jaxpref.models import Lora, adapters, huggingface
 from jaxpref.models.adapters import ADAPTERS
 from jaxpref.trainable import merge, partition
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # One of each way in which products share a tensor on the other side.
 CASES = ["gpt2", "pythia", "llama_biases", "gemma3", "phi3", "opt_post_norm"]
 TOKENS = np.random.default_rng(5).integers(3, 40, (2, 12)).astype(np.int32)

@@ -9,6 +9,8 @@ from test_weights import QWEN3, small, write_model
 from jaxpref import checkpoint, config as config_lib, export, metrics, models, nf4, sharding, train
 from jaxpref.models import Lora, huggingface
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 WIDE = {**QWEN3, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
 
 

@@ -9,6 +9,8 @@ from test_train import assert_same_params, lines_of, small
 
 from jaxpref import checkpoint, train
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 # Every kind of data beside sft's, and every piece of state beside parameters and moments: means
 # over the run, means over micro-batches, a reference that moves; computing in bfloat16.
 CASES = {

@@ -12,6 +12,8 @@ from jaxpref.errors import UserError
 from jaxpref.metrics import Metric
 from jaxpref.packing import PackedBatch
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def small(algorithm="dpo", **changes):
     """A run of seconds: generated data, 16 wide, one compiled shape."""

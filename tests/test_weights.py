@@ -16,6 +16,8 @@ from jaxpref.errors import UserError
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
