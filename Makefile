@@ -16,8 +16,8 @@ test: .venv/installed-test
 
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.
-NUMERICAL := $(addprefix tests/test_,adapters.py algorithms.py heads.py logprobs.py losses.py \
-	models.py optimizer.py packing.py pretrained.py sharding.py train.py trl.py)
+NUMERICAL := $(addprefix tests/test_,adapters.py algorithms.py heads.py logprobs.py models.py \
+	packing.py pretrained.py sharding.py)
 test-isa: .venv/installed-test
 	for isa in SSE4_2 AVX2; do \
 		rm -rf .jax_cache/$$isa; \
