@@ -100,15 +100,11 @@ def run(
     params, step = checkpoint.restore_params(workdir, huggingface.abstract_params(model, mesh))
     if adapters:
         models.save_adapters(model, params, output, base)
-        scalar = model.config.scalar_head
-        tokenizer = models.with_own_padding(tokenizer) if scalar else tokenizer
+        if model.config.scalar_head:
+            tokenizer, note = models.padding_beside_adapters(model, tokenizer)
+            console.print(note)
         tokenizer.save_pretrained(output)
         console.print(f"{workdir}, step {step}: adapters of {base} written to {output}")
-        if scalar:
-            console.print(
-                "transformers reads a reward at the last token that is not padding: set "
-                f"model.config.pad_token_id = {tokenizer.pad_token_id} after loading"
-            )
         return
     model, params = models.merge_adapters(model, models.dequantize(params))
     # A model's own tokenizer files go along as they are.

@@ -88,6 +88,8 @@ def _hugging_face(name: str) -> Source:
     adapters = SavedAdapters(directory)
     try:
         base = huggingface.locate(adapters.base)
+        if not (base / "config.json").exists():
+            raise UserError(f"{base} holds adapters, too.")
     except UserError as error:
         raise UserError(
             f"model.init_from={name}: holds adapters for the model {adapters.base!r}, which cannot "
@@ -164,9 +166,9 @@ def _build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Dec
         lora=models.lora(config.model),
         **{name: config.model[name] for name in numerics},
     )
-    if source.adapters is not None and source.adapters.scalar_head:
+    if source.adapters is not None and source.adapters.scalar_head and not model.config.scalar_head:
         model = models.as_scalar(model)
-        pad = huggingface.pad_token_id(source.pretrained)
+        pad = huggingface.pad_token_id(Path(source.tokenizer))
         model = model.clone(config=dataclasses.replace(model.config, pad_token_id=pad))
     if model.config.scalar_head:
         _refuse_scalar_head(config)
@@ -198,6 +200,8 @@ def keep(source: Source, model: Decoder, workdir: Path) -> None:
         kept = workdir / _KEPT
         model.origin.copy(kept, tensors=True)
         if source.adapters is not None:
+            if source.tokenizer != str(source.pretrained):
+                huggingface.remove_tokenizer(kept)
             huggingface.copy_small_files(source.adapters.directory, kept, but={PEFT_CONFIG})
             if source.adapters.scalar_head:
                 huggingface.say_classifier(kept, model)
@@ -268,8 +272,9 @@ def read(source: Source, model: Decoder, abstract: Any) -> Any:
     """
     if source.adapters is None:
         return huggingface.load_params(model, abstract)
-    # A scalar head comes with the adapters.
-    head, base = partition(abstract, "^score$" if source.adapters.scalar_head else "^$")
+    # A language model's scalar head comes with the adapters.
+    grown = source.adapters.scalar_head and not huggingface.has_scalar_head(model)
+    head, base = partition(abstract, "^score$" if grown else "^$")
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), head)
     return source.adapters.merge(model, merge(huggingface.load_params(model, base), zeros))
 

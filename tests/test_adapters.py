@@ -295,7 +295,8 @@ def test_a_run_begins_with_adapters_of_peft(name, settings, tmp_path):
         r=2,
         target_modules=targets,
         rank_pattern={targets[1]: 3},
-        alpha_pattern={targets[1]: 5},
+        # Anchored at the start of the module's name, or not.
+        alpha_pattern={targets[1]: 5, f"^.*0.*{targets[0]}": 7},
         init_lora_weights=False,
         fan_in_fan_out=name == "gpt2",
         **settings,
@@ -310,6 +311,18 @@ def test_a_run_begins_with_adapters_of_peft(name, settings, tmp_path):
     model = weights.build_model(config, source, 40)
     params = weights.load(config, source, model, huggingface.abstract_params(model))
     np.testing.assert_allclose(model.apply({"params": params}, TOKENS), expected, atol=2e-5)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+def test_an_embedding_that_peft_unties_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(pretrained.FIXTURES / "llama3")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path)
+    model, params = models.from_pretrained(pretrained.FIXTURES / "llama3")
+    with pytest.raises(UserError, match="unties from the head of"):
+        adapters.SavedAdapters(tmp_path).merge(model, params)
 
 
 def test_a_run_from_adapters_resumes_and_exports_without_them(folder, tmp_path):
@@ -328,6 +341,7 @@ def test_a_run_from_adapters_resumes_and_exports_without_them(folder, tmp_path):
     ("changes", "message"),
     [
         ({"use_dora": True}, "sets use_dora=True, which jaxpref does not know; merge"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which jaxpref does not"),
         ({"base_model_name_or_path": "nowhere"}, "adapters for the model 'nowhere', which cannot"),
     ],
 )

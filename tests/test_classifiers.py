@@ -1,6 +1,7 @@
 """Reward models in Hugging Face's layout give the same rewards there and here, whatever pads."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,21 +51,25 @@ def ours(model, path, output):
     return np.array([json.loads(line)["rewards"] for line in output.read_text().splitlines()])
 
 
-def theirs(directory, pairs):
+def theirs(directory, pairs, model=None):
     """What transformers says of prompt, response and EOS, in padded batches where it can."""
     import torch
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
-    eos = tokenizer.eos_token_id
+    if model is None:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(directory)
     texts = [[pair["prompt"], pair[side]] for pair in pairs for side in ("chosen", "rejected")]
     ids = [
         [
-            i
-            for text in both
-            for i in tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            *(
+                i
+                for text in both
+                for i in tokenizer(
+                    text, add_special_tokens=False, split_special_tokens=True
+                ).input_ids
+            ),
+            tokenizer.eos_token_id,
         ]
-        + [eos]
         for both in texts
     ]
     if model.config.pad_token_id is None:
@@ -83,6 +88,31 @@ def theirs(directory, pairs):
         with torch.no_grad():
             rewards.append(model(**padded).logits[:, 0].numpy())
     return np.concatenate(rewards).reshape(len(pairs), 2)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", ROWS)
+def test_adapters_of_a_reward_model_give_its_rewards_as_they_say(rows, tmp_path, capsys):
+    """With EOS for padding; the base's embedding has a row for another token, or has none."""
+    peft = pytest.importorskip("peft")
+
+    write_model(
+        tmp_path / "hf", {**QWEN3, "vocab_size": rows}, tokenizer=tokenizer_that_pads("eos")
+    )
+    train.run(small("reward", tmp_path / "hf", model__lora__rank=2), tmp_path / "run")
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    here = ours(tmp_path / "run", tmp_path / "pairs.jsonl", tmp_path / "scored")
+    export.run(tmp_path / "run", tmp_path / "out", adapters=True)
+    told = re.search(r"model.config.pad_token_id = (\w+)", capsys.readouterr().out)[1]
+    assert told == ("None" if rows == IDS else str(IDS))
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", num_labels=1
+    )
+    model.config.pad_token_id = None if rows == IDS else IDS
+    np.testing.assert_allclose(theirs(tmp_path / "out", pairs, model), here, atol=2e-5)
+    again = ours(tmp_path / "out", tmp_path / "pairs.jsonl", tmp_path / "again")
+    np.testing.assert_allclose(again, here, atol=2e-5)
 
 
 @pytest.mark.torch

@@ -617,3 +617,13 @@ def test_long_prompts_are_skipped_and_counted():
     assert data.extras["margins"].tolist() == [1.0, 3.0]
     assert data.counts["dropped/long_prompt"] == 1
     assert data.counts["prompts_cut"] == 0
+
+
+def test_a_column_that_the_first_records_lack_counts(tmp_path):
+    """Else a file of labelled responses, the bad ones too, would be taken for answers to learn."""
+    lines = [{"prompt": "p", "completion": "a"}] + 3 * [
+        {"prompt": "q", "completion": "b", "label": False}
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"x.jsonl:1: no column 'label'.* format 'unpaired'"):
+        read_examples(str(tmp_path / "x.jsonl"))

@@ -285,7 +285,7 @@ class ChatEncoder:
                 **how,
                 **chat.options,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{where}: the chat template fails on this conversation (roles: "
                 f"{', '.join(message['role'] for message in chat.messages)}): {error}"

@@ -107,10 +107,9 @@ def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str
         raise UserError(f"{path}: holds no usable record (it is empty).")
     if format != "auto":
         return format, chain(first, records)
-    # A column may be null at first; one of nulls alone is as good as absent.
-    record, where = first[0]
-    later = {name: value for other, _ in reversed(first) for name, value in _given(other).items()}
-    return detect({name: later.get(name) for name in record}, where), chain(first, records)
+    # A column may be null or absent at first; one of nulls alone is as good as absent.
+    seen = {name: value for record, _ in reversed(first) for name, value in _given(record).items()}
+    return detect(seen, first[0][1]), chain(first, records)
 
 
 def _given(record: Mapping) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
 from jaxpref.models.adapters import dequantize, merge_adapters, save_adapters, without_adapters
-from jaxpref.models.classifiers import as_scalar, with_own_padding, with_scalar_head
+from jaxpref.models.classifiers import as_scalar, padding_beside_adapters, with_scalar_head
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
 from jaxpref.models.families import make_rope
 from jaxpref.models.huggingface import (
@@ -34,9 +34,9 @@ __all__ = [
     "init_params",
     "make_rope",
     "merge_adapters",
+    "padding_beside_adapters",
     "save_adapters",
     "save_pretrained",
-    "with_own_padding",
     "with_scalar_head",
     "without_adapters",
 ]

@@ -151,13 +151,16 @@ class SavedAdapters:
         self.directory = Path(directory)
         path = self.directory / PEFT_CONFIG
         try:
-            self._config: dict[str, Any] = json.loads(path.read_text())
+            config = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: is no JSON ({error}).") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: should be a JSON object; got {type(config).__name__}.")
+        self._config: dict[str, Any] = config
         unknown = {
-            key: self._config[key]
+            key: config[key]
             for key, plain in _PLAIN.items()
-            if self._config.get(key) not in (plain, None, False, [], {})
+            if config.get(key) not in (*plain, None, False, [], {})
         }
         if unknown:
             raise UserError(
@@ -181,9 +184,9 @@ class SavedAdapters:
         """
         family = model.origin.family
         leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-        left = set(self._files.stored)
+        left = set(self._files.stored) - self._tied_head(model)
         for place in places(model, family):
-            found = self._change(place)
+            found = self._change(place, family.conv1d)
             if found is None or not all(part.path in leaves for part in place.parts):
                 continue
             names, change, whole = found
@@ -205,7 +208,26 @@ class SavedAdapters:
             )
         return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], params)
 
-    def _change(self, place: Place) -> tuple[set[str], np.ndarray, bool] | None:
+    def _tied_head(self, model: Decoder) -> set[str]:
+        """The name of a head that is saved beside the embedding that it equals.
+
+        Raises:
+          UserError: the embedding was trained, and the head tied to it was not.
+        """
+        tensors = model.origin.family.tensors
+        embedding, head = (_PEFT_PREFIX + tensors[name] for name in ("embedding", "head"))
+        stored = self._files.stored
+        if embedding not in stored or not model.config.tied_head or model.config.scalar_head:
+            return set()
+        if head in stored and np.array_equal(self._files.view(embedding), self._files.view(head)):
+            return {head}
+        raise UserError(
+            f"{self.directory}: brings an embedding of its own, which peft unties from the head of "
+            f"{self.base}; a model with a tied head cannot hold both. Merge the adapters with peft "
+            "(merge_and_unload) and begin with the result."
+        )
+
+    def _change(self, place: Place, conv1d: bool) -> tuple[set[str], np.ndarray, bool] | None:
         """Names of the tensors for a place, what they add to it, or (True) put in its stead."""
         name = _PEFT_PREFIX + place.name
         if name in self._files.stored:
@@ -218,25 +240,28 @@ class SavedAdapters:
             np.asarray(self._files.view(f"{module}.lora_{side}.weight"), np.float32)
             for side in "AB"
         )
-        alpha = self._of_module("alpha_pattern", module, self._config["lora_alpha"])
+        alpha = self._of_module("alpha_pattern", module, self._config.get("lora_alpha", 8))
         rank = len(a)
         scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
         change = scale * (b @ a)
-        return names, change.T if self._config.get("fan_in_fan_out") else change, False
+        return names, change.T if conv1d and place.parts[0].inputs else change, False
 
     def _of_module(self, patterns: str, module: str, default: float) -> float:
         """What a pattern says of a module, as PEFT matches it: the end of its name."""
         for pattern, value in (self._config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if re.match(rf"(.*\.)?({pattern})$", module.removeprefix(_PEFT_PREFIX)):
                 return float(value)
         return float(default)
 
 
-# What PEFT may say that changes what an adapter computes, and what it says if it does not.
-_PLAIN: dict[str, Any] = {
-    **{"peft_type": "LORA", "bias": "none"},
-    **dict.fromkeys(("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora")),
-    **dict.fromkeys(("layer_replication", "trainable_token_indices", "target_parameters")),
+# What PEFT may say that changes what an adapter computes, and the values that do not.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # Others begin by moving a part of the base into the adapter.
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora"), ()),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "target_parameters"), ()),
 }
 
 

@@ -57,6 +57,32 @@ def with_own_padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
+def padding_beside_adapters(model: Decoder, tokenizer: Any) -> tuple[Any, str]:
+    """The tokenizer to keep beside adapters, whose base has a `pad_token_id` that stays.
+
+    Args:
+      model: with a scalar head.
+      tokenizer: a `transformers` tokenizer; it is not changed.
+
+    Returns:
+      The tokenizer, and what to set so that transformers reads the same rewards.
+    """
+    pad = model.config.pad_token_id
+    if pad is None:
+        padded = with_own_padding(tokenizer)
+        if padded.pad_token_id < model.config.vocabulary_size:
+            tokenizer, pad = padded, padded.pad_token_id
+        else:
+            # The base's embedding has no row for a new token.
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.pad_token = None
+    how = "" if pad is not None else ", and score one text at a time"
+    return tokenizer, (
+        "transformers reads a reward at the last token that is not padding: set "
+        f"model.config.pad_token_id = {pad} after loading{how}"
+    )
+
+
 def with_padding(model: Decoder, params: Any, tokenizer: Any) -> tuple[Decoder, Any, Any]:
     """The same rewards, by transformers' rule: with a padding token that no text ends in.
 

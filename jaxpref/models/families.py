@@ -173,7 +173,7 @@ def make_rope(
         frequencies = frequencies / np.float32(rope["factor"])
     elif kind == "dynamic":
         original = rope["max_position_embeddings"]
-        limit = 0 if max_length > original else original
+        limit = max(max_length, original)
         frequencies = _dynamic(head_dim, rope, max(max_length / original, 1.0))
     elif kind == "llama3":
         frequencies = _llama3(frequencies, rope)

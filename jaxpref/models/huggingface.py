@@ -35,6 +35,11 @@ _INPUTS = {"out": 2} | dict.fromkeys(
 )
 _TENSORS = "tensors.json"
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template*")
+# A template's file wins over what the tokenizer's own config says.
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja"),
+)
 _NOT_COPIED = {safetensors.INDEX, "pytorch_model.bin.index.json", _TENSORS}
 
 
@@ -96,6 +101,13 @@ def copy_small_files(source: Path, directory: Path, *, but: Collection[str] = ()
                 shutil.copyfile(path, directory / path.name)
 
 
+def remove_tokenizer(directory: Path) -> None:
+    """Removes the files of a tokenizer, so that none of another one's is left beside them."""
+    for pattern in _TOKENIZER_FILES:
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
 def from_pretrained(
     source: str | Path,
     *,
@@ -120,7 +132,7 @@ def from_pretrained(
       mesh: shards the parameters over this mesh (`jaxpref.sharding.make_mesh`); by
         default they go to the first device.
       max_length: of the sequences that the model will see; it only matters to models whose
-        positions are scaled by LongRoPE (Phi-3).
+        positions are scaled for long ones (LongRoPE, dynamic).
       ignore: keys of `config.json` to ignore where this library does not know them.
       numerics: other fields of `DecoderConfig`: `remat`, `attention_block`.
 
@@ -509,6 +521,7 @@ def save_pretrained(
         if writer:
             origin.copy(directory, tensors=False)
             if tokenizer is not None:
+                remove_tokenizer(directory)
                 tokenizer.save_pretrained(directory)
             if not model.config.scalar_head:
                 _say_special_ids(directory, tokenizer, stop_ids)
@@ -522,7 +535,14 @@ def save_pretrained(
 
 
 def pad_token_id(directory: Path) -> int | None:
-    """What the `config.json` of a directory pads with, as transformers reads it."""
+    """What a reward model pads with: the tokenizer in a directory, or else its `config.json`.
+
+    TRL sets a model's from the tokenizer, and saves the tokenizer beside adapters.
+    """
+    if (directory / "tokenizer_config.json").exists():
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
     values, _ = _with_defaults(directory)
     return values.get("pad_token_id")
 
@@ -570,7 +590,7 @@ def _say_special_ids(directory: Path, tokenizer: Any, stop_ids: Sequence[int]) -
         ids = {"eos_token_id": config.get("eos_token_id")}
     known = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
     stops = [i for i in dict.fromkeys([*known, *stop_ids]) if i is not None]
-    if tokenizer is None and set(stops) <= set(known):
+    if not stops or (tokenizer is None and set(stops) <= set(known)):
         return
     if not generation.exists():
         generation.write_text("{}")
