@@ -1,6 +1,7 @@
 """LoRA and freezing: what is trained, what it costs, what it is equal to, and how it is saved."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -37,6 +38,7 @@ CASES = ["gpt2", "pythia", "llama_biases", "gemma3", "phi3", "opt_post_norm"]
 TOKENS = np.random.default_rng(5).integers(3, 40, (2, 12)).astype(np.int32)
 
 
+@functools.cache
 def adapted(name, **settings):
     """A fixture with adapters that are not at zero any more."""
     lora = Lora(**{"rank": 3, "alpha": 6.0, **settings})
@@ -151,7 +153,7 @@ def folder(tmp_path_factory):
 
 
 def lora_run(source, algorithm="dpo", **changes):
-    return small(algorithm, source, model__lora__rank=2, **changes)
+    return small(algorithm, source, **{"model__lora__rank": 2, **changes})
 
 
 def lines_of(workdir):
@@ -403,28 +405,32 @@ def test_peft_loads_an_export_by_itself(folder, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
-def test_adapters_without_a_base_that_others_can_read_say_what_to_export(folder, tmp_path):
-    def refused(source, message, **changes):
-        train.run(lora_run(source, "sft", **changes), tmp_path / "run")
-        with pytest.raises(UserError, match=message):
-            export.run(tmp_path / "run", tmp_path / "out", adapters=True)
-        shutil.rmtree(tmp_path / "run")
+def test_adapters_name_the_base_that_they_belong_to_or_say_what_to_export(folder, tmp_path):
+    def base_of(source, **changes):
+        """Of a run that began there, as it describes itself."""
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        run.mkdir()
+        config = lora_run(source, "sft", **changes)
+        checkpoint.write_run(run, checkpoint.describe_run(config))
+        return run, lambda: weights.base_of(run)
 
-    refused("", "belong to random weights; export without --adapters")
-    train.run(small("sft", folder / "hf"), tmp_path / "full")
-    refused(tmp_path / "full", "Export those first .*--workdir=.*full.* then give --base=BASE")
+    first, base = base_of(folder / "hf")
+    assert base() == str((folder / "hf").resolve())
     # Adapters that went on belong to the base of the first run.
-    train.run(lora_run(folder / "adapter"), tmp_path / "further")
-    export.run(tmp_path / "further", tmp_path / "out", adapters=True)
+    assert base_of(first)[1]() == base()
+    assert base_of("owner/model")[1]() == "owner/model"
+    full, _ = base_of(folder / "hf", model__lora__rank=0)
+    for source, changes, message in (
+        ("", {}, "belong to random weights; export without --adapters"),
+        (full, {}, f"Export those first .*--workdir={full} .* then give --base=BASE"),
+        (tmp_path / "gone", {}, "not there any more; say where it is with --base"),
+        (folder / "hf", {"train__trainable": "norm"}, "more than adapters may have been trained"),
+        (folder / "hf", {"model__lora__rank": 0}, "that run has no adapters"),
+    ):
+        with pytest.raises(UserError, match=message):
+            base_of(source, **changes)[1]()
+    export.run(folder / "adapter", tmp_path / "out", adapters=True, base="owner/model")
     described = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert described["base_model_name_or_path"] == str((folder / "hf").resolve())
-    moved = shutil.copytree(folder / "hf", tmp_path / "hf")
-    train.run(lora_run(moved), tmp_path / "gone")
-    shutil.rmtree(moved)
-    with pytest.raises(UserError, match=r"not there any more; say where it is with --base"):
-        export.run(tmp_path / "gone", tmp_path / "never", adapters=True)
-    export.run(tmp_path / "gone", tmp_path / "based", adapters=True, base="owner/model")
-    described = json.loads((tmp_path / "based" / "adapter_config.json").read_text())
     assert described["base_model_name_or_path"] == "owner/model"
 
 

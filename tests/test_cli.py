@@ -115,7 +115,9 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("moment", ["while saving", "between saves"])
+@pytest.mark.parametrize(
+    "moment", ["while saving", pytest.param("between saves", marks=pytest.mark.long)]
+)
 def test_kill_9_then_the_same_command_ends_bit_identical(moment, uninterrupted, tmp_path):
     process = start(*SMALL, f"--workdir={tmp_path}")
     checkpoints = tmp_path / "checkpoints"
@@ -158,7 +160,9 @@ def test_kill_9_before_the_first_checkpoint_of_a_run_with_a_reference(uninterrup
     assert [x["step"] for x in lines_of(killed)] == [x["step"] for x in lines_of(whole)]
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "which", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_interrupt_saves_then_exits_and_the_same_command_resumes(which, uninterrupted, tmp_path):
     flags = [f for f in SMALL if "save_every" not in f]
     process = start(*flags, f"--workdir={tmp_path}")

@@ -52,7 +52,8 @@ print(sum(x.nbytes for x in jax.tree.leaves(params)), read, written)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [1, 4])
 def test_two_gigabytes_are_read_and_written_within_the_largest_tensor(tmp_path, devices):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     # Holes instead of weights: files of their size that take no room.
