@@ -12,7 +12,7 @@ quickstart: .venv/installed
 		--config.model.init_from=$(RUNS)/sft
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.
@@ -22,15 +22,15 @@ test-isa: .venv/installed-test
 	for isa in SSE4_2 AVX2; do \
 		rm -rf .jax_cache/$$isa; \
 		XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" JAX_COMPILATION_CACHE_DIR=.jax_cache/$$isa \
-			$(BIN)/python -m pytest -n 2 -m "not long and not torch" $(NUMERICAL) || exit 1; \
+			$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not torch" $(NUMERICAL) || exit 1; \
 	done
 
 # Against transformers' PyTorch models, live; otherwise committed fixtures stand in for them.
 test-torch: .venv/installed-torch
-	$(BIN)/python -m pytest -n 2 -m torch
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m torch
 
 test-long: .venv/installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Style, types, layers: what CI asks for before the tests.
 check: .venv/installed-test

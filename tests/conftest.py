@@ -1,9 +1,12 @@
 """Shared by all tests: 8 fake CPU devices, strict JAX, shapes checked at run time."""
 
+import ctypes
 import dataclasses
+import gc
 import importlib.util
 import math
 import os
+import sys
 from pathlib import Path
 
 # Before JAX starts: a mesh to shard over, and products in full float32 on every backend.
@@ -50,6 +53,10 @@ def forget_programs():
     """Compiled programs go with their file: a worker would keep gigabytes of them."""
     yield
     jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        # glibc keeps what was freed in pieces, unless it is asked.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(scope="module")
