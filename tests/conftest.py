@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import math
 import os
-import sys
 from pathlib import Path
 
 # Before JAX starts: a mesh to shard over, and products in full float32 on every backend.
@@ -48,13 +47,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
 
 
-@pytest.fixture(scope="module", autouse=True)
+# Compiled programs that a worker keeps in memory; those on disk are soon read again.
+_MOST_BYTES = 1.3e9
+
+
+@pytest.fixture(autouse=True)
 def forget_programs():
-    """Compiled programs go with their file: a worker would keep gigabytes of them."""
+    """Compiled programs go when a worker holds too much: it would keep gigabytes of them."""
     yield
-    jax.clear_caches()
-    gc.collect()
-    if sys.platform == "linux":
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return
+    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > _MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
         # glibc keeps what was freed in pieces, unless it is asked.
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -121,6 +121,7 @@ def test_the_merged_export_is_the_model_that_was_trained(folder, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_eight_devices_train_the_four_bit_base_too(folder, tmp_path):
     config = quantized(folder / "hf", mesh__fsdp=2, mesh__tensor=2, mesh__data=2)
     train.run(config, tmp_path)

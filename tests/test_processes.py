@@ -87,6 +87,7 @@ def test_two_processes_train_as_one(one, tmp_path):
     assert "resuming after step 3" in more[0][0]
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     started = start(tmp_path, "--config.train.steps=100000", processes=2)
     measurements = tmp_path / "metrics.jsonl"

@@ -30,7 +30,13 @@ class Death(BaseException):
     """What no `except` of the run catches."""
 
 
-@pytest.mark.parametrize("case", CASES)
+# Of the same kind of data and of state as others.
+LONG = ("pairs, running mean", "ranked", "per token of the batch")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.long] if c in LONG else []) for c in CASES]
+)
 def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
     name, changes = CASES[case]
     # A rate at which every update shows.
