@@ -16,10 +16,11 @@ test: .venv/installed-test
 
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.
+ISAS ?= SSE4_2 AVX2
 NUMERICAL := $(addprefix tests/test_,adapters.py algorithms.py heads.py logprobs.py models.py \
 	packing.py pretrained.py sharding.py)
 test-isa: .venv/installed-test
-	for isa in SSE4_2 AVX2; do \
+	for isa in $(ISAS); do \
 		rm -rf .jax_cache/$$isa; \
 		XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" JAX_COMPILATION_CACHE_DIR=.jax_cache/$$isa \
 			$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not torch" $(NUMERICAL) || exit 1; \

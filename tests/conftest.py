@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
 
 
 # Compiled programs that a worker keeps in memory; those on disk are soon read again.
-_MOST_BYTES = 1.3e9
+_MOST_BYTES = 1.5e9
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,7 @@ def test_eight_devices_train_the_four_bit_base_too(folder, tmp_path):
     assert other[-1]["eval/loss"] != pytest.approx(np.log(2), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_bfloat16_base_is_kept_as_it_is(folder, tmp_path):
     config = quantized(folder / "hf", model__frozen_dtype="bfloat16", train__steps=1)
     train.run(config, tmp_path)

@@ -225,12 +225,16 @@ def test_log_probs_are_those_of_the_plain_model(tiny_model, tiny_params, float64
     model, params = in_float64(tiny_model, tiny_params)
     groups = random_groups(5, 4)
     packed = response_logps(model, params, pack(groups, row_length=32))
+    apply = jax.jit(model.apply)
     for (g, k), value in np.ndenumerate(packed):
         prompt, response = groups[g].prompt, groups[g].responses[k]
-        ids = jnp.concatenate([prompt, response])[None]
-        logits = model.apply({"params": params}, ids)
-        logps = logprobs.from_logits(logits[:, :-1], ids[:, 1:])[0, len(prompt) - 1 :]
-        np.testing.assert_allclose(value, logps.sum(), rtol=1e-9)
+        text = np.concatenate([prompt, response])
+        # What comes after the text is seen by none of its tokens.
+        ids = jnp.asarray(np.pad(text, (0, 16 - len(text))))[None]
+        logits = apply({"params": params}, ids)
+        logps = logprobs.from_logits(logits[:, :-1], ids[:, 1:])[0]
+        expected = logps[len(prompt) - 1 : len(text) - 1].sum()
+        np.testing.assert_allclose(value, expected, rtol=1e-9)
 
 
 def test_ragged_k_and_absent_groups():

@@ -36,7 +36,11 @@ def said(workdir):
 
 @pytest.mark.parametrize(
     ("mode", "name"),
-    [("live", "other"), ("precomputed", "other"), ("synced", "same")],
+    [
+        ("live", "other"),
+        ("precomputed", "other"),
+        pytest.param("synced", "same", marks=pytest.mark.long),
+    ],
 )
 def test_the_reference_is_what_it_was_named(mode, name, folder, tmp_path):
     """And a run that resumes needs it no more."""
