@@ -353,6 +353,19 @@ def test_adapters_that_cannot_be_merged_are_refused(changes, message, folder, tm
         train.run(small("dpo", tmp_path / "adapters"), tmp_path / "run")
 
 
+def test_adapters_for_adapters_and_a_config_that_is_none_are_refused(folder, tmp_path):
+    export.run(folder / "adapter", tmp_path / "one", adapters=True)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    path = tmp_path / "two" / "adapter_config.json"
+    other = {"base_model_name_or_path": str(tmp_path / "one")}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
+    with pytest.raises(UserError, match="one holds adapters, too"):
+        train.run(small("dpo", tmp_path / "two"), tmp_path / "run")
+    path.write_text("[]")
+    with pytest.raises(UserError, match="should be a JSON object; got list"):
+        train.run(small("dpo", tmp_path / "two"), tmp_path / "run")
+
+
 def test_a_reward_models_adapters_score_and_train_on(folder, tmp_path):
     train.run(lora_run(folder / "hf", "reward"), tmp_path / "reward")
     export.run(tmp_path / "reward", tmp_path / "adapters", adapters=True)

@@ -206,6 +206,18 @@ def test_generation_stops_at_the_end_of_a_turn_too(tmp_path):
     assert said["eos_token_id"] == [tokenizer.eos_token_id, end]
 
 
+def test_a_tokenizer_that_is_saved_leaves_no_file_of_another(tmp_path):
+    """A template's file would win over what the new tokenizer has, or has not."""
+    talking = transformers.ByT5Tokenizer()
+    talking.chat_template = CHATML
+    source = write_model(tmp_path / "hf", QWEN3, tokenizer=talking)
+    assert (source / "chat_template.jinja").exists()
+    model, params = models.from_pretrained(source)
+    plain = transformers.ByT5Tokenizer()
+    models.save_pretrained(model, params, tmp_path / "out", tokenizer=plain)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_knows_where_a_model_from_scratch_stops(tmp_path):

@@ -47,7 +47,7 @@ def features(model: Decoder) -> int:
     return model.config.embedding_width or model.config.width
 
 
-def with_own_padding(tokenizer: Any) -> Any:
+def _with_own_padding(tokenizer: Any) -> Any:
     """The tokenizer, with a padding token that no text ends in; a copy, if it needs a new one."""
     own, template = tokenizer.pad_token, tokenizer.chat_template or ""
     if own is not None and own != tokenizer.eos_token and own not in template:
@@ -69,7 +69,7 @@ def padding_beside_adapters(model: Decoder, tokenizer: Any) -> tuple[Any, str]:
     """
     pad = model.config.pad_token_id
     if pad is None:
-        padded = with_own_padding(tokenizer)
+        padded = _with_own_padding(tokenizer)
         if padded.pad_token_id < model.config.vocabulary_size:
             tokenizer, pad = padded, padded.pad_token_id
         else:
@@ -97,7 +97,7 @@ def with_padding(model: Decoder, params: Any, tokenizer: Any) -> tuple[Decoder, 
     Returns:
       The model with its `pad_token_id`, its parameters, and the tokenizer that pads with it.
     """
-    tokenizer = with_own_padding(tokenizer)
+    tokenizer = _with_own_padding(tokenizer)
     pad, rows = tokenizer.pad_token_id, model.config.vocabulary_size
     missing = max(pad + 1 - rows, 0)
     if missing:
