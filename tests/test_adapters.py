@@ -385,6 +385,76 @@ def test_a_reward_models_adapters_score_and_train_on(folder, tmp_path):
         train.run(small("dpo", tmp_path / "adapters"), tmp_path / "policy")
 
 
+def test_adapters_of_a_classifier_keep_its_padding(tmp_path):
+    """Whatever the tokenizer pads with; so a run may begin with them as with the classifier."""
+    tokenizer = transformers.ByT5Tokenizer()
+    write_model(tmp_path / "hf", {**QWEN3, "pad_token_id": 7})
+    model, params = models.from_pretrained(tmp_path / "hf")
+    model, params = models.with_scalar_head(model, params, jax.random.key(2))
+    models.save_pretrained(model, params, tmp_path / "classifier", tokenizer=tokenizer)
+    path = tmp_path / "classifier" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": 7}))
+
+    model = huggingface.read_model(tmp_path / "classifier", lora=Lora(2))
+    assert model.config.pad_token_id == 7
+    trained = models.init_params(model, jax.random.key(4))
+    trained = jax.tree.map(lambda x: x + 0.05, trained)
+    models.save_adapters(model, trained, tmp_path / "adapters")
+    beside, note = models.padding_beside_adapters(model, tokenizer)
+    assert beside.pad_token == tokenizer.pad_token
+    assert note.endswith("model.config.pad_token_id = 7 after loading")
+    beside.save_pretrained(tmp_path / "adapters")
+
+    config = config_lib.default("reward")
+    config.model.init_from = str(tmp_path / "adapters")
+    config.data.max_length = 64
+    source = weights.find(config, tmp_path / "run")
+    again = weights.build_model(config, source, 384)
+    assert again.config.pad_token_id == 7
+    found = weights.load(config, source, again, huggingface.abstract_params(again))
+    base = models.from_pretrained(tmp_path / "classifier")[1]
+    ours = merge(base, partition(trained, ADAPTERS)[0]) | {"score": trained["score"]}
+    np.testing.assert_allclose(
+        again.apply({"params": found}, TOKENS, method="scalars"),
+        model.apply({"params": ours}, TOKENS, method="scalars"),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("saved", ["adapters", "base"])
+def test_a_run_from_adapters_keeps_the_tokenizer_that_was_saved_beside_them(saved, tmp_path):
+    """And nothing of the other one: its template would win over what there is, or is not."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model, params, _ = adapted("llama3")
+    models.save_adapters(model, params, tmp_path / "adapters", base=str(tmp_path / "hf"))
+    shutil.copytree(pretrained.FIXTURES / "llama3", tmp_path / "hf")
+    for name, talks in (("adapters", saved == "adapters"), ("hf", saved == "base")):
+        tokenizer = transformers.ByT5Tokenizer(chat_template=template if talks else None)
+        tokenizer.save_pretrained(tmp_path / name)
+    config = config_lib.default("sft")
+    config.model.init_from, config.data.max_length = str(tmp_path / "adapters"), 32
+    source = weights.find(config, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    weights.keep(source, models.without_adapters(model), tmp_path / "run")
+    kept = weights.kept(tmp_path / "run")
+    assert not (kept.pretrained / "adapter_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(kept.tokenizer)
+    assert tokenizer.chat_template == (template if saved == "adapters" else None)
+
+
+def test_adapters_without_an_alpha_have_that_of_peft(tmp_path):
+    model, params, base = adapted("llama3", rank=2, alpha=8.0)
+    models.save_adapters(model, params, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    described = json.loads(path.read_text())
+    assert described.pop("lora_alpha") == 8
+    path.write_text(json.dumps(described))
+    plain, merged = models.merge_adapters(model, params)
+    ours = adapters.SavedAdapters(tmp_path).merge(plain, base)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(merged), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_experts_have_no_adapters_and_attention_has_by_default(tmp_path):
     write_model(tmp_path / "hf", MIXTURE)
 

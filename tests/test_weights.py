@@ -218,6 +218,16 @@ def test_a_tokenizer_that_is_saved_leaves_no_file_of_another(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is None
 
 
+def test_a_tokenizer_without_eos_names_no_token_to_stop_at(tmp_path):
+    """None is said so: transformers would take an id of its own, which means something else."""
+    tokenizer = transformers.ByT5Tokenizer()
+    tokenizer.eos_token = None
+    write_model(tmp_path / "hf", QWEN3, tokenizer=tokenizer)
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert described["eos_token_id"] is None
+    assert not (tmp_path / "hf" / "generation_config.json").exists()
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_knows_where_a_model_from_scratch_stops(tmp_path):
