@@ -435,7 +435,7 @@ def test_a_run_from_adapters_keeps_the_tokenizer_that_was_saved_beside_them(save
     config.model.init_from, config.data.max_length = str(tmp_path / "adapters"), 32
     source = weights.find(config, tmp_path / "run")
     (tmp_path / "run").mkdir()
-    weights.keep(source, models.without_adapters(model), tmp_path / "run")
+    weights.keep(source, weights.build_model(config, source, 40), tmp_path / "run")
     kept = weights.kept(tmp_path / "run")
     assert not (kept.pretrained / "adapter_config.json").exists()
     tokenizer = transformers.AutoTokenizer.from_pretrained(kept.tokenizer)

@@ -445,7 +445,7 @@ def test_tokens_that_merge_over_the_boundary_are_refused(style, template, shown)
 @pytest.mark.parametrize("mistake", ["1 // 0", "none.role.x", "messages[9].role + 1"])
 def test_a_template_that_breaks_is_an_error_that_says_where(mistake):
     style = dataclasses.replace(STYLES["hh"], template="{{ " + mistake + " }}")
-    with pytest.raises(UserError, match="x:1: the chat template fails .*roles: user"):
+    with pytest.raises(UserError, match=r"x:1: the chat template fails .*roles: user"):
         encoded(style, Example(Chat(TALK), (GOOD,), where="x:1"))
 
 
