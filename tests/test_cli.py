@@ -144,6 +144,7 @@ def test_kill_9_then_the_same_command_ends_bit_identical(moment, uninterrupted, 
     )
 
 
+@pytest.mark.long
 def test_kill_9_before_the_first_checkpoint_of_a_run_with_a_reference(uninterrupted, tmp_path):
     """The half-made workdir is begun anew: the same reference, the same first measurements."""
     flags = [f.replace(":sft", ":dpo") for f in SMALL if "save_every" not in f and "steps" not in f]

@@ -40,7 +40,7 @@ def test_causal_by_gradient():
     assert (reached[np.tril_indices(length)] > 0).all()
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.long), "dots"])
 def test_remat_changes_no_gradient(remat, float64):
     def gradient(**changes):
         model, variables = build(dtype="float64", param_dtype="float64", **changes)

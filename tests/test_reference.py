@@ -38,7 +38,7 @@ def said(workdir):
     ("mode", "name"),
     [
         ("live", "other"),
-        ("precomputed", "other"),
+        pytest.param("precomputed", "other", marks=pytest.mark.long),
         pytest.param("synced", "same", marks=pytest.mark.long),
     ],
 )
