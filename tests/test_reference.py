@@ -60,7 +60,8 @@ def test_the_reference_is_what_it_was_named(mode, name, folder, tmp_path):
     assert_same_params(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", [pytest.param("hf", marks=pytest.mark.long), "adapters"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["hf", "adapters"])
 def test_hugging_face_models_and_adapters_can_be_the_reference(name, folder, tmp_path):
     """Each is the reference of the other; adapters are merged."""
     policy = {"hf": "adapters", "adapters": "hf"}[name]

@@ -31,7 +31,13 @@ class Death(BaseException):
 
 
 # Of the same kind of data and of state as others.
-LONG = ("pairs, running mean", "mixture of losses", "ranked", "per token of the batch")
+LONG = (
+    "pairs, running mean",
+    "mixture of losses",
+    "ranked",
+    "ranked, with a reference",
+    "per token of the batch",
+)
 
 
 @pytest.mark.parametrize(
