@@ -3,7 +3,7 @@ BIN := .venv/bin
 RUNS ?= runs/quickstart
 DATA ?= hh-harmless.jsonl.gz
 
-.PHONY: quickstart test test-isa test-torch test-long check format benchmark clean
+.PHONY: quickstart test test-isa test-torch test-long check docs format benchmark clean
 
 # Generated preference data, SFT, then DPO, in two minutes on a laptop.
 quickstart: .venv/installed
@@ -39,6 +39,11 @@ check: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The pages that say what knobs and methods declare.
+docs: .venv/installed
+	$(BIN)/python -c 'from pathlib import Path; from jaxpref import explain; \
+		[Path("docs", name).write_text(text) for name, text in explain.pages().items()]'
 
 format: .venv/installed-test
 	$(BIN)/ruff format .

@@ -124,7 +124,7 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     algorithm = algorithms.build(config, model)
     if case.layout == "padded":
         algorithm = _with_full_logits(algorithm, model)
-    dataset = data.load(config, tokenizer, algorithm.kind).train
+    dataset = data.load(config, tokenizer, "pairs").train
     tree = case.layout == "tree"
     scored = packing.scored_budget(
         dataset.prompt_lengths, dataset.response_lengths, case.row_length

@@ -42,13 +42,13 @@ def main() -> None:
     """Runs every method and prints the table."""
     from common import describe_machine
 
-    from jaxpref import config as config_lib
+    from jaxpref.methods import METHODS
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--only", default="", help="methods, with commas between them")
     arguments = parser.parse_args()
-    methods = [name for name in config_lib.ALGORITHMS if name != "sft"]
+    methods = [name for name in METHODS if name != "sft"]
     methods = arguments.only.split(",") if arguments.only else methods
     print(f"{describe_machine()}\n")
     print("| method | " + " | ".join(COLUMNS) + " | seconds |")

@@ -16,12 +16,13 @@ loss 0.639). The paper's setting has not been run here: it needs accelerators.
 from ml_collections import ConfigDict
 
 from jaxpref import config as base
+from jaxpref.knobs import one_of
 
 
 def get_config(size: str = "paper") -> ConfigDict:
     """The recipe at a size, "paper" or "tiny"."""
     if size not in ("paper", "tiny"):
-        raise ValueError(base.one_of("the recipe's argument", size, ("paper", "tiny")))
+        raise ValueError(one_of("the recipe's argument", size, ("paper", "tiny")))
     config = base.default("dpo")
     config.algorithm.beta = 0.1
     config.data.format = "hh"

@@ -18,9 +18,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpref import config as base
+from jaxpref.knobs import one_of
+from jaxpref.methods import METHODS
 
 # What a method sets otherwise than DPO.
-METHODS: dict[str, dict[str, Any]] = {
+PAPERS: dict[str, dict[str, Any]] = {
     # As TRL has it.
     "sft": {"learning_rate": 2e-5},
     # With more the loss, which has no lower bound, soon is all that it lowers.
@@ -54,12 +56,12 @@ METHODS: dict[str, dict[str, Any]] = {
 def get_config(argument: str = "dpo") -> ConfigDict:
     """The recipe of a method, `METHOD` or `METHOD,lora`."""
     method, _, kind = argument.partition(",")
-    if method not in base.ALGORITHMS:
-        raise ValueError(base.one_of("the recipe's argument", method, base.ALGORITHMS))
+    if method not in METHODS:
+        raise ValueError(one_of("the recipe's argument", method, METHODS))
     if kind not in ("", "lora"):
-        raise ValueError(base.one_of("what follows the method", kind, ("lora",)))
+        raise ValueError(one_of("what follows the method", kind, ("lora",)))
     config = base.default(method)
-    knobs = {"learning_rate": 1e-6, **METHODS.get(method, {})}
+    knobs = {"learning_rate": 1e-6, **PAPERS.get(method, {})}
     config.optimizer.learning_rate = knobs.pop("learning_rate")
     config.algorithm.update(knobs)
     config.optimizer.schedule = "linear"

@@ -21,22 +21,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxpref import config as base
+from jaxpref.knobs import one_of
+from jaxpref.methods import METHODS
 
 
 def get_config(argument: str = "dpo") -> ConfigDict:
     """The recipe of a method, `METHOD` or `METHOD,paper`."""
     method, _, size = argument.partition(",")
-    if method not in base.ALGORITHMS:
-        raise ValueError(base.one_of("the recipe's argument", method, base.ALGORITHMS))
+    if method not in METHODS:
+        raise ValueError(one_of("the recipe's argument", method, METHODS))
     if size not in ("", "paper"):
-        raise ValueError(base.one_of("the size after the method", size, ("paper",)))
+        raise ValueError(one_of("the size after the method", size, ("paper",)))
     here = Path(__file__).parent
     dpo = runpy.run_path(str(here / "dpo_hh.py"))["get_config"]
     config = base.default(method)
     own = ("algorithm.", "reference.")
     shared = {k: v for k, v in base.flatten(dpo(size or "tiny")) if not k.startswith(own)}
     config.update_from_flattened_dict(shared)
-    knobs = dict(runpy.run_path(str(here / "method.py"))["METHODS"].get(method, {}))
+    knobs = dict(runpy.run_path(str(here / "method.py"))["PAPERS"].get(method, {}))
     learning_rate = knobs.pop("learning_rate", config.optimizer.learning_rate)
     if size:
         config.optimizer.learning_rate = learning_rate

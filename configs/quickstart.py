@@ -15,12 +15,14 @@ the true reward. In the place of `dpo` any other method can stand, such as `rewa
 from ml_collections import ConfigDict
 
 from jaxpref import config as base
+from jaxpref.knobs import one_of
+from jaxpref.methods import METHODS
 
 
 def get_config(stage: str = "sft") -> ConfigDict:
     """The config of one stage, "sft" or a method that goes on from it."""
-    if stage not in base.ALGORITHMS:
-        raise ValueError(base.one_of("the recipe's argument", stage, base.ALGORITHMS))
+    if stage not in METHODS:
+        raise ValueError(one_of("the recipe's argument", stage, METHODS))
     config = base.default(stage)
     config.model.width = 128
     config.model.layers = 3

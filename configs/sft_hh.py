@@ -15,12 +15,13 @@ setting has not been run here: it needs accelerators.
 from ml_collections import ConfigDict
 
 from jaxpref import config as base
+from jaxpref.knobs import one_of
 
 
 def get_config(size: str = "paper") -> ConfigDict:
     """The recipe at a size, "paper" or "tiny"."""
     if size not in ("paper", "tiny"):
-        raise ValueError(base.one_of("the recipe's argument", size, ("paper", "tiny")))
+        raise ValueError(one_of("the recipe's argument", size, ("paper", "tiny")))
     config = base.default("sft")
     config.data.format = "hh"
     config.data.on_divergent = "skip"

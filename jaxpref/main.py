@@ -11,11 +11,14 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxpref import config as config_lib
+from jaxpref import config as config_lib, explain
 from jaxpref.commands import WORKDIR, fail, no_room, quiet
 from jaxpref.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
+_EXPLAIN = flags.DEFINE_bool(
+    "explain", False, "Print every knob of the recipe, what it does and may be; run nothing."
+)
 # Of a run in several processes. On a cluster that JAX knows they need not be given.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0 of a run in several processes."
@@ -35,6 +38,9 @@ def main(argv: list[str]) -> None:
     if CONFIG.value is None:
         print(_recipes())
         sys.exit(2)
+    if _EXPLAIN.value:
+        print(explain.explain(CONFIG.value))
+        return
     workdir = WORKDIR.value
     if not workdir:
         fail("--workdir is missing: the directory for checkpoints and measurements.")

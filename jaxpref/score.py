@@ -10,8 +10,8 @@ output has the place of a record, its prompt, its responses and their rewards.
 from absl import app, flags
 
 from jaxpref.commands import OUTPUT, fail, no_room, quiet
-from jaxpref.config import DATA_FORMATS
 from jaxpref.errors import UserError
+from jaxpref.knobs import DATA_FORMATS
 
 _MODEL = flags.DEFINE_string("model", None, "A reward model's workdir, directory or hub name.")
 _INPUT = flags.DEFINE_string("input", None, "File, or hub name, with prompts and responses.")

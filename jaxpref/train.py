@@ -105,8 +105,9 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
     model = weights.build_model(config, source, len(tokenizer))
     another = reference_lib.find_another(config, workdir, model, tokenizer)
     algorithm = algorithms.build(config, model, another and another.model)
+    method = config_lib.method_of(config.algorithm.name)
     with metrics_lib.progress("tokenising", "examples") as tell:
-        data = data_lib.load(config, tokenizer, algorithm.kind, progress=tell)
+        data = data_lib.load(config, tokenizer, method.data, progress=tell)
     data_lib.check_batch_size(config, data)
     steps = config.train.steps or max(
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1

@@ -14,6 +14,7 @@ from conftest import TINY, random_groups
 from jaxpref import algorithms, config as config_lib, losses, packing, sharding, train
 from jaxpref.algorithms.base import response_logps
 from jaxpref.logprobs import LMHead
+from jaxpref.methods import METHODS
 from jaxpref.models import Decoder, Lora
 from jaxpref.packing import Budget, Group
 
@@ -117,7 +118,7 @@ def run(name, mode, steps=STEPS, micro_batches=1, **knobs):
     adapter = mode == "adapter"
     model, params = model_of(adapter), params_of(adapter)
     algorithm = algorithms.build(config, model)
-    batch = batch_of(algorithm.kind, micro_batches=micro_batches)
+    batch = batch_of(METHODS[name].data, micro_batches=micro_batches)
     trained, frozen = train.partition(params, config_lib.trainable(config))
     optimizer = optax.adam(3e-2)
     update = train.make_update(
@@ -147,7 +148,7 @@ def run(name, mode, steps=STEPS, micro_batches=1, **knobs):
     return found, state
 
 
-CASES = [(name, mode) for name in algorithms._BUILDERS for mode in MODES if allowed(name, mode)]
+CASES = [(name, mode) for name in METHODS for mode in MODES if allowed(name, mode)]
 
 
 @functools.cache
@@ -179,7 +180,7 @@ def assert_same_measurements(found, expected):
 
 
 def test_each_method_has_every_mode_that_makes_sense():
-    by_name = {name: {mode for n, mode in CASES if n == name} for name in algorithms._BUILDERS}
+    by_name = {name: {mode for n, mode in CASES if n == name} for name in METHODS}
     everything = set(MODES)
     assert by_name["sft"] == by_name["reward"] == by_name["orpo"] == {"free"}
     assert by_name["dpo"] == by_name["ipo"] == by_name["plackett_luce_dpo"] == everything
@@ -275,7 +276,7 @@ def test_a_tie_is_half_a_pair():
     """Not compiled as one, so that policy and reference run the same programs, bit for bit."""
     for name in ("dpo", "all_pairs_dpo"):
         algorithm, params = algorithms.build(config_of(name), model_of()), params_of()
-        batch = jax.tree.map(lambda x: x[0], batch_of(algorithm.kind))
+        batch = jax.tree.map(lambda x: x[0], batch_of(METHODS[name].data))
         metrics = algorithm.loss(params, algorithm.prepare(params, batch), None).metrics
         np.testing.assert_array_equal(metrics["rewards/margins"].values, 0)
         np.testing.assert_array_equal(metrics["rewards/accuracies"].values, 0.5)
@@ -287,7 +288,7 @@ def test_absent_groups_change_no_method():
     for name in ("aot", "aot_unpaired", "dpo", "rrhf", "all_pairs_dpo"):
         config = config_of(name, "free" if name == "rrhf" else "live")
         algorithm = algorithms.build(config, model)
-        groups = random_groups(2, 5, RESPONSES[algorithm.kind])
+        groups = random_groups(2, 5, RESPONSES[METHODS[name].data])
         budget = Budget(40, 40)
         values = []
         for size in (5, 8):
@@ -295,7 +296,7 @@ def test_absent_groups_change_no_method():
                 packing.plan(groups, budget),
                 groups,
                 budget,
-                responses=RESPONSES[algorithm.kind],
+                responses=RESPONSES[METHODS[name].data],
                 batch_size=size,
             )
             params = params_of()
@@ -419,7 +420,7 @@ def test_what_compares_examples_is_the_same_on_eight_devices(name):
     found = []
     for devices in (1, 8):
         mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
-        batch = jax.tree.map(np.asarray, batch_of(algorithm.kind, 16, devices))
+        batch = jax.tree.map(np.asarray, batch_of(METHODS[name].data, 16, devices))
         with sharding.use(mesh):
             loss = jax.jit(
                 lambda batch: algorithm.loss(

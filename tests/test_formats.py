@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from jaxpref import config as config_lib
 from jaxpref.data import convert
 from jaxpref.data.chat import Chat
 from jaxpref.data.convert import KINDS, adapt, kind_of
@@ -17,6 +16,7 @@ from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import FORMATS, read_examples
 from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
 from jaxpref.errors import UserError
+from jaxpref.knobs import DATA_FORMATS
 
 ASKED = [{"role": "user", "content": "Which soup?"}]
 ONION = {"role": "assistant", "content": "Onion."}
@@ -192,7 +192,7 @@ def test_the_columns_tell_how_a_record_is_read(tmp_path, case, named):
 
 
 def test_the_config_knows_all_formats():
-    assert set(config_lib.DATA_FORMATS) == {"auto", "synthetic", *FORMATS}
+    assert set(DATA_FORMATS) == {"auto", "synthetic", *FORMATS}
 
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}

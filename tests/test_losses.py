@@ -293,6 +293,22 @@ CASES = {
         values(losses.bco, beta=0.4, shift=0.7),
         of_rewards(0.4, lambda w, v: -log_sigmoid(w - 0.7) - log_sigmoid(-(v - 0.7))),
     ),
+    "mpo": Case(
+        values(
+            losses.mpo,
+            beta=0.4,
+            shift=0.7,
+            chosen_lengths=CHOSEN_LENGTHS,
+            dpo_weight=0.5,
+            bco_weight=0.3,
+            nll_weight=2.0,
+        ),
+        lambda a, b, c, d: (
+            -0.5 * log_sigmoid(0.4 * (a - c) - 0.4 * (b - d))
+            - 0.3 * (log_sigmoid(0.4 * (a - c) - 0.7) + log_sigmoid(0.7 - 0.4 * (b - d)))
+            - 2.0 * a / CHOSEN_LENGTHS
+        ),
+    ),
     "simpo": Case(
         values(losses.simpo, CHOSEN_LENGTHS, REJECTED_LENGTHS, beta=2.0, margin=0.5),
         lambda a, b: -log_sigmoid(2.0 * a / CHOSEN_LENGTHS - 2.0 * b / REJECTED_LENGTHS - 0.5),

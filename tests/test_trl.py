@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import trl_values
 
-from jaxpref import config as config_lib, losses
+from jaxpref import losses
+from jaxpref.methods import METHODS
 
 BETA = trl_values.BETA
 
@@ -157,7 +158,7 @@ def test_trls_defaults_are_those_that_the_readme_tells_of():
     assert defaults(ORPOConfig, "beta") == [0.1]
     weights = ("beta", "desirable_weight", "undesirable_weight")
     assert defaults(trl.KTOConfig, *weights) == [0.1, 1.0, 1.0]
-    knobs = config_lib.ALGORITHMS
+    knobs = {name: method.knobs for name, method in METHODS.items()}
     for name, value in {
         "simpo": 2.0,
         "discopop": 0.05,
@@ -165,8 +166,9 @@ def test_trls_defaults_are_those_that_the_readme_tells_of():
         "cpo": 0.1,
         "kto": 0.1,
     }.items():
-        assert knobs[name]["beta"] == value
-    assert (knobs["simpo"]["margin"], knobs["robust_dpo"]["label_smoothing"]) == (1.0, 0.1)
+        assert knobs[name]["beta"].default == value
+    assert knobs["simpo"]["margin"].default == 1.0
+    assert knobs["robust_dpo"]["label_smoothing"].default == 0.1
 
 
 # The benchmark that compares whole runs, made smaller; decay and rate are larger than anyone's,

@@ -6,27 +6,18 @@ from ml_collections import ConfigDict
 
 from jaxpref.algorithms import pairs, ranked, reward, sft, unpaired
 from jaxpref.algorithms.base import Algorithm, Objective, response_logps, response_scalars
+from jaxpref.methods import METHODS
 from jaxpref.models import Decoder, without_adapters
 
 __all__ = ["Algorithm", "Objective", "build", "response_logps", "response_scalars"]
 
 _Builder = Callable[[ConfigDict, Decoder], Algorithm]
 
-_WITH_REFERENCE = (
-    *("dpo", "robust_dpo", "ipo", "hinge", "exo", "nca", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "bco", "mpo"),
-)
-_WITHOUT_REFERENCE = ("simpo", "orpo", "cpo", "slic_hf", "unlikelihood")
-
-_BUILDERS: dict[str, _Builder] = {
+_FAMILIES: dict[str, _Builder] = {
     "sft": sft.build,
-    **dict.fromkeys(_WITH_REFERENCE, pairs.with_reference),
-    **dict.fromkeys(_WITHOUT_REFERENCE, pairs.without_reference),
-    "kto": unpaired.kto,
-    "bco_unpaired": unpaired.bco,
-    "rrhf": ranked.rrhf,
-    "plackett_luce_dpo": ranked.dpo,
-    "all_pairs_dpo": ranked.dpo,
+    "pairs": pairs.build,
+    "unpaired": unpaired.build,
+    "ranked": ranked.build,
     "reward": reward.build,
 }
 
@@ -40,7 +31,7 @@ def build(config: ConfigDict, model: Decoder, reference: Decoder | None = None) 
       reference: the reference's; by default the policy's, without its adapters where
         `reference.mode` says so.
     """
-    builder = _BUILDERS[config.algorithm.name]
+    builder = _FAMILIES[METHODS[config.algorithm.name].family]
     if reference is None:
         reference = without_adapters(model) if config.reference.mode == "adapter" else model
     reference_logps = builder(config, reference).reference_logps

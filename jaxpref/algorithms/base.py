@@ -30,7 +30,6 @@ class Algorithm(NamedTuple):
     """A method, as functions.
 
     Attributes:
-      kind: the kind of examples it trains on, see `jaxpref.data.convert`.
       loss: `(params, batch, key)` to per-example losses and metrics; the key, if not None,
         is for dropout. A method with a reference finds its log-probs in
         `batch.extras["reference_logps"]`.
@@ -40,15 +39,12 @@ class Algorithm(NamedTuple):
         `batch.extras["running/NAME"]`; 0 at first.
       pooled: `(params, batch)` to what the loss reads the means of over the whole batch, as
         `batch.extras["pooled/NAME"]`, where a batch is cut into micro-batches.
-      reads: what the loss takes of a data set's own extras, where they are there.
     """
 
-    kind: str
     loss: Callable[[Params, PackedBatch, Array | None], Objective]
     reference_logps: Logps | None = None
     running: tuple[str, ...] = ()
     pooled: Callable[[Params, PackedBatch], dict[str, Metric]] | None = None
-    reads: tuple[str, ...] = ()
 
     def prepare(self, reference: Params | None, batch: PackedBatch) -> PackedBatch:
         """Adds what a live reference says, if there is one."""

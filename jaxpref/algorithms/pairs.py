@@ -19,6 +19,7 @@ from jaxpref.algorithms.base import (
     score,
 )
 from jaxpref.losses import PreferenceOutput
+from jaxpref.methods import MEAN_REWARD, METHODS
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
@@ -26,15 +27,20 @@ from jaxpref.packing import PackedBatch
 # Of chosen and rejected log-probs of the policy, then of the reference, and of the batch.
 Loss = Callable[[Sequence[Array], PackedBatch], PreferenceOutput]
 
-_MEAN_REWARD = "rewards/mean"
 _CHOSEN_LENGTH = "chosen_length"
 
 
-def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """A method on pairs, as its declaration says."""
+    alone = METHODS[config.algorithm.name].reference == "none"
+    return (_without_reference if alone else _with_reference)(config, model)
+
+
+def _with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
     """A method that compares the policy with its reference, on pairs."""
     knobs = config.algorithm
     loss_of_pairs = _loss(knobs)
-    running = (_MEAN_REWARD,) if knobs.name in ("bco", "mpo") else ()
+    running = METHODS[knobs.name].running
 
     def reference_logps(params: Params, batch: PackedBatch) -> Float[Array, "groups responses"]:
         weights = _token_weights(knobs, batch)
@@ -57,15 +63,15 @@ def with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
             values *= losses.weighting.wpo(*scores.aligned_logps.T, largest=largest)
         return scores.complete(_objective(values, output, scores.logps, batch, running))
 
-    return Algorithm("pairs", loss, reference_logps, running)
+    return Algorithm(loss, reference_logps, running)
 
 
-def without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
+def _without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
     """A method that needs the policy alone, on pairs."""
     knobs = config.algorithm
     function = getattr(losses, knobs.name)
     own = {name: value for name, value in knobs.items() if name not in ("name", "nll_per_token")}
-    by_length = knobs.name in ("simpo", "orpo")
+    by_length = bool(METHODS[knobs.name].takes)
     nll_per_token = knobs.get("nll_per_token", False)
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
@@ -85,7 +91,7 @@ def without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
         chosen = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
         return {_CHOSEN_LENGTH: Metric(chosen, present(batch).all(1).astype(jnp.float32))}
 
-    return Algorithm("pairs", loss, pooled=pooled if nll_per_token else None)
+    return Algorithm(loss, pooled=pooled if nll_per_token else None)
 
 
 def _loss(knobs: ConfigDict) -> Loss:
@@ -95,57 +101,33 @@ def _loss(knobs: ConfigDict) -> Loss:
         for name, value in knobs.items()
         if name not in ("name", "length_alpha", "wpo", "wpo_largest")
     }
-    builders: dict[str, Callable[..., Loss]] = {"dpo": _dpo, "ipo": _ipo, "bco": _bco, "mpo": _mpo}
-    if knobs.name in builders:
-        return builders[knobs.name](**own)
+    takes = METHODS[knobs.name].takes
+    if not own.pop("per_token", True):
+        takes = ()
+    if "divergence" in own:
+        own["divergence"] = _divergence(own["divergence"], own.pop("alpha"))
     function = partial(getattr(losses, knobs.name), **own)
-    if knobs.name in ("aot", "aot_unpaired"):
-        return lambda logps, batch: function(*logps, where=present(batch).all(1))
-    return lambda logps, batch: function(*logps)
+
+    def loss(logps: Sequence[Array], batch: PackedBatch) -> PreferenceOutput:
+        given = {
+            "chosen_lengths": lambda: jnp.asarray(batch.lengths)[:, 0],
+            "rejected_lengths": lambda: jnp.asarray(batch.lengths)[:, 1],
+            "shift": lambda: jnp.asarray(batch.extras[f"running/{MEAN_REWARD}"]),
+            "where": lambda: present(batch).all(1),
+        }
+        return function(*logps, **{name: given[name]() for name in takes})
+
+    return loss
 
 
-def _dpo(*, divergence: str, alpha: float, per_token: bool, **options: Any) -> Loss:
+def _divergence(name: str, alpha: float) -> Callable[[Array], Array]:
     functions: dict[str, Callable[[Array], Array]] = {
         "reverse_kl": losses.divergences.reverse_kl,
         "forward_kl": losses.divergences.forward_kl,
         "jensen_shannon": losses.divergences.jensen_shannon,
         "alpha": partial(losses.divergences.alpha_divergence, alpha=alpha),
     }
-    function = partial(losses.dpo, divergence=functions[divergence], **options)
-    return lambda logps, batch: function(*logps, **_lengths(batch, per_token))
-
-
-def _ipo(*, per_token: bool, **options: Any) -> Loss:
-    function = partial(losses.ipo, **options)
-    return lambda logps, batch: function(*logps, **_lengths(batch, per_token))
-
-
-def _bco(**options: Any) -> Loss:
-    return lambda logps, batch: losses.bco(*logps, shift=_shift(batch), **options)
-
-
-def _mpo(*, beta: float, dpo_weight: float, bco_weight: float, nll_weight: float) -> Loss:
-    """Mixed Preference Optimization (arXiv 2411.10442), equation 1."""
-
-    def loss(logps: Sequence[Array], batch: PackedBatch) -> PreferenceOutput:
-        preference = losses.dpo(*logps, beta=beta)
-        quality = losses.bco(*logps, shift=_shift(batch), beta=beta)
-        tokens = jnp.maximum(jnp.asarray(batch.lengths)[:, 0], 1)
-        total = dpo_weight * preference.losses + bco_weight * quality.losses
-        return preference._replace(losses=total + nll_weight * losses.nll(logps[0]) / tokens)
-
-    return loss
-
-
-def _shift(batch: PackedBatch) -> Float[Array, ""]:
-    return jnp.asarray(batch.extras[f"running/{_MEAN_REWARD}"])
-
-
-def _lengths(batch: PackedBatch, per_token: bool) -> dict[str, Any]:
-    if not per_token:
-        return {}
-    chosen, rejected = jnp.asarray(batch.lengths).T
-    return {"chosen_lengths": chosen, "rejected_lengths": rejected}
+    return functions[name]
 
 
 def _token_weights(knobs: ConfigDict, batch: PackedBatch) -> Float[Array, "rows scored"] | None:
@@ -179,7 +161,7 @@ def _objective(
         "logps/chosen": policy[:, 0],
         "logps/rejected": policy[:, 1],
     }
-    if _MEAN_REWARD in running:
-        measured[_MEAN_REWARD] = (output.chosen_rewards + output.rejected_rewards) / 2
+    if MEAN_REWARD in running:
+        measured[MEAN_REWARD] = (output.chosen_rewards + output.rejected_rewards) / 2
     metrics = {name: Metric(value, there) for name, value in measured.items()}
     return Objective(Metric(values, there), metrics)

@@ -11,7 +11,12 @@ from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 
 
-def rrhf(config: ConfigDict, model: Decoder) -> Algorithm:
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """RRHF, or DPO on rankings."""
+    return (_rrhf if config.algorithm.name == "rrhf" else _dpo)(config, model)
+
+
+def _rrhf(config: ConfigDict, model: Decoder) -> Algorithm:
     """RRHF; where the data has an order but no scores, each place is worth one more."""
     rank_weight = config.algorithm.rank_weight
 
@@ -23,10 +28,10 @@ def rrhf(config: ConfigDict, model: Decoder) -> Algorithm:
         output = losses.rrhf(scores.logps, lengths, jnp.asarray(given), rank_weight=rank_weight)
         return scores.complete(_objective(output.losses, output.rewards, scores.logps, batch))
 
-    return Algorithm("ranked", loss, reads=("scores",))
+    return Algorithm(loss)
 
 
-def dpo(config: ConfigDict, model: Decoder) -> Algorithm:
+def _dpo(config: ConfigDict, model: Decoder) -> Algorithm:
     """DPO on rankings: the Plackett-Luce likelihood, or the mean over all pairs."""
     knobs = config.algorithm
 
@@ -48,7 +53,7 @@ def dpo(config: ConfigDict, model: Decoder) -> Algorithm:
             )
         return scores.complete(_objective(values, rewards, policy, batch))
 
-    return Algorithm("ranked", loss, reference_logps)
+    return Algorithm(loss, reference_logps)
 
 
 def _objective(values: Array, rewards: Array, policy: Array, batch: PackedBatch) -> Objective:

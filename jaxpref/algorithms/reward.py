@@ -33,7 +33,7 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         weights = there[:, 0].astype(rewards.dtype)
         return said.complete(Objective(Metric(values, weights), _metrics(rewards, there)))
 
-    return Algorithm("ranked", loss, reads=("margins",))
+    return Algorithm(loss)
 
 
 def _all_pairs(knobs: ConfigDict, rewards: Array, batch: PackedBatch) -> Array:

@@ -29,4 +29,4 @@ def build(config: ConfigDict, model: Decoder) -> Algorithm:
         metrics = {"logps/chosen": Metric(logps, present)}
         return scores.complete(Objective(Metric(per_token, tokens), metrics))
 
-    return Algorithm("sft", loss)
+    return Algorithm(loss)

@@ -15,14 +15,18 @@ from jaxpref.algorithms.base import (
     score,
 )
 from jaxpref.losses import UnpairedOutput
+from jaxpref.methods import MEAN_REWARD
 from jaxpref.metrics import Metric
 from jaxpref.models import Decoder
 from jaxpref.packing import PackedBatch
 
-_MEAN_REWARD = "rewards/mean"
+
+def build(config: ConfigDict, model: Decoder) -> Algorithm:
+    """KTO or BCO."""
+    return (_kto if config.algorithm.name == "kto" else _bco)(config, model)
 
 
-def kto(config: ConfigDict, model: Decoder) -> Algorithm:
+def _kto(config: ConfigDict, model: Decoder) -> Algorithm:
     """KTO; the second response of each group answers another prompt, for the KL."""
     knobs = config.algorithm
     options = {name: value for name, value in knobs.items() if name != "name"}
@@ -46,24 +50,24 @@ def kto(config: ConfigDict, model: Decoder) -> Algorithm:
         return {"kl": Metric(ratios, present(batch)[:, 1].astype(ratios.dtype))}
 
     reference_logps = _reference_logps(config, model)
-    return Algorithm("mismatched", loss, reference_logps, pooled=pooled, reads=("labels",))
+    return Algorithm(loss, reference_logps, pooled=pooled)
 
 
-def bco(config: ConfigDict, model: Decoder) -> Algorithm:
+def _bco(config: ConfigDict, model: Decoder) -> Algorithm:
     """BCO on single responses; the shift is the mean reward of the steps so far."""
     beta = config.algorithm.beta
 
     def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
         scores = score(model, params, batch, key)
         policy, reference = scores.logps[:, 0], reference_of(batch, scores.logps)[:, 0]
-        shift = jnp.asarray(batch.extras[f"running/{_MEAN_REWARD}"])
+        shift = jnp.asarray(batch.extras[f"running/{MEAN_REWARD}"])
         output = losses.bco_unpaired(policy, reference, _desirable(batch), shift=shift, beta=beta)
         objective = _objective(output, policy, batch)
-        objective.metrics[_MEAN_REWARD] = Metric(output.rewards, objective.loss.weights)
+        objective.metrics[MEAN_REWARD] = Metric(output.rewards, objective.loss.weights)
         return scores.complete(objective)
 
     reference_logps = _reference_logps(config, model)
-    return Algorithm("unpaired", loss, reference_logps, (_MEAN_REWARD,), reads=("labels",))
+    return Algorithm(loss, reference_logps, (MEAN_REWARD,))
 
 
 def _reference_logps(config: ConfigDict, model: Decoder) -> Logps:

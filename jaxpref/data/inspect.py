@@ -50,7 +50,7 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     """
     config_lib.check(config)
     # JAX loads here, so that a mistake above is told at once.
-    from jaxpref import algorithms, data as data_lib, train, weights
+    from jaxpref import data as data_lib, train, weights
     from jaxpref.data import statistics
     from jaxpref.metrics import console, progress
 
@@ -62,12 +62,14 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     tokenizer = data_lib.load_tokenizer(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
-    algorithm = algorithms.build(config, weights.build_model(config, source, len(tokenizer)))
-    kind = algorithm.kind
+    # It refuses what the run would refuse.
+    weights.build_model(config, source, len(tokenizer))
+    method = config_lib.method_of(config.algorithm.name)
+    kind = method.data
     with progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, kind, progress=tell)
     data_lib.check_batch_size(config, data)
-    read = {name: data.train.extras[name] for name in algorithm.reads if name in data.train.extras}
+    read = {name: data.train.extras[name] for name in method.reads if name in data.train.extras}
     for index in range(min(examples, len(data.train))):
         console.rule(f"example {index + 1}", align="left")
         group, (prompt, *uncut) = data.train.group(index), data.train.uncut_lengths(index)

@@ -6,7 +6,6 @@ from functools import partial
 from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
-from jaxpref.config import one_of
 from jaxpref.data import formats, sources
 from jaxpref.data.chat import Chat, messages_of
 from jaxpref.data.examples import (
@@ -18,6 +17,7 @@ from jaxpref.data.examples import (
 )
 from jaxpref.data.records import Record, read_records
 from jaxpref.errors import UserError
+from jaxpref.knobs import one_of
 
 Parser = Callable[[Mapping, str], Example]
 

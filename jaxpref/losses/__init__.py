@@ -2,6 +2,7 @@
 
 from jaxpref.losses import divergences, weighting
 from jaxpref.losses.language_modeling import nll
+from jaxpref.losses.mixture import mpo
 from jaxpref.losses.preference import (
     PreferenceOutput,
     aot,
@@ -57,6 +58,7 @@ __all__ = [
     "ipo",
     "kto",
     "kto_kl",
+    "mpo",
     "nca",
     "nll",
     "orpo",
