@@ -206,9 +206,7 @@ def _with_full_logits(algorithm: Any, model: Any) -> Any:
     from jaxpref.metrics import Metric
 
     def response_logps(params: Any, batch: Any) -> Any:
-        logits = model.apply(
-            {"params": params}, batch.tokens, batch.positions, packing.attention_mask(batch)
-        )
+        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.tree)
         # Each place's log-prob of the token after it; the last place has none.
         logps = from_logits(logits[:, :-1], batch.tokens[:, 1:])
         logps = jnp.pad(logps, ((0, 0), (0, 1)))

@@ -65,6 +65,66 @@ class Group(NamedTuple):
         return [int((~context).sum()) for context in self.context]
 
 
+class Tree(NamedTuple):
+    """Whose token each one is: the tree itself, as the drawing above has it.
+
+    Attributes:
+      group: 1, 2, ... within a row; 0 is padding.
+      branch: 0 for a prompt, k for the k-th response of the group.
+    """
+
+    group: Int[Array | np.ndarray, "*micro rows length"]
+    branch: Int[Array | np.ndarray, "*micro rows length"]
+
+
+class Seats(NamedTuple):
+    """Where the tokens of rows sit: all that `sees` needs to say who sees whom.
+
+    Attributes:
+      order: each token's place in its row, or its slot in a cache; the same in every row.
+      positions: position of each token in its own sequence, which windows are measured in.
+      tree: groups and branches; None where a row is one sequence.
+    """
+
+    order: Int[Array, " length"]
+    positions: Int[Array, "rows length"]
+    tree: Tree | None = None
+
+    def between(self, start: int, end: int) -> "Seats":
+        """The seats of the tokens from `start` to before `end`."""
+        return jax.tree.map(lambda x: x[..., start:end], self)
+
+
+def sees(
+    queries: Seats, keys: Seats, window: Int[Array, ""] | int | None = None
+) -> Bool[Array, "rows queries keys"]:
+    """Who sees whom, as `mask[row, query, key]`: the one rule of attention.
+
+    A query sees a key that is not later, is in the same group, and is in the prompt (branch 0)
+    or in the query's own branch. Padding sees padding, so that no query is left without a key.
+
+    Args:
+      queries: seats of the tokens that look.
+      keys: seats of the tokens that are looked at; with a tree if the queries have one.
+      window: a query sees only keys whose position is less than this before its own; 0 or
+        None for all keys.
+
+    Raises:
+      ValueError: only one of them has a tree.
+    """
+    if (queries.tree is None) != (keys.tree is None):
+        raise ValueError("queries and keys should both have a tree, or neither.")
+    mask = (queries.order[:, None] >= keys.order[None, :])[None]
+    if queries.tree is not None and keys.tree is not None:
+        mask &= queries.tree.group[:, :, None] == keys.tree.group[:, None, :]
+        own, branch = queries.tree.branch[:, :, None], keys.tree.branch[:, None, :]
+        mask &= (branch == 0) | (branch == own)
+    if window is not None:
+        distance = queries.positions[:, :, None] - keys.positions[:, None, :]
+        mask &= (distance < window) | (window == 0)
+    return jnp.broadcast_to(mask, (queries.positions.shape[0], *mask.shape[1:]))
+
+
 # The fields of a batch that have a row for each row of tokens.
 ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "place", "target", "response")
 
@@ -104,20 +164,21 @@ class PackedBatch:
     extras: Mapping[str, Shaped[Array | np.ndarray, "..."]]
     shards: int = dataclasses.field(default=1, metadata={"static": True})
 
+    @property
+    def tree(self) -> Tree:
+        """Groups and branches, for a model: who sees whom, without an array of all pairs."""
+        return Tree(self.group, self.branch)
+
 
 def attention_mask(batch: PackedBatch) -> Bool[Array, "rows length length"]:
-    """Who sees whom: `mask[row, query, key]` of the preference tree.
+    """Who sees whom in a batch, as `mask[row, query, key]`, by the rule of `sees`.
 
-    True where both are in the same group, the key is not later than the query, and
-    the key is in the prompt or in the query's own branch. Padding sees padding, so
-    that no query is left without a key.
+    For models of your own. It has an entry for every pair of tokens in a row; those of
+    `jaxpref.models` take `batch.tree` instead.
     """
-    group, branch = jnp.asarray(batch.group), jnp.asarray(batch.branch)
-    index = jnp.arange(group.shape[1])
-    not_later = index[:, None] >= index[None, :]
-    same_group = group[:, :, None] == group[:, None, :]
-    visible_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    return same_group & visible_branch & not_later[None]
+    order = jnp.arange(batch.tokens.shape[1])
+    seats = Seats(order, jnp.asarray(batch.positions), jax.tree.map(jnp.asarray, batch.tree))
+    return sees(seats, seats)
 
 
 def gather_sources(

@@ -89,7 +89,7 @@ class Bigram(Decoder):
             self.a = self.param("embedding_lora_a", normal, (64, rank))
             self.b = self.param("embedding_lora_b", nn.initializers.zeros, (rank, 8))
 
-    def hidden_states(self, tokens, positions=None, mask=None):
+    def hidden_states(self, tokens, positions=None, tree=None):
         return (self.embedding + self.a @ self.b if self.config.lora else self.embedding)[tokens]
 
     def lm_head(self):
@@ -229,7 +229,7 @@ def test_length_desensitised_dpo_equals_the_definition():
                 {"params": params},
                 batch.tokens,
                 batch.positions,
-                packing.attention_mask(batch),
+                batch.tree,
                 method="hidden_states",
             ),
             batch,

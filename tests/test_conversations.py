@@ -276,9 +276,10 @@ class Attentive(Decoder):
         for name, rows in (("embedding", TINY.vocabulary_size), ("place", ROW), ("kernel", 64)):
             setattr(self, name, self.param(name, normal, (rows, 8), jnp.float64))
 
-    def hidden_states(self, tokens, positions=None, mask=None):
+    def hidden_states(self, tokens, positions=None, tree=None):
         x = self.embedding[tokens] + self.place[positions]
-        seen = jnp.where(mask, x @ x.swapaxes(1, 2), -jnp.inf)
+        seats = packing.Seats(jnp.arange(tokens.shape[1]), positions, tree)
+        seen = jnp.where(packing.sees(seats, seats), x @ x.swapaxes(1, 2), -jnp.inf)
         return x + jax.nn.softmax(seen) @ x
 
     def lm_head(self):
@@ -290,7 +291,7 @@ def exact():
     """A model and its parameters in float64."""
     with jax.enable_x64(True):
         model, nothing = Attentive(TINY), np.zeros((1, 1), np.int32)
-        args = (jax.random.key(0), nothing, nothing, nothing[None] == 0)
+        args = (jax.random.key(0), nothing, nothing, packing.Tree(nothing, nothing))
         yield model, model.init(*args, method="hidden_states")["params"]
 
 
@@ -319,7 +320,7 @@ def test_what_is_scored_is_exactly_the_mask(exact):
             {"params": params},
             jnp.asarray(batch.tokens),
             jnp.asarray(batch.positions),
-            packing.attention_mask(batch),
+            batch.tree,
             method="hidden_states",
         )
         head = exact[0].apply({"params": params}, method="lm_head")

@@ -9,7 +9,6 @@ from conftest import TINY
 from jaxpref import config as config_lib, models
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, make_rope
-from jaxpref.models.attention import attention, rotary_angles, rotate
 
 TOKENS = jax.random.randint(jax.random.key(9), (2, 19), 0, TINY.vocabulary_size)
 
@@ -69,52 +68,6 @@ def test_layers_are_stacked_and_head_untied_on_request():
     assert params["layers"]["key"].shape == (2, 16, 2, 4)
     assert params["head"].shape == params["embedding"].shape == (64, 16)
     assert "head" not in build()[1]["params"]
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-9)])
-def test_grouped_queries_equal_repeated_keys(dtype, tolerance, float64):
-    keys = jax.random.split(jax.random.key(1), 3)
-    query = jax.random.normal(keys[0], (2, 10, 4, 6), dtype)
-    key, value = (jax.random.normal(k, (2, 10, 2, 6), dtype) for k in keys[1:])
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((10, 10), bool)), (2, 10, 10))
-    grouped = attention(query, key, value, mask, block_size=4)
-    repeated = attention(
-        query, jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2), mask, block_size=16
-    )
-    assert grouped.dtype == dtype
-    np.testing.assert_allclose(grouped, repeated, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-9)])
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_attention_is_its_formula(soft_cap, dtype, tolerance, float64):
-    """In float32, as jax.nn has it and as written out; in float64."""
-    keys = jax.random.split(jax.random.key(2), 3)
-    query, key, value = (jax.random.normal(k, (1, 5, 1, 4), dtype) for k in keys)
-    mask = jnp.tril(jnp.ones((1, 5, 5), bool))
-    q, k, v = (np.asarray(x[0, :, 0], np.float64) for x in (query, key, value))
-    scores = q @ k.T / np.sqrt(4)
-    scores = scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
-    weights = np.where(mask[0], np.exp(scores), 0)
-    expected = weights / weights.sum(-1, keepdims=True) @ v
-    found = attention(query, key, value, mask, soft_cap=soft_cap)[0, :, 0]
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def test_rotary_scores_depend_on_distance_alone(float64):
-    keys = jax.random.split(jax.random.key(3), 2)
-    query, key = (jax.random.normal(k, (1, 1, 1, 8)) for k in keys)
-
-    def score(i, j):
-        def turned(x, position):
-            frequencies = jnp.asarray(make_rope(8).frequencies)
-            return rotate(x, *rotary_angles(jnp.array([[position]]), frequencies))
-
-        return (turned(query, i) * turned(key, j)).sum()
-
-    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-9)
-    np.testing.assert_allclose(score(5, 5), (query * key).sum(), rtol=1e-9)
 
 
 def test_ids_outside_the_table_give_nan_not_another_token():

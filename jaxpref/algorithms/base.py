@@ -175,7 +175,7 @@ def _hidden(
         {"params": params},
         jnp.asarray(batch.tokens),
         jnp.asarray(batch.positions),
-        packing.attention_mask(batch),
+        batch.tree,
         method="hidden_states",
         mutable=["intermediates"],
         rngs=None if key is None else {"dropout": key},

@@ -1,10 +1,11 @@
-"""Attention over rows, with any mask, and rotary position embeddings."""
+"""Attention over rows, and rotary position embeddings."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxpref.losses.inputs import in_float32
+from jaxpref.packing import Seats, sees
 
 
 def rotary_angles(
@@ -56,27 +57,29 @@ def attention(
     query: Float[Array, "rows length heads head_dim"],
     key: Float[Array, "rows keys kv_heads head_dim"],
     value: Float[Array, "rows keys kv_heads head_dim"],
-    mask: Bool[Array, "rows length keys"],
+    queries: Seats,
+    keys: Seats | None = None,
     *,
     window: Int[Array, ""] | None = None,
-    positions: tuple[Int[Array, "rows length"], Int[Array, "rows keys"]] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     block_size: int = 128,
 ) -> Float[Array, "rows length heads head_dim"]:
     """Softmax attention with grouped queries; scores and softmax in at least float32.
 
+    Who sees whom comes as seats, not as a mask, and each implementation makes of them what it
+    needs. This one goes through the queries block by block, and makes the mask of one block at
+    a time, again in the backward pass: an array of all pairs of tokens never exists. Another
+    one is a function of the same arguments (but `block_size`), and is compared with this one.
+
     Args:
       query: queries, already rotated.
-      key: keys; query head `h` uses key head `h // (heads // kv_heads)`. With as many keys
-        as queries they are the same tokens.
+      key: keys; query head `h` uses key head `h // (heads // kv_heads)`.
       value: values.
-      mask: `[row, query, key]`, True where the query sees the key. Where keys and queries
-        are the same tokens no query may see a later key, so that a block of queries need
-        not compute the keys after it.
-      window: the query sees keys whose position is less than this before its own; 0 or
-        None for all keys.
-      positions: of queries and keys; needed with a window.
+      queries: seats of the queries.
+      keys: seats of the keys. None if they are the queries' own tokens, with an order that
+        rises along the row, so that a block of queries need not compute the keys after it.
+      window: see `packing.sees`.
       scale: of the scores; by default `head_dim ** -0.5`.
       soft_cap: bounds the scores to `soft_cap * tanh(score / soft_cap)`; None for none.
       block_size: queries a block.
@@ -84,37 +87,37 @@ def attention(
     Returns:
       The weighted values, in the queries' dtype.
     """
-    length, keys = mask.shape[1:]
-    blocks = []
-    for start in range(0, length, block_size):
-        end = min(start + block_size, length)
-        seen = end if keys == length else keys
-        visible = mask[:, start:end, :seen]
-        if window is not None and positions is not None:
-            distance = positions[0][:, start:end, None] - positions[1][:, None, :seen]
-            visible &= (distance < window) | (window == 0)
-        blocks.append(
-            _attend(query[:, start:end], key[:, :seen], value[:, :seen], visible, scale, soft_cap)
-        )
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
-
-def _attend(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array,
-    scale: float | None,
-    soft_cap: float | None,
-) -> Array:
     @jax.checkpoint
-    def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-        # Keeps nothing for the backward pass, where the scores are computed again.
+    def attend(
+        query: Array,
+        key: Array,
+        value: Array,
+        queries: Seats,
+        keys: Seats,
+        window: Array | None,
+    ) -> Array:
+        # Keeps nothing for the backward pass, where mask and scores are computed again.
+        mask = sees(queries, keys, window)
         if soft_cap is None and query.dtype != jnp.float64:
             return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
         return _written_out(query, key, value, mask, scale, soft_cap)
 
-    return attend(query, key, value, mask)
+    length, blocks = query.shape[1], []
+    for start in range(0, length, block_size):
+        end = min(start + block_size, length)
+        seen, seats = (end, queries) if keys is None else (key.shape[1], keys)
+        blocks.append(
+            attend(
+                query[:, start:end],
+                key[:, :seen],
+                value[:, :seen],
+                queries.between(start, end),
+                seats.between(0, seen),
+                window,
+            )
+        )
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
 def _written_out(

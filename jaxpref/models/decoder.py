@@ -24,6 +24,7 @@ from jaxpref.losses.inputs import in_float32
 from jaxpref.models.attention import attention, rotary_angles, rotate
 from jaxpref.models.experts import mix_experts
 from jaxpref.nf4 import Nf4
+from jaxpref.packing import Seats, Tree
 
 # What the backward pass computes again instead of keeping.
 REMAT_POLICIES: dict[str, Any] = {
@@ -301,8 +302,8 @@ class _OfRows(NamedTuple):
     """What all layers share."""
 
     angles: tuple[Array, Array] | None
-    mask: Array
-    positions: tuple[Array, Array]
+    queries: Seats
+    keys: Seats | None
     used: Array | None
 
 
@@ -421,9 +422,9 @@ class Block(nn.Module):
             query,
             key,
             value,
-            rows.mask,
+            rows.queries,
+            rows.keys,
             window=layer.window,
-            positions=rows.positions,
             scale=config.attention_scale,
             soft_cap=config.attention_soft_cap,
             block_size=config.attention_block,
@@ -540,6 +541,16 @@ def _write(slots: Array, new: Array, used: Array | None) -> Array:
     return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (zero, used, zero, zero))
 
 
+def _seats(slots: Array, positions: Array, present: Array | np.ndarray) -> Seats:
+    """Seats of tokens in a cache, where what is not `present` is padding, or not written yet.
+
+    Padding is a branch of its own, slot by slot: it sees what is before it and itself, and
+    nobody else sees it.
+    """
+    branch = jnp.where(present, 0, -1 - slots[None])
+    return Seats(slots, positions, Tree(jnp.ones_like(branch), branch))
+
+
 class Decoder(nn.Module):
     """A decoder-only transformer.
 
@@ -606,7 +617,7 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array | np.ndarray, "rows length"],
         positions: Int[Array | np.ndarray, "rows length"] | None = None,
-        mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
+        tree: Tree | None = None,
     ) -> Float[Array, "rows length features"]:
         """Hidden states after the final norm, ready for `jaxpref.logprobs`.
 
@@ -614,12 +625,13 @@ class Decoder(nn.Module):
           tokens: token ids below the vocabulary size; others give NaN.
           positions: position of each token; by default 0, 1, 2, ...; one that the model does
             not know (see `DecoderConfig.max_length`) gives NaN.
-          mask: `[row, query, key]`, never looking ahead; by default causal.
+          tree: groups and branches of the tokens, which say who sees whom (`batch.tree` of a
+            packed batch); by default a row is one sequence.
 
         Raises:
           ValueError: without positions, rows longer than the model knows positions.
         """
-        rows, length = tokens.shape
+        length = tokens.shape[1]
         longest = self.config.max_length
         if positions is None and 0 < longest < length:
             raise ValueError(
@@ -629,12 +641,8 @@ class Decoder(nn.Module):
             )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-        positions = jnp.asarray(positions)
-        if mask is None:
-            index = jnp.arange(length)
-            mask = jnp.broadcast_to(index[:, None] >= index[None, :], (rows, length, length))
-        shared = _OfRows(None, jnp.asarray(mask), (positions, positions), None)
-        x, seen = self._run(jnp.asarray(tokens), shared, None)
+        seats = Seats(jnp.arange(length), jnp.asarray(positions), jax.tree.map(jnp.asarray, tree))
+        x, seen = self._run(jnp.asarray(tokens), _OfRows(None, seats, None, None), None)
         if seen.router_logits is not None:
             self.sow("intermediates", "router_logits", seen.router_logits)
         return x
@@ -643,10 +651,10 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array | np.ndarray, "rows length"],
         positions: Int[Array | np.ndarray, "rows length"] | None = None,
-        mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
+        tree: Tree | None = None,
     ) -> Float[Array, "rows length"]:
         """What a scalar head says at each token, in float32 (float64 stays float64)."""
-        return self.scalars_of(self.hidden_states(tokens, positions, mask))
+        return self.scalars_of(self.hidden_states(tokens, positions, tree))
 
     def scalars_of(self, hidden: Float[Array, "*batch features"]) -> Float[Array, "*batch"]:
         """What a scalar head says of hidden states, in float32 (float64 stays float64)."""
@@ -682,10 +690,8 @@ class Decoder(nn.Module):
         filled, all_positions = place(cache.filled, real), place(cache.positions, positions)
         slots = jnp.arange(filled.shape[1])
         own = cache.used + jnp.arange(new)
-        # Padding sees itself, so that no query is left without a key.
-        mask = (slots[None, :] <= own[:, None])[None] & filled[:, None, :]
-        mask |= (slots[None, :] == own[:, None])[None]
-        shared = _OfRows(None, mask, (positions, all_positions), cache.used)
+        seats = _seats(own, positions, real), _seats(slots, all_positions, filled)
+        shared = _OfRows(None, *seats, cache.used)
         x, seen = self._run(jnp.asarray(tokens), shared, (cache.keys, cache.values))
         keys, values = seen.cached or (cache.keys, cache.values)
         return x, Cache(keys, values, all_positions, filled, cache.used + new)
@@ -696,7 +702,7 @@ class Decoder(nn.Module):
         """Embeds, runs the layers, norms."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        positions = rows.positions[0]
+        positions = rows.queries.positions
         x = jnp.take(self._gathered(self.embedding), tokens, axis=0)
         if config.embedding_scale != 1:
             x *= jnp.asarray(config.embedding_scale, dtype)
@@ -744,8 +750,8 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array | np.ndarray, "rows length"],
         positions: Int[Array | np.ndarray, "rows length"] | None = None,
-        mask: Bool[Array | np.ndarray, "rows length length"] | None = None,
+        tree: Tree | None = None,
     ) -> Float[Array, "rows length vocabulary"]:
         """Logits in float32, for callers who want them all; training does not."""
-        hidden = self.hidden_states(tokens, positions, mask)
+        hidden = self.hidden_states(tokens, positions, tree)
         return self.lm_head().logits(hidden)
