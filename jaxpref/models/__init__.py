@@ -13,12 +13,12 @@ from jaxpref.errors import UserError
 from jaxpref.models.adapters import dequantize, merge_adapters, save_adapters, without_adapters
 from jaxpref.models.classifiers import as_scalar, padding_beside_adapters, with_scalar_head
 from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
-from jaxpref.models.families import make_rope
 from jaxpref.models.huggingface import (
     Origin,
     from_pretrained,
     save_pretrained,
 )
+from jaxpref.models.huggingface.families import make_rope
 
 __all__ = [
     "Cache",

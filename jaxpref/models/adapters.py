@@ -15,11 +15,11 @@ import numpy as np
 
 from jaxpref.errors import UserError
 from jaxpref.losses.inputs import in_float32
-from jaxpref.models import safetensors
 from jaxpref.models.decoder import Decoder, Lora
-from jaxpref.models.families import SCORE
-from jaxpref.models.huggingface import Place, as_ours, places, weight_of
-from jaxpref.models.safetensors import TensorFiles
+from jaxpref.models.huggingface import safetensors
+from jaxpref.models.huggingface.families import SCORE
+from jaxpref.models.huggingface.read import Place, as_ours, places, weight_of
+from jaxpref.models.huggingface.safetensors import TensorFiles
 from jaxpref.nf4 import Nf4
 from jaxpref.trainable import partition, path_of
 

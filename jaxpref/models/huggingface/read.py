@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxpref import sharding
 from jaxpref.errors import UserError
-from jaxpref.models import safetensors
 from jaxpref.models.classifiers import SCALAR_HEAD, features, with_padding
 from jaxpref.models.decoder import Decoder, DecoderConfig
-from jaxpref.models.families import FAMILIES, SCORE, Family, Reader
-from jaxpref.models.safetensors import TensorFiles
+from jaxpref.models.huggingface import safetensors
+from jaxpref.models.huggingface.families import FAMILIES, SCORE, Family, Reader
+from jaxpref.models.huggingface.safetensors import TensorFiles
 from jaxpref.trainable import path_of
 
 # Leading axes of a matrix that are inputs; what is not here is no matrix.
