@@ -170,7 +170,7 @@ def _run(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints)
             results = evaluation.evaluate(
                 lambda batch: score(state, frozen, reference, sharding.put_batch(mesh, batch)),
                 held_out_stream.once(),
-                data.held_out.scores,
+                data.held_out.true_rewards,
                 data.held_out.sources,
             )
             metrics_lib.require_finite(step, results.values, checkpoints.kept)

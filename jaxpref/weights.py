@@ -19,7 +19,8 @@ from jaxpref import checkpoint, config as config_lib, models
 from jaxpref.errors import UserError
 from jaxpref.metrics import console
 from jaxpref.models import Decoder, huggingface, without_adapters
-from jaxpref.models.adapters import ADAPTERS, PEFT_CONFIG, SavedAdapters
+from jaxpref.models.adapters import ADAPTERS
+from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
 from jaxpref.trainable import merge, partition, path_of
 
 _KEPT = "huggingface"

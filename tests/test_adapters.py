@@ -26,7 +26,7 @@ from jaxpref import (
     weights,
 )
 from jaxpref.errors import UserError
-from jaxpref.models import Lora, adapters, huggingface
+from jaxpref.models import Lora, huggingface
 from jaxpref.models.adapters import ADAPTERS
 from jaxpref.trainable import merge, partition
 
@@ -269,7 +269,7 @@ def test_saved_adapters_merge_as_ours_do(name, tmp_path):
     model, params, base = adapted(name)
     models.save_adapters(model, params, tmp_path)
     plain, merged = models.merge_adapters(model, params)
-    saved = adapters.SavedAdapters(tmp_path)
+    saved = huggingface.SavedAdapters(tmp_path)
     assert saved.base == str(pretrained.FIXTURES / name)
     ours = saved.merge(plain, jax.tree.map(jnp.copy, base))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(merged), strict=True):
@@ -319,7 +319,7 @@ def test_an_embedding_that_peft_unties_is_refused(tmp_path):
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
     model, params = models.from_pretrained(pretrained.FIXTURES / "llama3")
     with pytest.raises(UserError, match="unties from the head of"):
-        adapters.SavedAdapters(tmp_path).merge(model, params)
+        huggingface.SavedAdapters(tmp_path).merge(model, params)
 
 
 def test_a_run_from_adapters_resumes_and_exports_without_them(folder, tmp_path):
@@ -447,7 +447,7 @@ def test_adapters_without_an_alpha_have_that_of_peft(tmp_path):
     assert described.pop("lora_alpha") == 8
     path.write_text(json.dumps(described))
     plain, merged = models.merge_adapters(model, params)
-    ours = adapters.SavedAdapters(tmp_path).merge(plain, base)
+    ours = huggingface.SavedAdapters(tmp_path).merge(plain, base)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(merged), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 

@@ -177,7 +177,7 @@ def test_arrays_of_conversations(tmp_path):
     twice = tokenized("chatml", long, short, long)
     twice = dataclasses.replace(twice, context=twice.context.copy())
     assert len(deduplicate(twice)) == 2
-    twice.context[: data.pieces[2]] = False
+    twice.context[: data.piece_offsets[2]] = False
     assert len(deduplicate(twice)) == 3
 
     cache.write(tmp_path / "kept", data, None, {"held_out_examples": 0})

@@ -339,14 +339,12 @@ def test_tokens_are_the_bytes_apart_at_the_boundary():
     tokenizer = load_tokenizer("bytes")
     text = "Grüße </s>"
     limits = Limits(64, 32, tokenizer.eos_token_id, begins_with_bos(tokenizer, "auto"))
-    data = tokenize(
-        [Example(text, (" a", " b\n"), (1.0, 2.0), scores_are_true=True)], tokenizer, limits
-    )
+    data = tokenize([Example(text, (" a", " b\n"), true_rewards=(1.0, 2.0))], tokenizer, limits)
     group = data.group(0)
     # ByT5 ids are bytes + 3, and the name of a special token inside a text is just text.
     assert bytes(int(i) - 3 for i in group.prompt) == text.encode()
     assert [r.tolist() for r in group.responses] == [[35, 100, 1], [35, 101, 13, 1]]
-    assert data.scores.tolist() == [[1.0, 2.0]]
+    assert data.true_rewards.tolist() == [[1.0, 2.0]]
     parsed = tokenize([Example(text, (" a",))], tokenizer, limits, parse_special_tokens=True)
     assert int(parsed.group(0).prompt[-1]) == tokenizer.eos_token_id
 
@@ -414,7 +412,7 @@ def test_synthetic_labels_follow_bradley_terry():
     examples = synthetic.generate(4000, seed=3)
     assert examples == synthetic.generate(4000, seed=3)
     assert examples[:10] != synthetic.generate(10, seed=4)
-    margins = np.array([e.scores[0] - e.scores[1] for e in examples])
+    margins = np.array([e.true_rewards[0] - e.true_rewards[1] for e in examples])
     # Of pairs this far apart, a share sigmoid(|margin|) is labelled by the true reward.
     for low, high in ((0.2, 0.8), (0.8, 1.6), (1.6, 3.0)):
         near = (np.abs(margins) > low) & (np.abs(margins) < high)
@@ -423,11 +421,11 @@ def test_synthetic_labels_follow_bradley_terry():
         assert abs((margins[near] > 0).mean() - expected) < error
 
 
-def test_synthetic_scores_are_those_of_the_text():
+def test_synthetic_rewards_are_those_of_the_text():
     for example in synthetic.generate(50, seed=5):
         dish = example.prompt.removesuffix("?").rpartition(" ")[2]
-        for response, score in zip(example.responses, example.scores, strict=True):
+        for response, reward in zip(example.responses, example.true_rewards, strict=True):
             _, described, _, *words = (
                 response.strip(" .").replace(",", "").replace(" and", "").split()
             )
-            assert score == synthetic.true_reward(tuple(words), described == dish)
+            assert reward == synthetic.true_reward(tuple(words), described == dish)

@@ -333,7 +333,9 @@ def test_what_contradicts_its_own_order_is_refused_or_counted(case, kind):
     assert len(kept) == 2 * len(alone)
     assert counts["contradictions"] == 1
     # A true reward may be drawn against, and nothing is compared for a prompt.
-    drawn = dataclasses.replace(CONTRADICTED["scores"], scores_are_true=True)
+    drawn = dataclasses.replace(
+        CONTRADICTED["scores"], scores=None, true_rewards=CONTRADICTED["scores"].scores
+    )
     assert not {*adapt([drawn], kind)[1]} - {"unused_responses"}
     assert not adapt([example], "prompts")[1]
 
@@ -428,7 +430,7 @@ def test_ties_matter_only_where_they_are_compared():
     assert [(e.responses, e.scores) for e in examples] == [(("a", "b"), (2.0, 1.0))]
     assert counts == {"dropped/tied_response": 1}
     # A true reward is not what these labels were read off.
-    known = dataclasses.replace(tied, responses=("a", "b"), scores=(1.0, 1.0), scores_are_true=True)
+    known = dataclasses.replace(tied, responses=("a", "b"), scores=None, true_rewards=(1.0, 1.0))
     assert adapt([known], "pairs")[0] == [known]
 
 
@@ -546,9 +548,9 @@ def test_labels_margins_and_scores_are_extras():
     assert data.extras["scores"].tolist() == [[4, 3, 0, 0], [4, 3, 2, 1]]
     assert all(values.dtype == np.float32 for values in data.extras.values())
     # Ratings are no true reward to evaluate against, nor is a true reward a rating.
-    assert data.scores is None
-    data = tokenized(Example("p", ("a", "b"), (1.0, 2.0), scores_are_true=True))
-    assert data.scores.tolist() == [[1, 2]]
+    assert data.true_rewards is None
+    data = tokenized(Example("p", ("a", "b"), true_rewards=(1.0, 2.0)))
+    assert data.true_rewards.tolist() == [[1, 2]]
     assert not data.extras
 
 

@@ -209,12 +209,13 @@ def test_prompts_alone_make_batches(tmp_path):
     assert (batch.tokens > 0).sum() == 4 * len("question 0")
 
 
-def test_generated_scores_are_a_true_reward_of_pairs_alone():
-    def scores(kind):
-        return load(kind, format="synthetic", synthetic_pairs=20).train.scores
+def test_generated_pairs_alone_have_true_rewards():
+    def true_rewards(kind):
+        return load(kind, format="synthetic", synthetic_pairs=20).train.true_rewards
 
-    assert scores("pairs").shape[1] == 2
-    assert scores("unpaired") is scores("sft") is scores("prompts") is None
+    assert true_rewards("pairs").shape[1] == 2
+    for kind in ("unpaired", "sft", "prompts"):
+        assert true_rewards(kind) is None
 
 
 def test_a_source_with_nothing_left_is_an_error(tmp_path):
@@ -315,7 +316,7 @@ def test_generated_data_is_kept_by_seed(tmp_path):
         config.data.update(format="synthetic", synthetic_pairs=20, cache=str(tmp_path))
         config.seed = seed
         data = data_lib.load(config, load_tokenizer("bytes"), "pairs")
-        assert data.train.scores.shape == (len(data.train), 2)
+        assert data.train.true_rewards.shape == (len(data.train), 2)
         return "reused" in "".join(data.notes)
 
     assert [reused(0), reused(1), reused(0)] == [False, False, True]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpref.models import safetensors
+from jaxpref.models.huggingface import safetensors
 
 WIDTH, FEED_FORWARD, LAYERS = 2048, 8192, 8
 CONFIG = {

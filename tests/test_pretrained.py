@@ -16,9 +16,9 @@ from jaxpref import config as config_lib, models, packing, sharding, weights
 from jaxpref.algorithms import response_logps
 from jaxpref.errors import UserError
 from jaxpref.logprobs import from_logits
-from jaxpref.models import safetensors
 from jaxpref.models.experts import load_balancing_loss
-from jaxpref.models.families import FAMILIES
+from jaxpref.models.huggingface import safetensors
+from jaxpref.models.huggingface.families import FAMILIES
 
 # One case a family, for what does not depend on its variants.
 FAMILY_CASES = [

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import pytest
 
 from jaxpref.models import huggingface
@@ -403,7 +404,7 @@ def test_published_configs_are_read(name, tmp_path):
     model = huggingface.read_model(tmp_path)
     for field, value in fields.items():
         assert getattr(model.config, field) == value, field
-    shapes = (x.shape for x in huggingface.jax.tree.leaves(huggingface.abstract_params(model)))
+    shapes = (x.shape for x in jax.tree.leaves(huggingface.abstract_params(model)))
     assert round(sum(map(math.prod, shapes)) / 1e6) == millions
 
 

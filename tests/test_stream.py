@@ -14,9 +14,9 @@ def dataset(count=23, responses=2, **fields):
     pieces = [piece for g in groups for piece in (g.prompt, *g.responses)]
     return TokenizedDataset(
         tokens=np.concatenate(pieces),
-        pieces=np.cumsum([0, *map(len, pieces)]),
-        examples=np.arange(count + 1) * (1 + responses),
-        scores=None,
+        piece_offsets=np.cumsum([0, *map(len, pieces)]),
+        example_offsets=np.arange(count + 1) * (1 + responses),
+        true_rewards=None,
         counts=Counter(),
         uncut=np.asarray([len(piece) for piece in pieces]),
         prompts=np.arange(count),

@@ -1,9 +1,9 @@
 """Tokenised data kept in a directory, under a key of all that it was made from.
 
-DIR/KEY/manifest.json                       digests of the other files
-DIR/KEY/counts.json
-DIR/KEY/train/tokens.npy, pieces.npy, ...   the arrays of a `TokenizedDataset`
-DIR/KEY/held_out/...                        if there is any
+DIR/KEY/manifest.json         digests of the other files
+DIR/KEY/counts.json           what was dropped or cut, and how many examples are left
+DIR/KEY/train/tokens.npy ...  the arrays of a `TokenizedDataset`
+DIR/KEY/held_out/...          the same of what is held out, if there is any
 """
 
 import dataclasses
@@ -24,15 +24,25 @@ from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.records import fingerprint
 from jaxpref.errors import UserError
 
-# Of what is kept; a change of it makes a key of its own.
-_VERSION = 2
+# The version of the files' format. It is a part of the key, so that a directory written in
+# another version is not read, and the data is tokenised anew.
+_VERSION = 3
 _COUNTS = "counts.json"
 _SIDES = ("train", "held_out")
-_ARRAYS = ("tokens", "context", "pieces", "examples", "scores", "uncut", "prompts")
-# Those that a data set may be without.
-_OPTIONAL = ("context", "scores")
+_ARRAYS = (
+    "tokens",
+    "context",
+    "piece_offsets",
+    "example_offsets",
+    "true_rewards",
+    "uncut",
+    "prompts",
+)
+# A data set may be without these arrays.
+_OPTIONAL = ("context", "true_rewards")
 _GROUPS = ("extras", "sources")
-# Settings that change no token, and paths, in whose place the content counts.
+# These settings are no part of the key. They change no token, or they are paths and names, in
+# whose place the key has the content.
 _IRRELEVANT = (
     "data.batch_size",
     "data.cache",
@@ -47,7 +57,7 @@ _IRRELEVANT = (
 
 
 def folder(config: ConfigDict, tokenizer: Any, kind: str) -> Path:
-    """The place in data.cache for this data, this tokenizer and these settings."""
+    """The directory in data.cache for this data, this tokenizer and these settings."""
     data = config.data
     of_data = {key: value for key, value in config_lib.flatten(config) if _matters(key)}
     sources: list[Any] = [
@@ -69,10 +79,12 @@ def folder(config: ConfigDict, tokenizer: Any, kind: str) -> Path:
 
 
 def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[str, int]] | None:
-    """What `write` left, with its arrays mapped from the files; None if there is nothing.
+    """Reads what `write` has kept; None if there is nothing.
+
+    The arrays are mapped from the files, so that only the parts that are used are read.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the files are damaged.
     """
     if not folder.exists():
         return None
@@ -87,7 +99,7 @@ def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[
 def write(
     folder: Path, train: TokenizedDataset, held_out: TokenizedDataset | None, counts: dict[str, int]
 ) -> None:
-    """Keeps both sides so that they are there whole or not at all.
+    """Keeps both sides of the data. A run that is killed meanwhile leaves nothing to be read.
 
     Raises:
       UserError: the directory cannot be written.
@@ -104,7 +116,7 @@ def write(
             os.replace(temporary, folder)
     except OSError as error:
         if folder.exists():
-            # Another run was faster; its data is the same.
+            # Another run wrote the same data in the meantime.
             return
         raise UserError(
             f"data.cache is {str(folder.parent)!r}, where nothing can be written "
@@ -117,7 +129,7 @@ def _matters(key: str) -> bool:
 
 
 def _digest(tokenizer: Any) -> str:
-    """Of all files that the tokenizer consists of, wherever it came from."""
+    """A digest of all files that the tokenizer consists of, wherever it came from."""
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as name:
         tokenizer.save_pretrained(name)
@@ -146,7 +158,7 @@ def _read_dataset(folder: Path) -> TokenizedDataset:
         path = folder / f"{name}.npy"
         if name in _OPTIONAL and not path.exists():
             return None
-        # Not as a memmap, whose slices are slow.
+        # This is a view of the memmap as a plain array, because slicing a memmap is slow.
         return np.load(path, mmap_mode="r").view(np.ndarray)
 
     fields: dict[str, Any] = {name: array(name) for name in _ARRAYS}

@@ -1,10 +1,14 @@
 """Conversations to token ids, through the tokenizer's chat template.
 
-The template alone decides how a conversation reads, BOS included. What is guaranteed here,
-whatever it says: the ids of a turn continue the ids before it, so that the model is trained
-on what it will see when it generates; a turn ends in one end-of-turn token, the template's or
-else EOS; the name of a special token inside a message is text, not a token; and where several
-turns of one conversation are trained, each has the ids that it would have as the last one.
+The template alone decides how a conversation reads, BOS included. This is guaranteed here for
+every template:
+
+- the ids of a turn continue the ids before it, so that the model is trained on what it will see
+  when it generates;
+- a turn ends in one end-of-turn token: the template's own or, if it has none, EOS;
+- the name of a special token inside a message is text, not a token;
+- where several turns of one conversation are trained, each has the ids that it would have as
+  the last turn.
 """
 
 import dataclasses
@@ -23,9 +27,9 @@ Message = Mapping[str, Any]
 # A message of the assistant, or several messages from the assistant's first to its last.
 Turns = Message | tuple[Message, ...]
 
-# Templates for models that came with none. Neither needs tokens that a model may not have.
+# Templates for models that come without one. They need no token that a model may lack.
 TEMPLATES: dict[str, str] = {
-    # Instructions as Stanford Alpaca writes them; a system message takes the preamble's place.
+    # The form of Stanford Alpaca's instructions. A system message takes the preamble's place.
     "alpaca": """
 {%- if tools -%}{{- raise_exception('alpaca has no place for tools') -}}{%- endif -%}
 {%- for message in messages -%}
@@ -51,7 +55,7 @@ TEMPLATES: dict[str, str] = {
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '### Response:\n' -}}{%- endif -%}
 """,
-    # Dialogues as Anthropic's HH writes them.
+    # The form of the dialogues in Anthropic's HH.
     "hh": """
 {%- if tools -%}{{- raise_exception('hh has no place for tools') -}}{%- endif -%}
 {%- for message in messages -%}
@@ -72,7 +76,8 @@ TEMPLATES: dict[str, str] = {
 """,
 }
 
-# Stands for a special token's name inside a message while the template is rendered.
+# While the template is rendered, a character from here on (for private use in Unicode) stands for
+# the name of a special token inside a message.
 _FIRST_MARK = 0xF0000
 _MARKS = re.compile("([\U000f0000-\U000ffffd])")
 _SHOWN = 40
@@ -83,8 +88,8 @@ class Chat:
     """A conversation that a response continues.
 
     Attributes:
-      messages: each with a `role` and its `content`, and what else the template reads. If the
-        last one is the assistant's, a response continues it.
+      messages: each with a `role`, a `content`, and what else the template reads. If the last
+        message is the assistant's, a response continues it.
       tools: JSON schemas of the functions that may be called.
       options: further variables for the template.
     """
@@ -105,11 +110,11 @@ def messages_of(response: str | Turns) -> tuple[Message, ...]:
 
 
 class EncodedTurns(NamedTuple):
-    """The ids of what continues a conversation.
+    """The ids of the messages that continue a conversation.
 
     Attributes:
-      ids: through the end of the assistant's last turn.
-      context: which of them are seen but not the assistant's to say.
+      ids: up to the end of the assistant's last turn.
+      context: which ids are not the assistant's: they are seen but not scored.
     """
 
     ids: list[int]
@@ -126,7 +131,7 @@ class _Opened(NamedTuple):
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """The ids of a tokenizer's special tokens by name."""
     added = tokenizer.added_tokens_decoder.items()
-    # Some tokenizers do not mark EOS and the like among what was added.
+    # Some tokenizers do not mark EOS and other special tokens among the added ones.
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return {token.content: id for id, token in added if token.special} | dict(named)
 
@@ -167,12 +172,13 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, *, eos: int, parse_special_tokens: bool = False):
-        """Prepares.
+        """Prepares to encode.
 
         Args:
           tokenizer: a `transformers` tokenizer.
-          eos: ends responses where the template has no end-of-turn token.
-          parse_special_tokens: read the names of special tokens in messages as such.
+          eos: the id that ends responses if the template has no end-of-turn token.
+          parse_special_tokens: whether the name of a special token in a message becomes that
+            token; else it stays text.
         """
         self.special_names = 0
         self._tokenizer = tokenizer
@@ -191,8 +197,8 @@ class ChatEncoder:
 
         Args:
           chat: the conversation before the assistant's turn.
-          responses: what may continue it: a message of the assistant, or several messages from
-            the assistant's first to its last.
+          responses: each is a message of the assistant that continues the conversation, or
+            several messages from the assistant's first to its last.
           where: place of the record, for messages.
 
         Raises:
@@ -216,7 +222,15 @@ class ChatEncoder:
         names: list[str],
         where: str,
     ) -> EncodedTurns:
-        """The messages' ids after a conversation that is opened for the first of them."""
+        """The ids of messages that continue a conversation.
+
+        Args:
+          chat: the conversation.
+          opened: the conversation, opened for the first of the messages.
+          messages: from the assistant's first message to its last.
+          names: the names of special tokens that marks stand for.
+          where: place of the record, for messages.
+        """
         spans, wholes = [], []
         for place, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -235,7 +249,7 @@ class ChatEncoder:
         return EncodedTurns(whole[len(opened.ids) :], context[len(opened.ids) :])
 
     def _open(self, chat: Chat, names: list[str], where: str) -> _Opened:
-        """A conversation up to where the model goes on: in a new turn, or in its own last one."""
+        """A conversation up to where the model goes on, in a new turn or in its own last one."""
         goes_on = bool(chat.messages) and chat.messages[-1]["role"] == "assistant"
         how = "continue_final_message" if goes_on else "add_generation_prompt"
         text = self._render(chat, where, **{how: True})
@@ -304,14 +318,16 @@ class ChatEncoder:
         return ids
 
     def _ids_of_pieces(self, text: str) -> list[int]:
-        """The token ids of a text, what is between two special tokens being tokenised once.
+        """The token ids of a text, of which each piece between two special tokens is remembered.
 
-        Special tokens part a text before anything else is done to it. A turn is read again with
-        every turn after it and with every response, so that most pieces are known already.
+        A tokenizer first cuts a text at its special tokens, so the pieces can be tokenised one by
+        one. A turn is read again with every turn after it and with every response, so most
+        pieces are known already.
         """
         cuts = [match.span() for match in self._special_names.finditer(text)]
         starts, ends = [0, *(start for start, _ in cuts)], [*(end for _, end in cuts), len(text)]
-        # With the special tokens around it, some of which take blanks away.
+        # A piece includes the special tokens around it, because some of them remove the blanks
+        # beside them.
         pieces = [text[start:end] for start, end in zip(starts, ends, strict=True)]
         new = [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
         if new:
@@ -364,7 +380,7 @@ class ChatEncoder:
 
 
 def _where_they_part(one: Any, other: Any, show: Callable[[Any], Any]) -> tuple[int, str, str]:
-    """The first place where two texts, or two lists of ids, differ, and what is around it."""
+    """The first place where two texts or two lists of ids differ, and what both have around it."""
     parted = next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
         min(len(one), len(other)),
@@ -381,10 +397,10 @@ def _extended(chat: Chat, messages: Sequence[Message], where: str) -> Chat:
 
 
 def _joined(messages: Sequence[Message], where: str) -> tuple[Message, ...]:
-    """The messages, with each of the assistant's that follows another one joined to it.
+    """The messages, with those of the assistant that follow each other joined to one.
 
     Raises:
-      UserError: the first of the two is not text alone.
+      UserError: such a message is not text alone, or the first one calls tools.
     """
     joined: list[Message] = []
     for message in messages:
@@ -403,7 +419,7 @@ def _joined(messages: Sequence[Message], where: str) -> tuple[Message, ...]:
 
 
 def stop_ids(tokenizer: Any) -> list[int]:
-    """The ids that responses end in: EOS, and what ends a turn in the chat template, if any."""
+    """The ids at which generation stops: EOS, and the chat template's end-of-turn token if any."""
     eos = tokenizer.eos_token_id
     if not tokenizer.chat_template:
         return [eos]
@@ -412,13 +428,14 @@ def stop_ids(tokenizer: Any) -> list[int]:
         encoder = ChatEncoder(tokenizer, eos=eos)
         _, (response,) = encoder.encode(turn, ["b"], "a conversation of two words")
     except UserError:
-        # A template that cannot write so simple a conversation says nothing of its end.
+        # The template cannot write so simple a conversation, so its end-of-turn token is not
+        # known.
         return [eos]
     return list(dict.fromkeys([eos, int(response.ids[-1])]))
 
 
 def _map_text(value: Any, function: Callable[[str], str]) -> Any:
-    """The value with every text in it replaced, but for keys and roles."""
+    """The value with the function applied to every text in it, except keys and roles."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, Chat):

@@ -11,12 +11,12 @@ from jaxpref.data.chat import Chat, Message, Turns, messages_of
 from jaxpref.data.examples import DivergentPromptError, EmptyResponseError, Example
 from jaxpref.errors import UserError
 
-# What a message with nothing to say has.
+# A message that has only these keys says what its content says, and nothing else.
 _BARE = {"role", "content"}
 
 
 def column(record: Mapping, name: str, where: str) -> Any:
-    """The value of a column that has to be there."""
+    """The value of a column that the record must have."""
     if name not in record:
         raise UserError(
             f"{where}: no column {name!r}; the record has {', '.join(map(repr, record))}. "
@@ -105,7 +105,8 @@ def as_messages(value: Any, name: str) -> list[Message]:
                 f"{type(message['content']).__name__}."
             )
     _check_encodable(value, name)
-    # Tables fill absent fields with null, which templates take for a value.
+    # In tables the absent fields of a message are null, and a template would take null for a
+    # value.
     return [{"content": "", **_without_nulls(message)} for message in value]
 
 
@@ -136,17 +137,20 @@ def conversations(
     *,
     given: int = 0,
 ) -> Example:
-    """An example of dialogues; the prompt is what they share, or of one what asks for an answer.
+    """An example of one or several dialogues.
+
+    The prompt of several dialogues is what they share. The prompt of one dialogue ends before the
+    assistant's first answer.
 
     Args:
       record: has the tools, and the template's variables.
-      dialogues: each through the assistant's last turn.
-      names: what the dialogues are called.
+      dialogues: each ends with a turn of the assistant.
+      names: what the dialogues are called, for messages.
       where: place of the record, for messages.
-      given: the messages that are the prompt in any case.
+      given: how many messages of one dialogue belong to the prompt in any case.
 
     Raises:
-      DivergentPromptError: they part in another turn than the assistant's.
+      DivergentPromptError: the dialogues part in a turn that is not the assistant's.
       EmptyResponseError: a turn of a response says nothing.
       UserError: a response is not the assistant's.
     """
@@ -175,7 +179,7 @@ def conversations(
 
 
 def _shared(dialogues: list[list[Message]]) -> int:
-    """How many messages all dialogues begin with, at least one of each being left."""
+    """How many messages all dialogues begin with; at least one of each is not counted."""
     first = dialogues[0]
     most = min(map(len, dialogues)) - 1
     parted = (i for i in range(most) if any(d[i] != first[i] for d in dialogues))
@@ -183,7 +187,10 @@ def _shared(dialogues: list[list[Message]]) -> int:
 
 
 def _first_answer(dialogue: list[Message], given: int) -> int:
-    """The place of the assistant's first turn after the prompt, or after what is asked first."""
+    """The place of the assistant's first turn after the prompt.
+
+    If no messages are given as the prompt (0), it is the first turn after the first question.
+    """
     unasked = ("system", "developer", "assistant")
     asked = (i for i, message in enumerate(dialogue) if message["role"] not in unasked)
     start = given or next(asked, len(dialogue) - 2) + 1
@@ -191,7 +198,15 @@ def _first_answer(dialogue: list[Message], given: int) -> int:
 
 
 def not_empty(example: Example, names: tuple[str, ...]) -> Example:
-    """The example, if each of its responses, which `names` describe, says something."""
+    """The example itself, if every response says something.
+
+    Args:
+      example: the example.
+      names: what the responses are called, for messages.
+
+    Raises:
+      EmptyResponseError: a response is empty.
+    """
     for name, response in zip(names, example.responses, strict=True):
         if not response.strip() if isinstance(response, str) else _says_nothing(response):
             raise EmptyResponseError(
@@ -202,7 +217,7 @@ def not_empty(example: Example, names: tuple[str, ...]) -> Example:
 
 
 def _says_nothing(response: Turns) -> bool:
-    """Whether a turn of the assistant is empty."""
+    """Whether one of the assistant's turns in a response is empty."""
 
     def said(message: Message) -> Any:
         content = message["content"]
@@ -213,9 +228,10 @@ def _says_nothing(response: Turns) -> bool:
 
 
 def with_preference(pair: Example, record: Mapping) -> Example:
-    """The pair with how much the better response is better, where the record says so.
+    """The pair with its margin and its scores, if the record has them.
 
-    Reads `margin`, and the scores of both in `score_chosen` and `score_rejected`.
+    Reads `margin`, how much better the chosen response is; and the scores of both responses,
+    `score_chosen` and `score_rejected`.
     """
     names = [f"score_{side}" for side in ("chosen", "rejected")]
     if record.get("margin") is not None:
@@ -231,7 +247,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_encodable(value: Any, name: str) -> None:
-    """Refuses half characters in any text of a value, which no tokenizer can encode."""
+    """Refuses a value with half of a character in a text, because no tokenizer can encode it."""
     if isinstance(value, str):
         try:
             value.encode()

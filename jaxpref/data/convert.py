@@ -1,14 +1,15 @@
-"""What a data set holds to what an algorithm needs; nothing is converted by guessing."""
+"""Converts what a data set holds to what an algorithm needs; nothing is converted by guessing."""
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, pairwise
+from typing import Any
 
 from jaxpref.data.examples import Example, Response, last_turn
 from jaxpref.errors import UserError
 
-# What an algorithm may need of an example, with the columns that hold it.
+# What an algorithm may need an example to hold, with the columns that hold it.
 KINDS: dict[str, str] = {
     "sft": "one response to a prompt (prompt, completion; messages; instruction, output; or the "
     "best of several)",
@@ -27,7 +28,7 @@ KINDS: dict[str, str] = {
 
 
 def kind_of(example: Example) -> str:
-    """What an example holds, one of `KINDS`."""
+    """What an example holds: one of `KINDS`."""
     if example.prompt is None:
         return "text"
     if not example.ordered and example.scores is None:
@@ -41,29 +42,36 @@ def kind_of(example: Example) -> str:
     return "sft" if example.responses else "prompts"
 
 
-def best_first(example: Example) -> Example:
-    """The example with its responses by falling score; equal ones stay in order."""
-    if example.ordered or example.scores is None:
-        return example
-    scores, responses = example.scores, example.responses
-    order = sorted(range(len(scores)), key=lambda k: -scores[k])
+def select(example: Example, places: Sequence[int], **changes: Any) -> Example:
+    """The example with some of its responses, and with what is known of each of these.
+
+    Args:
+      example: the example.
+      places: of the responses, in the order that they shall have.
+      changes: further fields that change.
+    """
+    responses, scores, rewards = example.responses, example.scores, example.true_rewards
     return dataclasses.replace(
         example,
-        responses=tuple(responses[k] for k in order),
-        scores=tuple(scores[k] for k in order),
-        ordered=True,
+        responses=tuple(responses[k] for k in places),
+        scores=None if scores is None else tuple(scores[k] for k in places),
+        true_rewards=None if rewards is None else tuple(rewards[k] for k in places),
+        **changes,
     )
+
+
+def best_first(example: Example) -> Example:
+    """The example with its responses in falling order of scores; equal ones keep their order."""
+    if example.ordered or example.scores is None:
+        return example
+    scores = example.scores
+    return select(example, sorted(range(len(scores)), key=lambda k: -scores[k]), ordered=True)
 
 
 def without_ties(example: Example) -> Example:
-    """The first response of each score."""
+    """The example with only the first response of each score."""
     scores = example.scores or ()
-    kept = [k for k in range(len(scores)) if scores[k] not in scores[:k]]
-    return dataclasses.replace(
-        example,
-        responses=tuple(example.responses[k] for k in kept),
-        scores=tuple(scores[k] for k in kept),
-    )
+    return select(example, [k for k in range(len(scores)) if scores[k] not in scores[:k]])
 
 
 def ranked_to_pairs(example: Example, which: str = "best_worst") -> list[Example]:
@@ -75,46 +83,25 @@ def ranked_to_pairs(example: Example, which: str = "best_worst") -> list[Example
     """
     if len(example.responses) == 2:
         return [example]
-    return [
-        dataclasses.replace(
-            example,
-            responses=(example.responses[i], example.responses[j]),
-            scores=example.scores and (example.scores[i], example.scores[j]),
-            margin=None,
-        )
-        for i, j in _PAIRS[which](len(example.responses))
-    ]
+    return [select(example, pair, margin=None) for pair in _PAIRS[which](len(example.responses))]
 
 
 def pairs_to_unpaired(example: Example) -> list[Example]:
     """The better response of a pair with the label True, the worse one with False."""
-    return [
-        dataclasses.replace(
-            example,
-            responses=(response,),
-            scores=example.scores and (example.scores[i],),
-            label=i == 0,
-            margin=None,
-        )
-        for i, response in enumerate(example.responses)
-    ]
+    return [select(example, [k], label=k == 0, margin=None) for k in range(len(example.responses))]
 
 
 def ranked_to_sft(example: Example) -> Example:
     """The best response alone."""
-    return dataclasses.replace(
-        example,
-        responses=example.responses[:1],
-        scores=example.scores and example.scores[:1],
-        label=None,
-        margin=None,
-    )
+    return select(example, [0], label=None, margin=None)
 
 
 def to_prompt(example: Example) -> Example:
-    """The prompt alone; of a conversation, all that is before its last turn."""
+    """The prompt alone; for a conversation, all that is before its last turn."""
     example = last_turn(example) if len(example.responses) == 1 else example
-    return dataclasses.replace(example, responses=(), scores=None, label=None, margin=None)
+    return dataclasses.replace(
+        example, responses=(), scores=None, true_rewards=None, label=None, margin=None
+    )
 
 
 def adapt(
@@ -133,12 +120,13 @@ def adapt(
       examples: of any kind.
       kind: one of `KINDS`.
       found: the format that they were read as, for messages.
-      ranked_pairs: the pairs of more than two responses, see `ranked_to_pairs`.
-      on_tie: "error", or "skip" to drop comparisons of responses with the same score; of a
-        ranking, all but the first response of each score.
-      on_contradiction: of an order that the scores contradict, or a margin below 0: "error",
-        "keep", or "skip" to drop it.
-      on_identical: "keep", or "skip" to drop comparisons of a response with its equal.
+      ranked_pairs: which pairs to take of more than two responses; see `ranked_to_pairs`.
+      on_tie: what becomes of responses with the same score. "error" refuses the data; "skip"
+        drops the comparison or, in a ranking, all but the first response of each score.
+      on_contradiction: what becomes of a record whose order the scores contradict, or whose
+        margin is below 0. "error" refuses the data, "keep" takes the order as it is, "skip"
+        drops the record.
+      on_identical: what becomes of a comparison of two equal responses: "keep" or "skip".
 
     Returns:
       The examples, and counts: `identical_responses` and `contradictions` of those kept,
@@ -203,7 +191,7 @@ def adapt(
         if kind == "pairs" and rivals:
             return compared(ranked_to_pairs(example, ranked_pairs))
         if kind == "unpaired" and rivals:
-            # Of more than two, those in the middle are neither good nor bad.
+            # The best response is good and the worst one bad; others are neither.
             pairs = compared(ranked_to_pairs(example, "best_worst"))
             return (one for pair in pairs for one in pairs_to_unpaired(pair))
         if kind == "unpaired" and has == "unpaired":
@@ -224,10 +212,10 @@ def adapt(
 
 
 def _contradiction(example: Example) -> str:
-    """What a record says against its own order, if anything."""
+    """What a record says against its own order; empty if nothing."""
     if example.margin is not None and example.margin < 0:
         return f"the margin of the better response is {example.margin:g}"
-    scores = () if example.scores_are_true else example.scores or ()
+    scores = example.scores or ()
     if any(better < worse for better, worse in pairwise(scores)):
         said = ", ".join(f"{score:g}" for score in scores)
         return f"the better response has the lower score ({said}, in the record's order)"
@@ -235,9 +223,7 @@ def _contradiction(example: Example) -> str:
 
 
 def _is_tied(example: Example) -> bool:
-    if example.scores is None or example.scores_are_true:
-        return False
-    return len(set(example.scores)) < len(example.scores)
+    return example.scores is not None and len(set(example.scores)) < len(example.scores)
 
 
 def _has_identical(responses: Sequence[Response]) -> bool:

@@ -18,26 +18,30 @@ from jaxpref.packing import Group
 class TokenizedDataset:
     """Token ids of many examples in one flat array.
 
+    An example is several pieces: its prompt, then its responses. Piece i is
+    `tokens[piece_offsets[i] : piece_offsets[i + 1]]`, and the pieces of example j are those from
+    `example_offsets[j]` to `example_offsets[j + 1] - 1`.
+
     Attributes:
-      tokens: all pieces end to end: each example's prompt, then its responses.
-      context: which tokens of responses are seen but not scored, as what a user says between
-        two turns; False for those of prompts. None where no token is.
-      pieces: where each piece starts, and the end.
-      examples: the first piece of each example, and the end.
-      scores: true rewards of pairs, or None.
-      counts: what truncation did, and names of special tokens that stood in the texts.
-      extras: further values `[examples, ...]`, for `PackedBatch.extras`: where all examples
-        have them, `labels` (1 or 0) and `scores` of each response, 0 where there is none; and
-        `margins`, 0 in sources without any.
+      tokens: the ids of all pieces end to end.
+      context: which tokens of responses are seen but not scored, such as what a user says
+        between two turns; False for the tokens of prompts. None if it would be False for all.
+      piece_offsets: where each piece starts in `tokens`; then where the last piece ends.
+      example_offsets: the number of each example's first piece; then the number of pieces.
+      true_rewards: the rewards that the labels of pairs were drawn from; None if not known.
+      counts: what truncation did, and how many names of special tokens stood in the texts.
+      extras: further values `[examples, ...]`, for `PackedBatch.extras`. If all examples have
+        them: `labels` (1 or 0), and `scores` of each response, 0 where a response is absent.
+        If any source has them: `margins`, 0 in sources without margins.
       sources: the examples of each source by name, where several are mixed.
-      uncut: tokens of each piece before any was cut.
-      prompts: a digest of each prompt before any was cut.
+      uncut: how many tokens each piece had before it was cut.
+      prompts: a digest of each prompt before it was cut.
     """
 
     tokens: Int[np.ndarray, " tokens"]
-    pieces: Int[np.ndarray, " pieces"]
-    examples: Int[np.ndarray, " examples"]
-    scores: Float[np.ndarray, "_ responses"] | None
+    piece_offsets: Int[np.ndarray, " pieces"]
+    example_offsets: Int[np.ndarray, " examples"]
+    true_rewards: Float[np.ndarray, "_ responses"] | None
     counts: Counter[str]
     uncut: Int[np.ndarray, " _"]
     prompts: Int[np.ndarray, " _"]
@@ -46,81 +50,89 @@ class TokenizedDataset:
     sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.examples) - 1
+        return len(self.example_offsets) - 1
 
     def take(self, chosen: Int[np.ndarray, " _"]) -> "TokenizedDataset":
-        """The data set of some examples, by index and in that order."""
-        first, pieces = self.examples[chosen], np.diff(self.examples)[chosen]
+        """The data set of the chosen examples, in the order in which their indices are given."""
+        first, pieces = self.example_offsets[chosen], np.diff(self.example_offsets)[chosen]
         kept = _ranges(first, pieces)
-        starts, lengths = self.pieces[kept], np.diff(self.pieces)[kept]
+        starts, lengths = self.piece_offsets[kept], np.diff(self.piece_offsets)[kept]
         tokens = _ranges(starts, lengths)
-        places = np.full(len(self), -1)
-        places[chosen] = np.arange(len(chosen))
-        moved = {name: np.sort(places[there]) for name, there in self.sources.items()}
+        # The new index of each old example, or -1.
+        moved = np.full(len(self), -1)
+        moved[chosen] = np.arange(len(chosen))
+        sources = {name: np.sort(moved[members]) for name, members in self.sources.items()}
         extras = {name: values[chosen] for name, values in self.extras.items()}
         if "scores" in extras:
-            # As wide as the responses that are left.
+            # The table has as many columns as any chosen example has responses.
             extras["scores"] = extras["scores"][:, : max(int(pieces.max(initial=2)) - 1, 1)]
         return dataclasses.replace(
             self,
             tokens=self.tokens[tokens],
             context=None if self.context is None else self.context[tokens],
-            pieces=_ends(lengths),
-            examples=_ends(pieces),
-            scores=None if self.scores is None else self.scores[chosen],
+            piece_offsets=_offsets(lengths),
+            example_offsets=_offsets(pieces),
+            true_rewards=None if self.true_rewards is None else self.true_rewards[chosen],
             uncut=self.uncut[kept],
             prompts=self.prompts[chosen],
             extras=extras,
-            sources={name: there[there >= 0] for name, there in moved.items() if there.max() >= 0},
+            sources={name: new[new >= 0] for name, new in sources.items() if new.max() >= 0},
         )
 
     def whole(self, index: int, responses: int | None = None) -> bytes:
-        """What tells one example, its label and its first `responses` (None: all), from others."""
-        first, last = self.examples[index], self.examples[index + 1]
-        bounds = self.pieces[first : last + 1 if responses is None else first + 2 + responses]
+        """All that the model sees of one example, as bytes to compare with other examples'.
+
+        Args:
+          index: of the example.
+          responses: how many responses count, the first ones; None for all.
+        """
+        first, last = self.example_offsets[index], self.example_offsets[index + 1]
+        last = last if responses is None else first + 1 + responses
+        offsets = self.piece_offsets[first : last + 1]
         label = self.extras["labels"][index].tobytes() if "labels" in self.extras else b""
-        there = slice(bounds[0], bounds[-1])
-        context = b"" if self.context is None else self.context[there].tobytes()
-        return b"".join((self.tokens[there].tobytes(), np.diff(bounds).tobytes(), label, context))
+        span = slice(offsets[0], offsets[-1])
+        context = b"" if self.context is None else self.context[span].tobytes()
+        return b"".join((self.tokens[span].tobytes(), np.diff(offsets).tobytes(), label, context))
 
     def group(self, index: int) -> Group:
         """The prompt and responses of one example."""
-        bounds = self.pieces[self.examples[index] : self.examples[index + 1] + 1]
-        prompt, *responses = [slice(start, end) for start, end in pairwise(bounds)]
+        first, last = self.example_offsets[index], self.example_offsets[index + 1]
+        offsets = self.piece_offsets[first : last + 1]
+        prompt, *responses = [slice(start, end) for start, end in pairwise(offsets)]
         return Group(
             self.tokens[prompt],
-            [self.tokens[there] for there in responses],
-            None if self.context is None else [self.context[there] for there in responses],
+            [self.tokens[span] for span in responses],
+            None if self.context is None else [self.context[span] for span in responses],
         )
 
     def uncut_lengths(self, index: int) -> list[int]:
-        """Tokens of the prompt and of each response of one example before any was cut."""
-        return self.uncut[self.examples[index] : self.examples[index + 1]].tolist()
+        """Tokens of the prompt and of each response of one example before they were cut."""
+        return self.uncut[self.example_offsets[index] : self.example_offsets[index + 1]].tolist()
 
     @property
     def prompt_lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each prompt."""
-        first = self.examples[:-1]
-        return self.pieces[first + 1] - self.pieces[first]
+        first = self.example_offsets[:-1]
+        return self.piece_offsets[first + 1] - self.piece_offsets[first]
 
     @property
     def response_lengths(self) -> Int[np.ndarray, "examples responses"]:
-        """Tokens of each response of each example; 0 where there is none."""
-        return self.of_responses(np.diff(self.pieces))
+        """Tokens of each response of each example; 0 where a response is absent."""
+        return self.of_responses(np.diff(self.piece_offsets))
 
     @property
     def scored_lengths(self) -> Int[np.ndarray, "examples responses"]:
-        """Scored tokens of each response of each example; 0 where there is none."""
+        """Scored tokens of each response of each example; 0 where a response is absent."""
         if self.context is None:
             return self.response_lengths
-        seen = np.concatenate([[0], np.cumsum(self.context)])[self.pieces]
-        return self.of_responses(np.diff(self.pieces) - np.diff(seen))
+        seen = np.concatenate([[0], np.cumsum(self.context)])[self.piece_offsets]
+        return self.of_responses(np.diff(self.piece_offsets) - np.diff(seen))
 
     def of_responses(self, values: Int[np.ndarray, " _"]) -> Int[np.ndarray, "examples responses"]:
-        """A value of each piece, for each response of each example; 0 where there is none."""
-        is_response = np.arange(self.responses) < np.diff(self.examples)[:, None] - 1
-        is_prompt = np.zeros(len(self.pieces) - 1, bool)
-        is_prompt[self.examples[:-1]] = True
+        """From one value per piece to a table of the responses' values; 0 where one is absent."""
+        is_response = np.arange(self.responses) < np.diff(self.example_offsets)[:, None] - 1
+        is_prompt = np.zeros(len(self.piece_offsets) - 1, bool)
+        is_prompt[self.example_offsets[:-1]] = True
         table = np.zeros(is_response.shape, values.dtype)
         table[is_response] = values[~is_prompt]
         return table
@@ -128,12 +140,12 @@ class TokenizedDataset:
     @property
     def responses(self) -> int:
         """K, the largest number of responses of an example."""
-        return int(np.diff(self.examples).max(initial=2)) - 1
+        return int(np.diff(self.example_offsets).max(initial=2)) - 1
 
     def fingerprint(self) -> str:
         """A digest of every token id, their division into examples and sources, and all values."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.pieces, self.examples, self.scores):
+        for array in (self.tokens, self.piece_offsets, self.example_offsets, self.true_rewards):
             digest.update(b"none" if array is None else np.ascontiguousarray(array).tobytes())
         if self.context is not None:
             digest.update(np.packbits(self.context).tobytes())
@@ -144,7 +156,10 @@ class TokenizedDataset:
 
 
 def deduplicate(dataset: TokenizedDataset) -> TokenizedDataset:
-    """The first of all examples that are the same to the model; counts `dropped/duplicate`."""
+    """Keeps the first of all examples that are the same to the model.
+
+    The others are counted as `dropped/duplicate`.
+    """
     first: dict[bytes, int] = {}
     for index in range(len(dataset)):
         first.setdefault(dataset.whole(index), index)
@@ -157,15 +172,15 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
     """Gives each single response a second one, that of an example with another prompt.
 
     KTO estimates a KL divergence from such pairs (arXiv 2402.01306, section 4.1). Nearly every
-    response is borrowed once. It is cut to the room that the prompt leaves; it takes nothing from
-    its new example.
+    response is borrowed once. A borrowed response is cut to the room that the prompt leaves, so
+    the example's own response stays whole.
 
     Args:
       dataset: examples with one response each.
       max_length: tokens of prompt plus response.
 
     Raises:
-      UserError: there is no other prompt.
+      UserError: all examples have the same prompt.
     """
     if len(np.unique(dataset.prompts)) < 2:
         raise UserError(
@@ -175,7 +190,7 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
             "data.eval_fraction=0."
         )
     partner = _partners(dataset.prompts)
-    own = (dataset.pieces[:-1], np.diff(dataset.pieces), dataset.uncut)
+    own = (dataset.piece_offsets[:-1], np.diff(dataset.piece_offsets), dataset.uncut)
     starts, lengths, uncut = (
         np.column_stack([pieces.reshape(-1, 2), pieces[1::2][partner]]) for pieces in own
     )
@@ -185,52 +200,55 @@ def mismatch(dataset: TokenizedDataset, max_length: int) -> TokenizedDataset:
         dataset,
         tokens=dataset.tokens[tokens],
         context=None if dataset.context is None else dataset.context[tokens],
-        pieces=_ends(lengths.ravel()),
-        examples=3 * np.arange(len(dataset) + 1),
+        piece_offsets=_offsets(lengths.ravel()),
+        example_offsets=3 * np.arange(len(dataset) + 1),
         uncut=uncut.ravel(),
-        scores=None,
+        true_rewards=None,
         extras={name: values for name, values in dataset.extras.items() if name != "scores"},
     )
 
 
 def _partners(prompts: Int[np.ndarray, " examples"]) -> Int[np.ndarray, " examples"]:
-    """For each example one with another prompt, half the data away where that is one."""
+    """For each example another one with another prompt, half the data away if possible."""
     count = len(prompts)
-    # All examples shifted alike: what is borrowed has the same mix of labels as the data.
+    # All examples are shifted by the same distance, so that the borrowed responses have the same
+    # mix of labels as the data.
     partner = (np.arange(count) + count // 2) % count
-    # Else the first one after it with another prompt, twice around at most.
+    # Where the partner has the same prompt, the first one after it with another prompt takes its
+    # place. The search may go around the end, so the places are written down twice.
     changes = np.flatnonzero(prompts != np.roll(prompts, -1)) + 1
     following = np.concatenate([changes, changes + count])
     following = following[np.searchsorted(following, partner, side="right")] % count
     return np.where(prompts[partner] == prompts, following, partner)
 
 
-def _ends(lengths: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
+def _offsets(lengths: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
+    """Where each of several parts starts if they are laid end to end; then where they end."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def _ranges(starts: Int[np.ndarray, " _"], lengths: Int[np.ndarray, " _"]) -> Int[np.ndarray, " _"]:
-    """`starts[0]`, `starts[0] + 1`, ... `lengths[0]` of them, then those of the next."""
-    ends = _ends(lengths)
-    return np.repeat(starts - ends[:-1], lengths) + np.arange(ends[-1])
+    """The indices in several spans, one span after the other."""
+    offsets = _offsets(lengths)
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
 
 
 def digest(ids: Sequence[int]) -> int:
-    """What tells some token ids from others."""
+    """A number that differs, in all likelihood, between any two lists of token ids."""
     code = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8)
     return int.from_bytes(code.digest(), "little", signed=True)
 
 
-def true_scores(examples: Sequence[Example]) -> Float[np.ndarray, "examples responses"] | None:
+def true_rewards(examples: Sequence[Example]) -> Float[np.ndarray, "examples responses"] | None:
     """The true rewards of pairs, if all examples are pairs that have them."""
-    known = (e.scores_are_true and e.scores is not None and len(e.scores) == 2 for e in examples)
+    known = (e.true_rewards is not None and len(e.true_rewards) == 2 for e in examples)
     if not examples or not all(known):
         return None
-    return np.asarray([example.scores for example in examples], np.float32)
+    return np.asarray([example.true_rewards for example in examples], np.float32)
 
 
 def extras_of(examples: Sequence[Example]) -> dict[str, Float[np.ndarray, "examples ..."]]:
-    """What `TokenizedDataset.extras` has of these examples.
+    """The `extras` of a `TokenizedDataset` of these examples.
 
     Raises:
       UserError: some examples of a source have a margin and others do not.
@@ -248,10 +266,9 @@ def extras_of(examples: Sequence[Example]) -> dict[str, Float[np.ndarray, "examp
                     f"{example.where}: has no margin, but other examples do; give every example "
                     "of a source one, or none."
                 )
-        # A source may have none at all, and then asks for none.
+        # A source without margins asks for none: its examples have a margin of 0.
         extras["margins"] = np.asarray([example.margin or 0 for example in examples], np.float32)
-    # A true reward is to evaluate with; the labels are what was observed.
-    scores = [None if example.scores_are_true else example.scores for example in examples]
+    scores = [example.scores for example in examples]
     if None not in scores:
         table = np.zeros((len(examples), max(len(e.responses) for e in examples)), np.float32)
         for row, values in zip(table, scores, strict=True):

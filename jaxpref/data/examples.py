@@ -19,17 +19,18 @@ class Example:
     Attributes:
       prompt: the text before the responses, or the conversation; None for a plain text, which
         is the only response.
-      responses: the texts, or the assistant's messages, that continue it; none if they are
-        still to be sampled. Several turns are a tuple of messages, from the assistant's first
-        to its last; what others say between them is context.
-      scores: of each response, where there are any.
+      responses: the texts, or the assistant's messages, that continue the prompt; none if they
+        are still to be sampled. Several turns are a tuple of messages, from the assistant's
+        first to its last; what others say between them is context.
+      scores: how good each response is, by the record; None if it does not say.
       where: the place in the source, for messages.
-      label: whether a single response is a good one; None if it is not said.
-      margin: by how much the first of two responses is the better one.
+      label: whether a single response is a good one; None if the record does not say.
+      margin: by how much the first of two responses is the better one; None if the record
+        does not say.
       source: the name of the source, where several are mixed.
-      ordered: the responses are there best first; else as in the record.
-      scores_are_true: the scores are the reward that the order was drawn from, which may
-        have drawn the other way; else the order is that of the scores.
+      ordered: whether the responses are ordered, best first; else they are in the record's order.
+      true_rewards: the reward of each response from which the order was drawn, where that is
+        known. The draw may have put the response with the lower reward first.
     """
 
     prompt: str | Chat | None
@@ -40,11 +41,13 @@ class Example:
     margin: float | None = None
     source: str = ""
     ordered: bool = True
-    scores_are_true: bool = False
+    true_rewards: tuple[float, ...] | None = None
 
 
 def last_turn(example: Example) -> Example:
     """The example with a conversation's last turn as its response, and all before it as prompt.
+
+    An example whose responses are one turn each stays as it is.
 
     Raises:
       DivergentPromptError: there are several responses, of several turns.
@@ -98,8 +101,8 @@ class Excluded(Exception):
 def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example], list[Example]]:
     """Splits by prompt: all examples of a prompt fall on the same side.
 
-    The side depends on the prompt alone (of plain text, on the text), so it stays the same when
-    the data grows, is reordered, or is mixed with other data.
+    The side depends on nothing but the prompt (for plain text, on the text itself), so it stays
+    the same when the data grows, is reordered, or is mixed with other data.
 
     Returns:
       The examples to train on, and those held out (about `fraction` of the prompts).
@@ -114,7 +117,10 @@ def hold_out(examples: Iterable[Example], fraction: float) -> tuple[list[Example
 
 
 def _said(example: Example) -> str:
-    """The texts of a prompt, without what a template may or may not show of a conversation."""
+    """The texts of a prompt, from which its side follows.
+
+    Of a conversation these are roles and contents, without tools and template variables.
+    """
     if isinstance(example.prompt, Chat):
         said = [(message["role"], message["content"]) for message in example.prompt.messages]
         return json.dumps(said, default=str)

@@ -1,8 +1,7 @@
 """Records to examples, by the columns that they have.
 
-A prompt is a text, and then a response is one too, or a list of messages, and then a
-response is a message of the assistant, a list of messages that ends in one, or such a list
-that repeats the prompt.
+If a prompt is a text, its responses are texts. If it is a list of messages, a response is a
+message of the assistant, or a list of messages that ends in one, which may repeat the prompt.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from jaxpref.data.examples import Example
 from jaxpref.data.sources import ASSISTANT_TURN, hh
 from jaxpref.errors import UserError
 
-# As Stanford Alpaca publishes them; the response follows at once.
+# These prompts are Stanford Alpaca's own; the response follows without a space or line break.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
@@ -28,7 +27,7 @@ _ALPACA_WITH_INPUT = (
 
 
 def explicit(record: Mapping, where: str) -> Example:
-    """`prompt`, `chosen`, `rejected`; and what `columns.with_preference` reads, if it is there."""
+    """`prompt`, `chosen`, `rejected`; and the columns of `columns.with_preference`, if present."""
     pair = _continued(record, ("chosen", "rejected"), where)
     return columns.with_preference(pair, record)
 
@@ -36,9 +35,8 @@ def explicit(record: Mapping, where: str) -> Example:
 def implicit(record: Mapping, where: str) -> Example:
     """`chosen`, `rejected`: conversations that begin alike, up to a turn of the assistant.
 
-    What `columns.with_preference` reads is taken where it is there.
-
-    Of two texts the prompt is known if they are dialogues as Anthropic's HH writes them.
+    The columns of `columns.with_preference` are read if they are present. If the two are texts,
+    they have to be dialogues in the form of Anthropic's HH, so that the prompt's end is known.
     """
     names = ("chosen", "rejected")
     chosen = columns.column(record, "chosen", where)
@@ -82,7 +80,7 @@ def ranked(record: Mapping, where: str) -> Example:
 
 
 def responses(record: Mapping, where: str) -> Example:
-    """`prompt` and `responses` that are still to be scored."""
+    """`prompt` and `responses`, of which none is known to be better than another."""
     given = columns.listed(record, "responses", where)
     named = {f"responses[{i}]": response for i, response in enumerate(given)}
     if not named:
@@ -133,7 +131,7 @@ def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
     if isinstance(record.get("prompt"), list):
         before = columns.messages(record, "prompt", where)
         after = [_response(record, name, where) for name in names]
-        # Some data sets repeat the prompt in each response.
+        # In some data sets every response repeats the prompt.
         whole = all(len(r) > len(before) and r[: len(before)] == before for r in after)
         dialogues = after if whole else [[*before, *response] for response in after]
         return columns.conversations(record, dialogues, names, where, given=len(before))

@@ -1,9 +1,10 @@
 """What the model will see of a recipe's data: `python -m jaxpref.data.inspect --config=RECIPE`.
 
-Prints a few examples with their special tokens, with what truncation takes away, what is seen
-but not scored, and what else the method reads of them (labels, margins, scores); then lengths,
-what sharing prompts saves, how full rows are, and what was dropped and why; draws a histogram of
-lengths. It reads what a run of the recipe would read, and trains nothing.
+The command prints a few examples with their special tokens: what truncation takes away, what is
+seen but not scored, and what else the method reads (labels, margins, scores). Then it prints
+lengths, how many tokens sharing prompts saves, how full rows are, and what was dropped and why;
+and it draws a histogram of lengths. It reads what a run of the recipe would read, and trains
+nothing.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxpref.errors import UserError
 from jaxpref.main import CONFIG, parse_flags
 
 _EXAMPLES = flags.DEFINE_integer("examples", 3, "How many are shown whole.", lower_bound=0)
-# Batches whose rows are looked at.
+# How many batches are packed to see how full the rows are.
 _BATCHES = 20
 
 
@@ -126,7 +127,16 @@ def _marked(
     at_end: bool,
     context: Bool[np.ndarray, " tokens"] | None = None,
 ) -> str:
-    """A piece's text with its special tokens, what of it is not scored, and how much is cut."""
+    """A piece's text with its special tokens, marked where it is not scored or was cut.
+
+    Args:
+      label: what to call the piece.
+      kept: its token ids.
+      uncut: how many tokens it had before it was cut.
+      tokenizer: a `transformers` tokenizer.
+      at_end: whether a cut takes the end of the piece; else it takes the beginning.
+      context: which tokens are seen but not scored; None if all are scored.
+    """
     seen = np.zeros(len(kept), bool) if context is None else context
     runs = np.split(np.arange(len(kept)), np.flatnonzero(np.diff(seen)) + 1)
     texts = [
@@ -143,17 +153,21 @@ def _marked(
 
 
 def _shown(name: str, value: Any, responses: int) -> str:
-    """What the method reads of one example beside its tokens."""
+    """The value, in words, of one thing that the method reads of an example."""
     if name == "labels":
         return "good" if value else "not good"
     return ", ".join(f"{one:g}" for one in np.ravel(value)[:responses])
 
 
-def _summary(name: str, values: Float[np.ndarray, "examples ..."], there: Any) -> str:
-    """What the method reads of all examples beside their tokens."""
+def _summary(
+    name: str,
+    values: Float[np.ndarray, "examples ..."],
+    present: Bool[np.ndarray, "examples responses"],
+) -> str:
+    """The values, in words, of one thing that the method reads of all examples."""
     if name == "labels":
         return f"labels: {int(values.sum()):,} good, {int((1 - values).sum()):,} not good"
-    low, middle, high = np.percentile(values[there] if values.ndim > 1 else values, (0, 50, 100))
+    low, middle, high = np.percentile(values[present] if values.ndim > 1 else values, (0, 50, 100))
     return f"{name}: {low:g} to {high:g}, half of them up to {middle:g}"
 
 

@@ -24,13 +24,13 @@ class Data(NamedTuple):
     """Tokenised data and what became of the records.
 
     Attributes:
-      train: to train on.
-      held_out: to evaluate on; None if there is nothing.
-      counts: examples on each side, and how many were dropped or cut, by reason.
-      weights: shares of the sources in training, by name; empty unless several are mixed.
-      notes: what the log should say of the reading.
-      fingerprints: of what is trained on and of all that is held out, under the names that a
-        run's identity has for them.
+      train: the examples to train on.
+      held_out: the examples to evaluate on; None if there are none.
+      counts: how many examples each side has, and how many were dropped or cut, by reason.
+      weights: the share of each source in training, by name; empty unless several are mixed.
+      notes: sentences about the reading, for the log.
+      fingerprints: digests of what is trained on and of all that is held out, under the names
+        that a run's identity has for them.
     """
 
     train: TokenizedDataset
@@ -53,7 +53,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_batch_size(config: ConfigDict, data: Data) -> None:
-    """Refuses steps that would take examples more than once."""
+    """Refuses a batch size with which one step would take an example more than once."""
     size, examples = config.data.batch_size, len(data.train)
     if size > examples:
         raise UserError(
@@ -69,7 +69,7 @@ def load(
     *,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Data:
-    """Reads, converts, splits and tokenises; or takes what an earlier run left in data.cache.
+    """Reads, converts, splits and tokenises; or reads what an earlier run kept in data.cache.
 
     Args:
       config: a checked config.
@@ -117,7 +117,7 @@ def load(
 
 
 def _finished(config: ConfigDict, data: Data) -> Data:
-    """The data with its fingerprints, as much of it held out as the config asks for."""
+    """The data with its fingerprints, and with at most `eval.max_examples` held out."""
     sides = (data.train, data.held_out)
     prints = ("" if side is None else side.fingerprint() for side in sides)
     notes = list(data.notes)
@@ -133,13 +133,16 @@ def _finished(config: ConfigDict, data: Data) -> Data:
 
 
 def _weights(config: ConfigDict) -> dict[str, float]:
-    """The shares of the sources, if there are several."""
+    """The shares of the sources; empty if there is only one."""
     sources = config_lib.sources(config)
     return {s["name"]: float(s["weight"]) for s in sources} if len(sources) > 1 else {}
 
 
 def _limited(data: Data, examples: int) -> Data:
-    """The data with the first held-out examples alone (0: all), compared with the others."""
+    """The data with only the first held-out examples (0 for all).
+
+    How many held-out prompts are trained on too is counted.
+    """
     held_out, counts = data.held_out, dict(data.counts)
     if held_out is None:
         return data
@@ -185,7 +188,7 @@ def load_file(
 ) -> tuple[list[Example], TokenizedDataset, dict[str, int]]:
     """All examples of a file as they are, and tokenised as a config says.
 
-    Those with an empty response or without a common prompt are left out.
+    Examples with an empty response or without a common prompt are left out.
 
     Args:
       config: a checked config.
@@ -208,7 +211,7 @@ def load_file(
         on_assistant_prompt=config.data.on_assistant_prompt,
         min_score_ratio=1.0,
     )
-    # Of one conversation the last turn is what a reward is of, and all before it the prompt.
+    # A reward is given to the last turn of a conversation, so all before that turn is the prompt.
     examples = [last_turn(e) if len(e.responses) == 1 else e for e in examples]
     bare = next((e for e in examples if not e.responses or e.prompt is None), None)
     if bare is not None:
@@ -218,7 +221,7 @@ def load_file(
             "or prompt, chosen, rejected."
         )
     dataset = tokenize(
-        # A text's tokens do not depend on what is known of it.
+        # Margins and labels change no token, and a file may have them for some examples only.
         [dataclasses.replace(example, margin=None, label=None) for example in examples],
         tokenizer,
         _limits(config, tokenizer),
@@ -241,7 +244,7 @@ def _limits(config: ConfigDict, tokenizer: Any) -> Limits:
 
 
 class _Reading:
-    """The examples of a config's sources, and what became of the others."""
+    """Reads the examples of a config's sources, and counts those that are left out."""
 
     def __init__(self, config: ConfigDict, kind: str):
         self.counts: Counter[str] = Counter()
@@ -303,7 +306,7 @@ class _Reading:
 
 
 def _in_turn(examples: list[Example]) -> list[Example]:
-    """One example of each source after the other, so that the first ones are of all."""
+    """The examples with the sources taking turns, so that the first ones are from all sources."""
     by_source: dict[str, list[Example]] = {}
     for example in examples:
         by_source.setdefault(example.source, []).append(example)

@@ -21,12 +21,12 @@ from jaxpref.knobs import one_of
 
 Parser = Callable[[Mapping, str], Example]
 
-# What UltraFeedback's pairs have beside those of format implicit.
+# UltraFeedback's pairs have these columns beside those of the format implicit.
 _RATED = {"score_chosen", "score_rejected"}
-# Records that tell which columns a source has.
+# How many records are looked at to find out which columns a source has.
 _LOOKED_AT = 100
 
-# Types of the values of columns.
+# The types that a column's values may have.
 _TEXT: type = str
 _TALK: tuple[type, ...] = (str, list)
 _TURN: tuple[type, ...] = (str, list, dict)
@@ -34,14 +34,21 @@ _ANY: type = object
 
 
 class Format(NamedTuple):
-    """How a record is read, and the columns that tell it; none if it has to be named."""
+    """A format of records.
+
+    Attributes:
+      parse: reads a record.
+      columns: the columns by which the format is detected, with the types of their values;
+        empty if the format has to be named.
+    """
 
     parse: Parser
     columns: Mapping[str, type | tuple[type, ...]] = {}
 
 
 _PAIR = {"chosen": _TURN, "rejected": _TURN}
-# The first whose columns a record has, with values of these types, is the one that is detected.
+# The first format in this order whose columns a record has, with values of these types, is the
+# one that is detected.
 FORMATS: dict[str, Format] = {
     "ranked": Format(formats.ranked, {"prompt": _TALK, "responses": list, "scores": list}),
     "explicit": Format(formats.explicit, {"prompt": _TALK, **_PAIR}),
@@ -55,10 +62,10 @@ FORMATS: dict[str, Format] = {
         sources.tldr_sft, {"subreddit": _TEXT, "title": _TEXT, "post": _TEXT, "summary": _TEXT}
     ),
     "cnn_dailymail": Format(sources.cnn_dailymail, {"article": _TEXT, "highlights": _TEXT}),
-    # Many data sets have `text` and `label`.
+    # It has to be named, because many other data sets have its columns `text` and `label` too.
     "imdb": Format(sources.imdb),
     "alpaca": Format(formats.alpaca, {"instruction": _TEXT, "output": _TEXT}),
-    # A label of another type is more likely a mistake than no label.
+    # A label of any type is taken for a label, so that a wrong one is refused, not ignored.
     "unpaired": Format(formats.unpaired, {"prompt": _TALK, "completion": _TURN, "label": _ANY}),
     "hh": Format(sources.hh),
     "ultrafeedback": Format(sources.ultrafeedback),
@@ -107,7 +114,8 @@ def open_source(path: str, format: str, *, subset: str, split: str) -> tuple[str
         raise UserError(f"{path}: holds no usable record (it is empty).")
     if format != "auto":
         return format, chain(first, records)
-    # A column may be null or absent at first; one of nulls alone is as good as absent.
+    # A column may be null or absent in the first records. A column of nothing but nulls counts as
+    # absent.
     seen = {name: value for record, _ in reversed(first) for name, value in _given(record).items()}
     return detect(seen, first[0][1]), chain(first, records)
 
@@ -117,23 +125,24 @@ def _given(record: Mapping) -> dict[str, Any]:
 
 
 def detect(record: Mapping, where: str) -> str:
-    """The format that a record's columns tell.
+    """The format of a record, by its columns.
 
     Raises:
-      UserError: none does.
+      UserError: no format has these columns.
     """
     given = _given(record)
     known = {name: format.columns for name, format in FORMATS.items() if format.columns}
-    there = [name for name, columns in known.items() if given.keys() >= columns.keys()]
-    first = next(iter(there), None)
+    present = [name for name, columns in known.items() if given.keys() >= columns.keys()]
+    first = next(iter(present), None)
 
     def fits(name: str) -> bool:
-        # Not one that makes do with a part of the first one's columns, whose error says more.
+        # If the first format's columns are present but have values of other types, a format with
+        # only some of these columns would ignore the others. The first format refuses them.
         part = first is not None and known[name].keys() < known[first].keys()
         return not part and all(isinstance(given[c], kind) for c, kind in known[name].items())
 
-    found = next(filter(fits, there), first)
-    # A text with a label is no plain text, and what the label says of it is not known.
+    found = next(filter(fits, present), first)
+    # A text with a label is no plain text, and nothing says what the label means.
     if found is None or (found == "text" and "label" in given):
         columns = "\n".join(f"  {name}: {', '.join(needed)}" for name, needed in known.items())
         raise UserError(
@@ -141,7 +150,7 @@ def detect(record: Mapping, where: str) -> str:
             f"are\n{columns}\nRename the columns, or name a format with --config.data.format."
         )
     chosen = record.get("chosen")
-    # Whole conversations beside a text that repeats their first message.
+    # Some data sets have whole conversations, and beside them their first message as `prompt`.
     if found == "explicit" and isinstance(record["prompt"], str) and isinstance(chosen, list):
         found = "implicit"
     if found == "implicit" and isinstance(chosen, list) and given.keys() >= _RATED:
@@ -173,13 +182,15 @@ def parse(
       on_divergent: "error", or "skip" to drop and count records whose dialogues have no
         common prompt.
       on_empty: "error", or "skip" to drop and count records with an empty response.
-      on_assistant_prompt: of a message of the assistant that follows another one: "error",
-        "continue" to take it for the rest of the same turn, or "skip" to drop and count it.
-      turns: "all" turns of the assistant that follow the prompt, or the "last" alone, the
-        others belonging to the prompt.
-      min_score_ratio: of the scores of SHP's pairs.
-      limit: examples kept, the first ones; the records after them are counted. 0: all.
-      detected: the format was told by the columns, which an error then says.
+      on_assistant_prompt: what becomes of a record in which a message of the assistant follows
+        another one. "error" refuses it, "continue" takes the message for the rest of the same
+        turn, "skip" drops the record and counts it.
+      turns: "all" for all turns of the assistant that follow the prompt; "last" for the last
+        one alone, with the others as a part of the prompt.
+      min_score_ratio: SHP's pairs whose scores have a lower ratio are left out.
+      limit: how many examples are kept, the first ones; the records after them are counted. 0
+        keeps all.
+      detected: whether the format was detected by the columns; error messages then say so.
 
     Returns:
       The examples in order, and what was dropped, by reason.
@@ -234,7 +245,7 @@ def _check_turns(example: Example) -> None:
     if not isinstance(example.prompt, Chat):
         return
     before = [message["role"] for message in example.prompt.messages[-1:]]
-    # What is still to be sampled will be the assistant's too.
+    # Where responses are still to be sampled, the assistant's message is still to come.
     for response in example.responses or ({"role": "assistant"},):
         roles = [*before, *(message["role"] for message in messages_of(response))]
         if any(one == other == "assistant" for one, other in pairwise(roles)):

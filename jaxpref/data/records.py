@@ -1,4 +1,4 @@
-"""Raw records from local files or the hub, each with the place it came from."""
+"""Raw records from local files or the hub, each with the place that it came from."""
 
 import gzip
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 from jaxpref.config import DATA_SUFFIXES, is_file
 from jaxpref.errors import UserError
 
-# A record and where it stands, as "file:line".
+# A record and its place, as "file:line".
 Record = tuple[Mapping[str, Any], str]
 
 
@@ -24,10 +24,11 @@ def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterat
       path: a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file; a directory; or a hub name
         such as "Anthropic/hh-rlhf".
       subset: a folder of the directory or the hub data set, such as "harmless-base".
-      split: of the directory, the files named after it; or a split of the hub data set.
+      split: a split of the hub data set, or of the directory, where it is the files that are
+        named after it.
 
     Raises:
-      UserError: the source is missing, truncated or malformed; says where.
+      UserError: the source is missing, truncated or malformed; the message says where.
     """
     check_source(path, "the data", subset=subset, split=split)
     files = _files(path, subset, split)
@@ -45,11 +46,11 @@ def check_source(path: str, key: str, *, subset: str = "", split: str = "train")
     if Path(path).is_dir():
         if not _files(path, subset, split):
             folder = Path(path, subset)
-            there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+            present = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
             raise UserError(
                 f"{path} ({key}): {folder} holds no file ({suffixes}) named after the split "
                 f"{split!r}, as in {split}.jsonl or {split}-00000-of-00001.parquet; it holds "
-                f"{', '.join(there[:8]) or 'nothing'}. Name the file itself, or the split."
+                f"{', '.join(present[:8]) or 'nothing'}. Name the file itself, or the split."
             )
         return
     if Path(path).is_file() and not path.endswith(DATA_SUFFIXES):
@@ -77,10 +78,10 @@ def _files(path: str, subset: str, split: str) -> list[str] | None:
         return [path] if is_file(path) else None
     folder = Path(path, subset)
     found = [p for p in folder.rglob("*") if is_file(p.name)]
-    # The split stands in the file's name, or else in that of a folder.
+    # The split is a part of a file's name, or else the name of a folder that the file lies in, or
+    # else the name of the folder that was given.
     named = [p for p in found if split in re.split("[-.]", p.name)]
     inside = [p for p in found if split in p.relative_to(folder).parts[:-1]]
-    # Or else in that of the folder itself.
     whole = found if folder.name == split else []
     return sorted(str(p) for p in named or inside or whole)
 
@@ -108,7 +109,7 @@ def _read_json_lines(path: str) -> Iterator[Record]:
 
 
 def _array(text: bytes, path: str) -> Iterator[Record]:
-    """The records of a JSON array, which a .json file may be as a whole."""
+    """The records of a .json file that is one JSON array."""
     try:
         records = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -130,7 +131,7 @@ def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
 
 
 class _Ambiguous(dict):
-    """A JSON object in which a key stands twice, so that a value is lost."""
+    """A JSON object in which a key stands twice, so that one of its values is lost."""
 
     names: list[str]
 
@@ -157,7 +158,7 @@ def _checked(record: Any, where: str, what: str) -> Mapping[str, Any]:
 
 
 def _check_names(names: list[str], where: str, what: str, whole: str) -> None:
-    """Refuses a name that stands twice, one of whose values would be lost."""
+    """Refuses a name that stands twice, because one of its values would be lost."""
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise UserError(
@@ -205,11 +206,11 @@ def _load_hub(name: str, subset: str, split: str) -> Any:
     import datasets
 
     try:
-        # Some data sets call a part of theirs a configuration, others have it as a folder.
+        # A part of a data set is a configuration in some data sets, and a folder in others.
         named = subset and subset in datasets.get_dataset_config_names(name)
         part = {"name": subset} if named else {"data_dir": subset or None}
         return datasets.load_dataset(name, split=split, **part)
-    except Exception as error:  # The hub's client raises many kinds, none of them ours.
+    except Exception as error:  # The hub's client raises errors of many classes.
         raise UserError(
             f"{name} (split {split!r}): the hub gave no such data set, or cannot be reached: "
             f"{error}\nWithout a network, give a local file or directory as "

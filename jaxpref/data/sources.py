@@ -1,7 +1,7 @@
 """Published data sets, read by their published rules.
 
-Texts that a paper writes as dialogues have the marks of Anthropic's HH; a response keeps
-one space before it, so that it is tokenised as it would be inside a text.
+Texts that a paper writes as dialogues have the marks of Anthropic's HH. One space stands before
+each response, so that it is tokenised as it would be inside a text.
 """
 
 import dataclasses
@@ -26,15 +26,16 @@ _HTML_LINES = {"br", "li", "tr"}
 def hh(record: Mapping, where: str) -> Example:
     """Anthropic/hh-rlhf (Bai et al. 2022, arXiv 2204.05862): pairs.
 
-    Reads `chosen` and `rejected`, whole dialogues, and what `columns.with_preference` reads. The
-    prompt is everything through the last assistant mark, which must be the same in both.
+    Reads `chosen` and `rejected`, whole dialogues, and the columns of `columns.with_preference`.
+    The prompt is everything through the last assistant mark, and must be the same in both.
     """
     chosen, rejected = (columns.text(record, name, where) for name in _PAIR)
     cut = chosen.rfind(ASSISTANT_TURN)
     if cut < 0:
         raise UserError(f"{where}: no {ASSISTANT_TURN!r} in the chosen dialogue.")
     cut += len(ASSISTANT_TURN)
-    # The rejected dialogue may have more turns; its last mark must be the same one.
+    # A rejected dialogue may have more turns than the chosen one that it begins like; then the
+    # last assistant mark of the two is not the same.
     if rejected[:cut] != chosen[:cut] or ASSISTANT_TURN in rejected[cut:]:
         raise DivergentPromptError(
             f"{where}: the chosen and the rejected dialogue part before the last assistant turn, "
@@ -177,8 +178,8 @@ class _TextOfHTML(HTMLParser):
 
     def _break_lines(self, tag: str) -> None:
         lines = 2 if tag in _HTML_BLOCKS else 1 if tag in _HTML_LINES else 0
-        there = "".join(self.parts[-2:])
-        self.parts.append("\n" * max(lines - (len(there) - len(there.rstrip("\n"))), 0))
+        before = "".join(self.parts[-2:])
+        self.parts.append("\n" * max(lines - (len(before) - len(before.rstrip("\n"))), 0))
 
 
 def _reddit_post(post: Mapping, where: str) -> str:

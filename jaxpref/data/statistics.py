@@ -1,4 +1,4 @@
-"""What a tokenised data set is like, in figures."""
+"""Figures that describe a tokenised data set: lengths, repetitions, how full the rows are."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,13 +17,14 @@ class Statistics(NamedTuple):
     """Figures of a data set.
 
     Attributes:
-      lengths: percentiles (`PERCENTILES`) of tokens by part: prompt, response (or chosen and
-        rejected), prompt plus response; and the scored tokens of a response, if not all are.
-      shared: share of the tokens that computing each prompt once saves.
-      longer: share of pairs whose chosen response is the longer one before truncation, equal
-        lengths counting one half; None without pairs.
-      same_prompt: examples whose prompt another example has too.
-      repeated: examples that are exactly like an earlier one.
+      lengths: percentiles (`PERCENTILES`) of the numbers of tokens by part: prompt, response
+        (or chosen and rejected), prompt plus response; and the scored tokens of a response, if
+        not all are scored.
+      shared: the share of all tokens that is saved by computing each prompt once.
+      longer: the share of pairs whose chosen response is the longer one before truncation,
+        equal lengths counting one half; None without pairs.
+      same_prompt: how many examples have a prompt that another example has too.
+      repeated: how many examples are exactly like an earlier one.
     """
 
     lengths: dict[str, Int[np.ndarray, " percentiles"]]
@@ -38,21 +39,22 @@ def describe(dataset: TokenizedDataset, *, borrowed: bool = False) -> Statistics
 
     Args:
       dataset: the examples.
-      borrowed: the second response of each is another's (`dataset.mismatch`), and is left out.
+      borrowed: whether each example's second response is another example's
+        (`dataset.mismatch`), and is left out.
     """
-    prompts, responses = dataset.prompt_lengths, _own(dataset, borrowed)
-    there = responses > 0
+    prompts, responses = dataset.prompt_lengths, _own_lengths(dataset, borrowed)
+    present = responses > 0
     parts = {"prompt": prompts}
-    pairs = responses.shape[1] == 2 and bool(there.all()) and "labels" not in dataset.extras
+    pairs = responses.shape[1] == 2 and bool(present.all()) and "labels" not in dataset.extras
     if pairs:
         parts |= {"chosen": responses[:, 0], "rejected": responses[:, 1]}
     else:
-        parts["response"] = responses[there]
-    parts["prompt + response"] = (prompts[:, None] + responses)[there]
+        parts["response"] = responses[present]
+    parts["prompt + response"] = (prompts[:, None] + responses)[present]
     if dataset.context is not None:
-        parts["scored"] = dataset.scored_lengths[:, : there.shape[1]][there]
+        parts["scored"] = dataset.scored_lengths[:, : present.shape[1]][present]
     together = int(prompts.sum() + responses.sum())
-    apart = int((prompts * there.sum(1)).sum() + responses.sum())
+    apart = int((prompts * present.sum(1)).sum() + responses.sum())
     own = 1 if borrowed else None
     seen = {dataset.whole(index, own) for index in range(len(dataset))}
     _, by_prompt = np.unique(dataset.prompts, return_counts=True)
@@ -74,9 +76,9 @@ class Fill(NamedTuple):
     """How full the batches are.
 
     Attributes:
-      rows: rows a batch, by how many batches have so many.
-      tokens: share of the rows' places that hold a token.
-      scored: share of the scored table that is used.
+      rows: from a number of rows to how many batches have so many rows.
+      tokens: the share of the rows' places that hold a token.
+      scored: the share of the scored table that is used.
     """
 
     rows: dict[int, int]
@@ -85,7 +87,7 @@ class Fill(NamedTuple):
 
 
 def fill(batches: Iterable[PackedBatch]) -> Fill:
-    """How full some batches are, with a leading axis of micro-batches."""
+    """How full some batches are; each has a leading axis of micro-batches."""
     rows: dict[int, int] = {}
     used, places, scored, table = 0, 0, 0, 0
     for batch in batches:
@@ -96,7 +98,10 @@ def fill(batches: Iterable[PackedBatch]) -> Fill:
     return Fill(rows, used / max(places, 1), scored / max(table, 1))
 
 
-def _own(dataset: TokenizedDataset, borrowed: bool) -> Int[np.ndarray, "examples responses"]:
+def _own_lengths(
+    dataset: TokenizedDataset, borrowed: bool
+) -> Int[np.ndarray, "examples responses"]:
+    """Tokens of each response of each example, without borrowed ones."""
     lengths = dataset.response_lengths
     return lengths[:, :1] if borrowed else lengths
 
@@ -117,7 +122,7 @@ def plot_lengths(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    prompts, responses = dataset.prompt_lengths, _own(dataset, borrowed)
+    prompts, responses = dataset.prompt_lengths, _own_lengths(dataset, borrowed)
     whole = (prompts[:, None] + responses)[responses > 0]
     parts = {"prompt": prompts, "response": responses[responses > 0], "prompt + response": whole}
     longest = max(int(values.max(initial=1)) for values in parts.values())

@@ -21,8 +21,8 @@ class BatchStream:
     """Batches of a data set, by step.
 
     There is no iterator state: a run that resumes at step s asks for batch s. Every
-    epoch is a permutation of its own; a batch may span two epochs. Where sources are
-    mixed by weight, this holds of each source, whose epochs are of different lengths.
+    epoch is a permutation of its own, and a batch may span two epochs. Where sources are
+    mixed by weight, each source has epochs of its own, with lengths of their own.
     """
 
     def __init__(
@@ -37,18 +37,18 @@ class BatchStream:
         weights: Mapping[str, float] | None = None,
         planner: Planner = packing.plan_tree,
     ):
-        """Prepares the order.
+        """Prepares the order of the examples.
 
         Args:
           dataset: the tokenised examples.
           batch_size: groups a step.
           budget: the shape of a row.
           seed: of the order.
-          micro_batches: parts of a batch, stacked along a leading axis.
-          extras: further values of each example, for `PackedBatch.extras` beside those
+          micro_batches: how many parts a batch has, stacked along a leading axis.
+          extras: further values of each example, for `PackedBatch.extras`; they join those
             that the data set has.
-          weights: shares of the data set's sources, by name; without them every example
-            comes once an epoch.
+          weights: the share of each of the data set's sources, by name. Without weights every
+            example comes once in an epoch.
           planner: how groups are placed in rows.
         """
         self._dataset = dataset
@@ -60,7 +60,7 @@ class BatchStream:
         self._order = _order(dataset, seed, weights or {})
 
     def indices(self, step: int) -> list[int]:
-        """The examples of step `step` (from 0), in order."""
+        """The indices of the examples of step `step` (from 0), in order."""
         first = step * self._batch_size
         return [int(self._order[i]) for i in range(first, first + self._batch_size)]
 
@@ -69,7 +69,7 @@ class BatchStream:
         return self._pack(self.indices(step))
 
     def batches(self, start: int, stop: int) -> Iterator[PackedBatch]:
-        """Batches `start` to `stop - 1`, prepared ahead in other threads."""
+        """The batches of steps `start` to `stop - 1`, prepared ahead in other threads."""
         return self._prefetched(range(start, stop), self.batch)
 
     def once(self) -> Iterator[PackedBatch]:
@@ -113,7 +113,10 @@ class BatchStream:
 
 
 def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:
-    """Endless indices of examples, shuffled epoch by epoch, source by source."""
+    """An endless list of indices of examples, in which each epoch is shuffled anew.
+
+    With weights, every source has epochs of its own.
+    """
     if not weights:
         return grain.MapDataset.range(len(dataset)).shuffle(seed=seed).repeat()
     sources = [
@@ -126,7 +129,7 @@ def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -
 
 
 def _rows(values: np.ndarray, indices: list[int], size: int) -> np.ndarray:
-    """The chosen rows, then zeros up to `size` rows."""
+    """The values of the chosen examples, then zeros up to `size` rows."""
     rows = np.zeros((size, *values.shape[1:]), values.dtype)
     rows[: len(indices)] = values[indices]
     return rows

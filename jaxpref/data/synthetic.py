@@ -3,9 +3,9 @@
 A guest asks about a dish; a response describes it, or by mistake another one, with three
 adjectives. Each adjective has a fixed warmth. The true reward of a response is the sum
 of its warmths, less a penalty if it describes the wrong dish. Labels are drawn from the
-Bradley-Terry model with this reward, $p(y_1 \\succ y_2) = \\sigma(r(y_1) - r(y_2))$, so
-that a part of them is wrong on purpose, and no one can expect to agree with more of
-them than the true reward does.
+Bradley-Terry model with this reward, $p(y_1 \\succ y_2) = \\sigma(r(y_1) - r(y_2))$. So some
+labels are wrong on purpose, and no model can be expected to agree with more labels than the
+true reward does.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ _ADJECTIVES_A_RESPONSE = 3
 _WRONG_DISH_RATE = 0.25
 _WRONG_DISH_PENALTY = 2.0
 
-# Warmth of each adjective, evenly spread.
+# The warmth of each adjective; the values are evenly spaced.
 WARMTH: dict[str, float] = dict(
     zip(_ADJECTIVES, np.linspace(-1.4, 1.4, len(_ADJECTIVES)).tolist(), strict=True)
 )
@@ -44,8 +44,8 @@ def generate(pairs: int, seed: int) -> list[Example]:
       seed: the same seed gives the same pairs.
 
     Returns:
-      Examples with `responses` (chosen, rejected) by the drawn label and `scores` their
-      true rewards.
+      Examples with `responses` (chosen, rejected) by the drawn label, and their
+      `true_rewards`.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     return [_pair(rng, index) for index in range(pairs)]
@@ -53,7 +53,7 @@ def generate(pairs: int, seed: int) -> list[Example]:
 
 def _pair(rng: np.random.Generator, index: int) -> Example:
     dish = str(rng.choice(_DISHES))
-    # A number makes prompts differ, so that held-out prompts are new ones.
+    # The number makes prompts differ, so that held-out prompts are not seen in training.
     prompt = f"Guest {rng.integers(10_000)}: how is the {dish}?"
     texts, rewards = [], []
     for _ in range(2):
@@ -68,7 +68,6 @@ def _pair(rng: np.random.Generator, index: int) -> Example:
     return Example(
         prompt,
         (texts[chosen], texts[rejected]),
-        scores=(rewards[chosen], rewards[rejected]),
         where=f"synthetic:{index}",
-        scores_are_true=True,
+        true_rewards=(rewards[chosen], rewards[rejected]),
     )

@@ -1,4 +1,4 @@
-"""Examples to token ids: apart at the prompt/response boundary, truncated by a stated policy."""
+"""Examples to token ids: prompt and responses tokenised apart, and truncated by a stated policy."""
 
 import dataclasses
 import multiprocessing
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxpref.data.chat import Chat, ChatEncoder, read_template, special_names
-from jaxpref.data.dataset import TokenizedDataset, digest, extras_of, sources_of, true_scores
+from jaxpref.data.dataset import TokenizedDataset, digest, extras_of, sources_of, true_rewards
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
 
@@ -39,7 +39,7 @@ def load_tokenizer(name: str, chat_template: str = "") -> Any:
 
 
 def _load_tokenizer(name: str) -> Any:
-    # Only tokenizers are used of transformers, which would else say that it misses torch.
+    # Without this, transformers warns that it lacks torch; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -47,7 +47,7 @@ def _load_tokenizer(name: str) -> Any:
         return transformers.ByT5Tokenizer()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # The hub's client raises many kinds, none of them ours.
+    except Exception as error:  # The hub's client raises errors of many classes.
         where = "in that directory" if Path(name).is_dir() else "of that name on the hub"
         raise UserError(
             f"tokenizer.name is {name!r}, and no tokenizer {where} could be loaded: {error}\n"
@@ -81,12 +81,12 @@ class Limits:
     """Lengths in tokens, and the special tokens at the ends.
 
     Attributes:
-      max_length: of prompt plus response.
-      max_prompt_length: of a prompt that has to be cut, BOS included.
-      eos: ends every response.
-      bos: begins every prompt that is a text, if not None.
-      on_long_prompt: "truncate" to cut a prompt that has to be cut, else to refuse it:
-        "error", or "skip" to drop and count its example.
+      max_length: the most tokens of a prompt plus a response.
+      max_prompt_length: the tokens that a prompt is cut to if it has to be cut, BOS included.
+      eos: the id that ends every response.
+      bos: the id that begins every prompt that is a text; None for none.
+      on_long_prompt: what becomes of an example whose prompt would have to be cut. "truncate"
+        cuts the prompt, "error" refuses the data, "skip" drops the example and counts it.
     """
 
     max_length: int
@@ -106,12 +106,12 @@ def complete(
     limits: Limits,
     where: str = "",
 ) -> list[Sequence[int]]:
-    """Adds BOS to a text and EOS to its responses, once: not where the ids already have them.
+    """Adds BOS to a prompt and EOS to its responses, unless they have them already.
 
     Args:
-      prompt: ids without special tokens.
-      responses: ids without special tokens.
-      limits: the special tokens.
+      prompt: ids as the tokenizer gives them for the text alone.
+      responses: the same of each response.
+      limits: has the special tokens.
       where: place of the example, for messages.
 
     Returns:
@@ -143,20 +143,20 @@ def truncate(
     *,
     bos: int | None = None,
 ) -> list[Sequence[int]]:
-    """Cuts to the limits.
+    """Cuts a prompt and its responses to the limits.
 
     If the prompt with its longest response exceeds `max_length`, the prompt keeps its last
-    `max_prompt_length` tokens (BOS counts, and stays where it is the first); a response that is
-    still too long keeps its start and so loses EOS, which keeps the model from learning to stop
-    there.
+    `max_prompt_length` tokens. A BOS at its beginning stays and counts as one of them. A response
+    that is still too long keeps its start. It loses EOS, so that the model does not learn to
+    stop there.
 
     Args:
-      prompt: ids, complete.
-      responses: ids, complete.
-      limits: the lengths.
+      prompt: ids with special tokens.
+      responses: ids with special tokens.
+      limits: has the lengths.
       counts: receives how many prompts and responses were cut.
       where: place of the example, for messages.
-      bos: what a chat template may begin a conversation with, beside `limits.bos`.
+      bos: another id, beside `limits.bos`, that counts as BOS at the beginning of a prompt.
 
     Returns:
       The prompt, then the responses; none is empty.
@@ -164,7 +164,7 @@ def truncate(
     Raises:
       LongPromptError: the prompt may not be cut.
     """
-    # A response that is still to be sampled may take all the room that it is given.
+    # Where responses are still to be sampled, they may take all the room there is.
     longest = max(map(len, responses), default=limits.max_length)
     if len(prompt) + longest > limits.max_length and len(prompt) > limits.max_prompt_length:
         if limits.on_long_prompt != "truncate":
@@ -197,16 +197,19 @@ def tokenize(
     processes: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> TokenizedDataset:
-    """Tokenises examples: texts apart at the boundary, conversations through the chat template.
+    """Tokenises examples.
 
-    A plain text becomes as many examples as `max_length` calls for, with none of it lost.
+    The texts of a prompt and of its responses are tokenised apart; conversations go through the
+    chat template. A plain text becomes as many examples as it needs to fit into `max_length`, and
+    nothing of it is lost.
 
     Args:
-      examples: in the order that they shall have.
+      examples: in the order that the data set shall have.
       tokenizer: a `transformers` tokenizer.
       limits: lengths and special tokens.
-      parse_special_tokens: read the names of special tokens inside the texts as such.
-      processes: how many share the work; the result does not depend on it.
+      parse_special_tokens: whether the name of a special token inside a text becomes that
+        token; else it stays text.
+      processes: how many processes share the work; the result does not depend on it.
       progress: called with the number of examples done so far.
 
     Raises:
@@ -228,10 +231,10 @@ def tokenize(
     context = _joined([part.context for part in parts]).astype(bool, copy=False)
     return TokenizedDataset(
         tokens=_joined([part.tokens for part in parts]).astype(np.int32, copy=False),
-        pieces=np.cumsum(_joined([[0], *(part.lengths for part in parts)])),
-        examples=np.cumsum([0, *(1 + len(example.responses) for example in kept)]),
+        piece_offsets=np.cumsum(_joined([[0], *(part.lengths for part in parts)])),
+        example_offsets=np.cumsum([0, *(1 + len(example.responses) for example in kept)]),
         context=context if context.any() else None,
-        scores=true_scores(kept),
+        true_rewards=true_rewards(kept),
         counts=counts,
         extras=extras_of(kept),
         sources=sources_of(kept),
@@ -241,9 +244,17 @@ def tokenize(
 
 
 class _Encoded(NamedTuple):
-    """A chunk of examples as ids end to end; of pieces and prompts as in `TokenizedDataset`.
+    """A chunk of examples, tokenised.
 
-    `kept` says how often each example is there: 0 if it is dropped, more than once for parts.
+    Attributes:
+      tokens: see `TokenizedDataset`.
+      context: which tokens are seen but not scored.
+      lengths: tokens of each piece.
+      uncut: see `TokenizedDataset`.
+      prompts: see `TokenizedDataset`.
+      kept: how many examples each of the given examples became: 0 if it was dropped, more than
+        one for a plain text in parts.
+      counts: see `TokenizedDataset`.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -260,8 +271,8 @@ class _Part(NamedTuple):
 
     Attributes:
       pieces: the prompt, then the responses.
-      context: of each response, the tokens that are seen but not scored.
-      prompt: what tells the prompt from others.
+      context: which tokens of each response are seen but not scored.
+      prompt: a digest of the prompt.
       bos: see `truncate`.
     """
 
@@ -288,7 +299,7 @@ class _Encoder:
             for text in (example.prompt or "", *example.responses)
         ]
         counts["special_tokens_in_text"] += sum(len(self._names.findall(text)) for text in texts)
-        # An empty list of texts is not a batch to every tokenizer.
+        # Not every tokenizer takes an empty list of texts.
         ids = iter(
             self._tokenizer(
                 texts, add_special_tokens=False, split_special_tokens=not self._parse
@@ -322,7 +333,8 @@ class _Encoder:
                 pieces.append(np.asarray(encoded[0], np.int32))
                 context.append(np.zeros(len(encoded[0]), bool))
                 for response, unscored in zip(encoded[1:], part.context, strict=True):
-                    # What a cut leaves of a turn that is not scored would be seen by nothing.
+                    # A cut may leave tokens at the end that are not scored. They are taken away
+                    # too, because no scored token comes after them to see them.
                     end = int(np.flatnonzero(~unscored[: len(response)])[-1]) + 1
                     pieces.append(np.asarray(response[:end], np.int32))
                     context.append(unscored[:end])
@@ -343,7 +355,14 @@ class _Encoder:
         )
 
     def _read(self, example: Example, ids: Iterator[list[int]], chats: ChatEncoder) -> list[_Part]:
-        """An example with its special tokens, `ids` being those of its texts, if it has texts."""
+        """An example with its special tokens.
+
+        Args:
+          example: the example.
+          ids: those of the coming texts of the chunk, from which an example of texts takes its
+            own.
+          chats: encodes an example that is a conversation.
+        """
         if isinstance(example.prompt, Chat):
             prompt, turns = chats.encode(example.prompt, example.responses, example.where)
             if not prompt:
@@ -359,17 +378,18 @@ class _Encoder:
         return [_Part(whole, context, digest(whole[0]))]
 
     def _parts_of_text(self, text: list[int], where: str) -> list[_Part]:
-        """A plain text in parts that fit, each token but the first predicted from those before it.
+        """A plain text in parts that fit.
 
-        The first is BOS if there is one. A part begins with the last token of the one before it.
+        Every token is predicted from those before it, but for the very first one, which is BOS if
+        there is a BOS. A part begins with the last token of the part before it.
         """
         cut = 0 if self._limits.bos is not None else 1
         first, rest = complete(text[:cut], [text[cut:]], self._limits, where)
         whole, room = [*first, *rest], self._limits.max_length - 1
-        # All texts may have the same prompt; they are told by what they say.
-        told = digest(whole)
+        # The prompt may be the same BOS for all texts, so the digest is one of the whole text.
+        prompt = digest(whole)
         return [
-            _Part([whole[i - 1 : i], part], [np.zeros(len(part), bool)], told)
+            _Part([whole[i - 1 : i], part], [np.zeros(len(part), bool)], prompt)
             for i in range(1, len(whole), room)
             for part in [whole[i : i + room]]
         ]
@@ -395,7 +415,8 @@ def _mapper(
     if processes <= 1:
         yield lambda chunks: map(encoder, chunks)
         return
-    # Not forked: JAX's threads would hold locks that no one in the child opens.
+    # A forked process would inherit locks held by JAX's threads, which nothing in it would
+    # ever release.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_process, (encoder,)) as pool:
         yield lambda chunks: pool.map(_encode_in_process, chunks)

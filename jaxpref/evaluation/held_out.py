@@ -32,7 +32,7 @@ class HeldOut(NamedTuple):
 def evaluate(
     score: Callable[[PackedBatch], Objective],
     batches: Iterable[PackedBatch],
-    scores: Float[np.ndarray, "examples responses"] | None,
+    true_rewards: Float[np.ndarray, "examples responses"] | None,
     sources: Mapping[str, Int[np.ndarray, " _"]] | None = None,
 ) -> HeldOut:
     """Weighted means of the loss and of every metric over all examples.
@@ -40,7 +40,8 @@ def evaluate(
     Args:
       score: per-example loss and metrics of a batch.
       batches: every example once, in order; absent groups only at the end.
-      scores: true rewards of the examples, if known; adds `reward_recovery`.
+      true_rewards: of the examples' responses; None if not known. With them the values of
+        `reward_recovery` are added.
       sources: the examples of each source, if there are several; their values have the prefix
         `eval/SOURCE/`.
     """
@@ -55,9 +56,9 @@ def evaluate(
     }
     results = _means(metrics)
     learned = next((metrics[name] for name in _MARGINS if name in metrics), None)
-    if scores is not None and learned is not None:
-        margins = np.asarray(learned.values[: len(scores)]).reshape(len(scores))
-        results |= reward_recovery(margins, scores)
+    if true_rewards is not None and learned is not None:
+        margins = np.asarray(learned.values[: len(true_rewards)]).reshape(len(true_rewards))
+        results |= reward_recovery(margins, true_rewards)
     for source, examples in (sources or {}).items():
         part = {
             name: Metric(metric.values[examples], metric.weights[examples])

@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 
 def reward_recovery(
-    margins: Float[np.ndarray, " pairs"], scores: Float[np.ndarray, "pairs 2"]
+    margins: Float[np.ndarray, " pairs"], true_rewards: Float[np.ndarray, "pairs 2"]
 ) -> dict[str, float]:
     """How well learned rewards of chosen and rejected responses recover the true ones.
 
@@ -15,7 +15,7 @@ def reward_recovery(
 
     Args:
       margins: learned reward of the chosen response less that of the rejected one.
-      scores: true rewards of the same.
+      true_rewards: of the chosen and of the rejected responses.
 
     Returns:
       `rewards/rank_correlation`, Spearman's, 0 if all learned rewards are alike; and
@@ -24,7 +24,7 @@ def reward_recovery(
     """
     from scipy import stats
 
-    true_margins = scores[:, 0] - scores[:, 1]
+    true_margins = true_rewards[:, 0] - true_rewards[:, 1]
     # A pair's rewards less their mean are plus and minus half its margin.
     learned = np.concatenate([margins, -margins])
     true = np.concatenate([true_margins, -true_margins])

@@ -1,4 +1,4 @@
-"""Losses as pure functions: one value per example, no reduction, nothing of the project inside."""
+"""Losses as pure functions: one value per example, no reduction, no import from other rooms."""
 
 from jaxpref.losses import divergences, weighting
 from jaxpref.losses.language_modeling import nll

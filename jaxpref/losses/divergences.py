@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxpref.losses.inputs import check_range
 
-# Beyond it exp overflows in float32; there a gradient is 0.
+# Larger exponents are cut to this, because exp soon overflows in float32. Where an exponent is
+# cut, the gradient is 0.
 _LARGEST_EXPONENT = 80.0
 
 
@@ -38,10 +39,10 @@ def alpha_divergence(
 
     Args:
       log_ratios: in nats.
-      alpha: from 0, the limit $\\log u$, to 1.
+      alpha: from 0, where the limit $\\log u$ is taken, to 1.
 
     Raises:
-      ValueError: alpha is outside.
+      ValueError: alpha is below 0 or above 1.
     """
     check_range("alpha_divergence", least=0, most=1, alpha=alpha)
     if alpha == 0:

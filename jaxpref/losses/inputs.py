@@ -1,4 +1,4 @@
-"""What every loss does with its inputs first."""
+"""Checks and conversions with which every loss begins."""
 
 from numbers import Real
 
@@ -9,8 +9,12 @@ from jaxtyping import Array
 def checked(loss: str, **inputs: Array) -> tuple[Array, ...]:
     """The inputs in at least float32.
 
+    Args:
+      loss: its name, for messages.
+      inputs: the arrays by name, in the order in which they are returned.
+
     Raises:
-      ValueError: their shapes differ, which broadcasting would turn into a wrong loss.
+      ValueError: the shapes differ, which broadcasting would turn into a wrong loss.
     """
     if len({x.shape for x in inputs.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
@@ -19,7 +23,7 @@ def checked(loss: str, **inputs: Array) -> tuple[Array, ...]:
 
 
 def in_float32(x: Array) -> Array:
-    """The input in float32, or in float64 if it is."""
+    """The input in float32; what is float64 stays float64."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -32,18 +36,18 @@ def check_range(
     most: float | None = None,
     **values: object,
 ) -> None:
-    """Refuses numbers outside the range given, with a NaN.
+    """Refuses parameters that are outside a range, or NaN.
 
     Args:
-      loss: whose parameters they are.
-      above: what they should be larger than.
-      least: what they should be at least.
-      below: what they should be smaller than.
-      most: what they should be at most.
-      values: parameters by name; what is no plain number (a traced value) cannot be checked.
+      loss: the name of the loss that has the parameters, for messages.
+      above: every parameter must be larger than this.
+      least: every parameter must be at least this.
+      below: every parameter must be smaller than this.
+      most: every parameter must be at most this.
+      values: the parameters by name. A traced value is no plain number and is not checked.
 
     Raises:
-      ValueError: one is outside.
+      ValueError: a parameter is outside the range.
     """
     bounds = {"above": above, "at least": least, "below": below, "at most": most}
     given = {word: bound for word, bound in bounds.items() if bound is not None}
@@ -63,14 +67,14 @@ def check_range(
 
 
 def check_smoothing(loss: str, label_smoothing: object) -> None:
-    """Refuses a label smoothing outside 0 to below a half.
+    """Refuses a label smoothing below 0, or of a half or more.
 
     Raises:
-      ValueError: it is outside.
+      ValueError: the label smoothing is outside this range.
     """
     check_range(loss, least=0, below=0.5, label_smoothing=label_smoothing)
 
 
 def per_token(sums: Array, lengths: Array) -> Array:
-    """Sums over responses divided by their lengths; an absent response keeps its 0."""
+    """Sums over responses divided by the responses' lengths; an absent response keeps its 0."""
     return sums / jnp.maximum(lengths, 1)

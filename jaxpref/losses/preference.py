@@ -1,8 +1,8 @@
 """Losses on preference pairs against a frozen reference: DPO and its kin.
 
-All take the summed log-probability of the chosen and of the rejected response under the
-policy and under the reference, in nats and of one shape, as `dpo` describes; no gradient
-flows into the reference. All return one value per pair.
+All losses here take the summed log-probability of the chosen and of the rejected response
+under the policy and under the reference, in nats and of one shape, as `dpo` describes. No
+gradient flows into the reference. All return one value per pair.
 """
 
 from collections.abc import Callable
@@ -172,15 +172,15 @@ def ipo(
     {\\pi_\\theta(y_l|x) \\pi_{ref}(y_w|x)}$: $L = (h - \\frac{1}{2 \\beta})^2$.
 
     Source: Azar et al. 2023 (arXiv 2310.12036), equation 17, whose $\\tau$ is beta. The
-    paper's log-ratios are of whole responses; TRL divides each by its response's length,
-    which it says the authors confirmed, and which the lengths do here.
+    paper's log-ratios are of whole responses. TRL divides each by its response's length and
+    says that the authors confirmed this; here that is done if the lengths are given.
 
     Args:
       policy_chosen_logps: see `dpo`, as are the three that follow.
       policy_rejected_logps: of the rejected responses.
       reference_chosen_logps: under the reference.
       reference_rejected_logps: under the reference.
-      beta: regularisation; the target margin is one over twice it.
+      beta: regularisation; the target margin is $1 / (2 \\beta)$.
       chosen_lengths: tokens of each chosen response, to divide by; None for the paper's form.
       rejected_lengths: the same for the rejected responses.
 
@@ -221,7 +221,7 @@ def hinge(
       policy_rejected_logps: of the rejected responses.
       reference_chosen_logps: under the reference.
       reference_rejected_logps: under the reference.
-      beta: inverse temperature; the margin of log-ratios wanted is one over it.
+      beta: inverse temperature; the wanted margin of log-ratios is $1 / \\beta$.
 
     Returns:
       See `dpo`.
@@ -436,9 +436,9 @@ def aot_unpaired(
 ) -> PreferenceOutput:
     """AOT for unpaired data: chosen log-ratios dominate rejected ones, quantile by quantile.
 
-    Formula, with rewards as in `dpo`, sorted each for itself: $L_{(k)} =
-    -\\log \\sigma(\\hat r_{w (k)} - \\hat r_{l (k)})$. A loss belongs to the pair that has
-    the k-th chosen reward.
+    Formula, with rewards as in `dpo`, the chosen ones sorted and the rejected ones sorted:
+    $L_{(k)} = -\\log \\sigma(\\hat r_{w (k)} - \\hat r_{l (k)})$. A loss belongs to the pair
+    that has the k-th chosen reward.
 
     Source: Melnyk et al. 2024 (arXiv 2406.05882), equation 10 (unpaired, logistic).
 
@@ -481,8 +481,8 @@ def apo_zero(
 ) -> PreferenceOutput:
     """APO-zero: raises the chosen and lowers the rejected likelihood, each by itself.
 
-    For chosen responses that are better than what the model says. Formula, with rewards as
-    in `dpo`: $L = 1 - \\sigma(\\hat r_w) + \\sigma(\\hat r_l)$.
+    It is meant for chosen responses that are better than what the model says. Formula, with
+    rewards as in `dpo`: $L = 1 - \\sigma(\\hat r_w) + \\sigma(\\hat r_l)$.
 
     Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 7.
 
@@ -520,8 +520,8 @@ def apo_down(
 ) -> PreferenceOutput:
     """APO-down: lowers both likelihoods, the rejected one more.
 
-    For chosen responses that are worse than what the model says. Formula, with rewards as
-    in `dpo`: $L = \\sigma(\\hat r_w) + 1 - \\sigma(\\hat r_w - \\hat r_l)$.
+    It is meant for chosen responses that are worse than what the model says. Formula, with
+    rewards as in `dpo`: $L = \\sigma(\\hat r_w) + 1 - \\sigma(\\hat r_w - \\hat r_l)$.
 
     Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), equation 8.
 
@@ -591,7 +591,8 @@ def discopop(
     )
     margins = chosen - rejected
     logistic = -jax.nn.log_sigmoid(margins) * jax.nn.sigmoid(-margins / temperature)
-    # One exponent, since at margins far below 0 the first factor is 0 and the second infinite.
+    # The product of sigmoid and exp is computed with one exponent, because at margins far below
+    # 0 the first factor would be 0 and the second one infinite.
     exponential = jnp.exp(jax.nn.log_sigmoid(margins / temperature) - margins)
     return without_gradient(logistic + exponential, chosen, rejected)
 
@@ -611,8 +612,8 @@ def bco(
     $L = -\\log \\sigma(\\hat r_w - \\delta) - \\log \\sigma(-(\\hat r_l - \\delta))$.
 
     Source: Jung et al. 2024 (arXiv 2404.04656), equation 13. The paper's $\\delta$ is the
-    mean reward of chosen and rejected responses alike, of all steps so far; TRL's pairwise
-    form has it at 0.
+    mean reward of all responses, chosen and rejected, of all steps so far; in TRL's pairwise
+    form it is 0.
 
     Args:
       policy_chosen_logps: see `dpo`, as are the three that follow.
@@ -676,6 +677,7 @@ def _log_ratios(
 
 
 def _rewards(loss: str, beta: Scalar, *logps: Array) -> tuple[Array, Array]:
+    """Implicit rewards of the chosen and of the rejected responses."""
     check_range(loss, above=0, beta=beta)
     chosen, rejected = _log_ratios(loss, *logps)
     return beta * chosen, beta * rejected
@@ -698,10 +700,11 @@ def _per_token(
 
 def _quantile_differences(a: Array, b: Array, where: Array | None) -> Array:
     """The k-th smallest `a` less the k-th smallest `b`, at the place of the k-th `a`."""
-    # What does not count goes last in both, so that the others meet at the same rank.
+    # Pairs that do not count are sorted to the end of both, so that the others have the same
+    # ranks in both.
     last = 0.0 if where is None else jnp.where(where, 0.0, jnp.inf)
     if where is not None:
-        # It may be anything, NaN too.
+        # The value of a pair that does not count may be anything, even NaN.
         a, b = jnp.where(where, a, 0.0), jnp.where(where, b, 0.0)
     by_a, by_b = (jnp.argsort(jax.lax.stop_gradient(x) + last, axis=-1) for x in (a, b))
     differences = jnp.take_along_axis(a, by_a, -1) - jnp.take_along_axis(b, by_b, -1)

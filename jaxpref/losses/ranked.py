@@ -18,7 +18,7 @@ class RankedOutput(NamedTuple):
 
     Attributes:
       losses: the loss of each prompt.
-      rewards: what the responses are ranked by; no gradient.
+      rewards: the values that the loss brings into the right order; no gradient.
     """
 
     losses: Float[Array, "*batch"]
@@ -42,9 +42,9 @@ def rrhf(
 
     Args:
       policy_logps: summed log-probability of each response, in nats.
-      lengths: tokens of each response; 0 for one that is absent.
-      scores: of each response; equal scores are not ranked. The best counts once: the
-        first of those with the highest score.
+      lengths: tokens of each response; 0 for a response that is absent.
+      scores: $s$, the score of each response. Responses with equal scores are not ranked
+        against each other; of those with the highest score the first one is the best.
       rank_weight: $w$.
 
     Returns:
@@ -88,7 +88,7 @@ def plackett_luce_dpo(
       policy_logps: summed log-probability of each response under the policy, in nats.
       reference_logps: the same under the frozen reference; no gradient.
       beta: inverse temperature of the implicit reward.
-      where: True for the responses that are there.
+      where: True for the responses that are present; None if all are.
 
     Returns:
       `RankedOutput(losses, rewards)` in float32.
@@ -115,21 +115,22 @@ def all_pairs(
     over K choose 2 pairs.
 
     Args:
-      loss: of the chosen values, then the rejected ones, alternating: with `policy` and
-        `reference` as values it is called as
+      loss: takes, for each array in `values`, the values of the better responses and then
+        those of the worse ones. With `policy` and `reference` as values it is called as
         `loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected)`.
-      values: one a response, ranked best first along the last axis.
-      where: True for the responses that are there.
+      values: arrays with one value per response, ranked best first along the last axis.
+      where: True for the responses that are present; None if all are.
 
     Returns:
-      One value a prompt; 0 where fewer than two responses are there.
+      One value per prompt; 0 where fewer than two responses are present.
 
     >>> import jax.numpy as jnp
     >>> all_pairs(lambda chosen, rejected: rejected - chosen, jnp.array([3.0, 2.0, 0.0])).item()
     -2.0
     """
     if where is not None:
-        # Before the loss: what is absent may be anything, and must not reach a gradient.
+        # This comes before the loss, because the value of an absent response may be anything,
+        # even NaN, and must not reach a gradient.
         values = tuple(jnp.where(where, x, 0.0) for x in values)
     first, second = np.triu_indices(values[0].shape[-1], 1)
     pairs = [side for x in values for side in (x[..., first], x[..., second])]

@@ -1,7 +1,7 @@
 """Losses on preference pairs that need no reference model.
 
-All take the summed log-probability of the chosen and of the rejected response under the
-policy, in nats and of one shape, and return one value per pair.
+All losses here take the summed log-probability of the chosen and of the rejected response
+under the policy, in nats and of one shape, and return one value per pair.
 """
 
 import jax
@@ -16,7 +16,7 @@ from jaxpref.losses.preference import (
     without_gradient,
 )
 
-# The largest log-probability whose complement float32 can tell from 0.
+# Larger log-probabilities are cut to this: in float32 one minus the probability would be 0.
 _ALMOST_ONE = -1e-7
 
 
@@ -76,8 +76,8 @@ def orpo(
     Formula, with $p = \\pi_\\theta(y|x)^{1 / |y|}$ and $odds = \\frac{p}{1 - p}$:
     $L = -\\log p_w - \\lambda \\log \\sigma(\\log \\frac{odds_w}{odds_l})$.
 
-    Source: Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7. TRL's first term is the mean
-    over the tokens of a whole batch, those of the prompts too; see `nll`.
+    Source: Hong et al. 2024 (arXiv 2403.07691), equations 6 and 7. In TRL the first term is the
+    mean over all tokens of a batch, prompts included; see `nll`.
 
     Args:
       policy_chosen_logps: summed log-probability of each chosen response, in nats.
@@ -85,9 +85,9 @@ def orpo(
       chosen_lengths: tokens of each chosen response.
       rejected_lengths: tokens of each rejected response.
       beta: $\\lambda$, the weight of the odds ratio.
-      nll: the first term of each pair, in place of the paper's mean over its response: with
-        summed negative log-likelihoods divided by the batch's mean length, the mean over a
-        batch is per token.
+      nll: the first term of each pair, in place of the paper's mean over the response's
+        tokens. If it is the summed negative log-likelihood divided by the batch's mean
+        length, the mean over the batch is per token.
 
     Returns:
       `PreferenceOutput(losses, chosen_rewards, rejected_rewards)` in float32; rewards are
@@ -121,7 +121,7 @@ def cpo(
     - \\alpha \\log \\pi_\\theta(y_w|x)$, the first term smoothed as in `dpo`.
 
     Source: Xu et al. 2024 (arXiv 2401.08417), equations 3 and 5. The paper's second term is
-    of the whole response; TRL's is the mean over the response tokens of a whole batch, see `nll`.
+    of the whole response; in TRL it is the mean over all response tokens of a batch, see `nll`.
 
     Args:
       policy_chosen_logps: summed log-probability of each chosen response, in nats.
@@ -129,9 +129,9 @@ def cpo(
       beta: inverse temperature.
       nll_weight: $\\alpha$, the weight of the SFT loss.
       label_smoothing: probability that a label is wrong, from 0 to below 0.5.
-      nll: the likelihood of each pair's second term, in place of the paper's
-        $-\\log \\pi_\\theta(y_w|x)$: divided by the batch's mean length of a chosen response,
-        it makes the mean over the batch TRL's.
+      nll: stands in each pair's second term in place of the paper's
+        $-\\log \\pi_\\theta(y_w|x)$. If it is that value divided by the batch's mean length
+        of a chosen response, the mean over the batch is the one of TRL.
 
     Returns:
       `PreferenceOutput(losses, chosen_rewards, rejected_rewards)` in float32.
@@ -226,6 +226,7 @@ def unlikelihood(
 def _mean_logps(
     loss: str, chosen: Array, rejected: Array, chosen_lengths: Array, rejected_lengths: Array
 ) -> tuple[Array, Array]:
+    """Log-probabilities per token of the chosen and of the rejected responses."""
     chosen, rejected, chosen_lengths, rejected_lengths = checked(
         loss,
         policy_chosen_logps=chosen,

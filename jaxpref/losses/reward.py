@@ -1,4 +1,4 @@
-"""Losses of reward models, and what an ensemble of them says."""
+"""Losses of reward models, and the mean and uncertainty of an ensemble of them."""
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,11 @@ def bradley_terry(
       chosen_rewards: the reward of each chosen response.
       rejected_rewards: the same for the rejected responses.
       margin: how much better each chosen response is; None for 0.
-      center_coefficient: pull of the pair's sum to 0; a Bradley-Terry reward is
-        determined up to a constant only.
+      center_coefficient: how strongly the sum of a pair's rewards is pulled to 0. Without
+        it the rewards are only determined up to a constant.
 
     Returns:
-      One loss a pair, in nats (with centering, plus squared reward), in float32.
+      The loss of each pair in float32, in nats; with centering a squared reward is added.
 
     Raises:
       ValueError: the shapes differ, or the coefficient is negative.
@@ -69,14 +69,15 @@ def plackett_luce(
 
     Args:
       rewards: of the responses, ranked best first along the last axis.
-      where: True for the responses that are there.
+      where: True for the responses that are present; None if all are.
 
     Returns:
-      One loss a prompt, in nats, in float32.
+      The loss of each prompt, in nats, in float32.
     """
     rewards = in_float32(rewards)
     if where is not None:
-        # Far below any reward, yet finite, so that gradients are too.
+        # This is far below any reward, so that absent responses add nothing to a sum of
+        # exponentials; and it is finite, so that gradients are finite too.
         rewards = jnp.where(where, rewards, jnp.finfo(rewards.dtype).min / 4)
     following = jax.lax.cumlogsumexp(rewards, axis=rewards.ndim - 1, reverse=True)
     terms = following - rewards

@@ -15,7 +15,7 @@ class UnpairedOutput(NamedTuple):
 
     Attributes:
       losses: the loss of each response.
-      rewards: beta times its log-ratio; no gradient.
+      rewards: beta times the log-ratio of each response; no gradient.
     """
 
     losses: Float[Array, "*batch"]
@@ -32,7 +32,7 @@ def kto(
     desirable_weight: Scalar = 1.0,
     undesirable_weight: Scalar = 1.0,
 ) -> UnpairedOutput:
-    """KTO: the value that prospect theory gives a response, against the KL as reference point.
+    """KTO: the value that prospect theory gives a response, with the KL as reference point.
 
     Formula, with $r = \\log \\frac{\\pi_\\theta(y|x)}{\\pi_{ref}(y|x)}$:
     $L = \\lambda_D (1 - \\sigma(\\beta (r - z_0)))$ for a desirable response and
@@ -43,12 +43,13 @@ def kto(
     Args:
       policy_logps: summed log-probability of each response under the policy, in nats.
       reference_logps: the same under the frozen reference; no gradient.
-      desirable: the labels.
+      desirable: the label of each response.
       kl: $z_0$ in nats, from `kto_kl`; no gradient.
       beta: how quickly the value saturates.
       desirable_weight: $\\lambda_D$.
-      undesirable_weight: $\\lambda_U$; the paper wants the ratio of weights times counts,
-        $\\lambda_D n_D / \\lambda_U n_U$, between 1 and 3/2.
+      undesirable_weight: $\\lambda_U$. The paper recommends weights for which
+        $\\lambda_D n_D / \\lambda_U n_U$ is between 1 and 3/2, where $n_D$ and $n_U$ are the
+        numbers of desirable and of undesirable responses.
 
     Returns:
       `UnpairedOutput(losses, rewards)` in float32 (float64 stays float64).
@@ -84,12 +85,12 @@ def kto_kl(
     {\\pi_{ref}(y'_i|x_i)})$, where $y'_i$ answers another prompt than $x_i$.
 
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306), section 4.1. The mean is over the
-    whole batch, on however many devices it lies.
+    whole batch, also where the batch is split over several devices.
 
     Args:
       policy_logps: summed log-probabilities of the mismatched responses, in nats.
       reference_logps: the same under the reference.
-      where: True for those that count; with none the estimate is 0.
+      where: True for the responses that count; if none does, the estimate is 0.
 
     Returns:
       $z_0$ in nats, without gradient.
@@ -125,7 +126,7 @@ def bco_unpaired(
     Args:
       policy_logps: summed log-probability of each response under the policy, in nats.
       reference_logps: the same under the frozen reference; no gradient.
-      desirable: the labels.
+      desirable: the label of each response.
       shift: $\\delta$, the mean reward of all steps so far; no gradient.
       beta: inverse temperature of the implicit reward.
 
@@ -148,4 +149,5 @@ def bco_unpaired(
 
 
 def _sign(desirable: Array, logps: Array) -> Array:
+    """1 for desirable responses and -1 for undesirable ones."""
     return jnp.where(desirable, 1, -1).astype(logps.dtype)

@@ -20,12 +20,12 @@ def length_desensitized(
     Source: Liu et al. 2024 (arXiv 2409.06411), equation 10.
 
     Args:
-      index: of each token in its response, from 0.
-      shared_length: length of the shorter response of each token's pair.
-      alpha: from 0 to 1, where it is plain DPO.
+      index: the place of each token in its response, from 0.
+      shared_length: the length of the shorter response of each token's pair, in tokens.
+      alpha: $\\alpha$, from 0 to 1; with 1 the loss is plain DPO.
 
     Raises:
-      ValueError: alpha is outside.
+      ValueError: alpha is below 0 or above 1.
     """
     check_range("length_desensitized", least=0, most=1, alpha=alpha)
     return jnp.where(index < shared_length, 1.0, alpha)
@@ -37,23 +37,23 @@ def wpo(
     *,
     largest: Scalar = math.inf,
 ) -> Float[Array, "*batch"]:
-    """WPO's weight of each pair: how likely the policy is to say what the pair holds.
+    """WPO's weight of each pair: how likely the policy is to give these two responses.
 
     Formula: $w = \\exp(\\bar \\ell_w + \\bar \\ell_l)$ with $\\bar \\ell = \\frac{1}{|y|} \\sum_t
     \\log \\frac{\\pi_\\theta(y_t|\\cdot)}{\\sum_v \\pi_\\theta(v|\\cdot)^2}$; the fraction
     is 1 on average for the policy's own samples.
 
-    Source: Zhou et al. 2024 (arXiv 2406.11827), equation 2, with its sampled alignment. The
-    authors' code lets no weight exceed 1.
+    Source: Zhou et al. 2024 (arXiv 2406.11827), equation 2, with the alignment that the paper
+    calls sampled. In the authors' code no weight exceeds 1.
 
     Args:
       chosen_logps: $\\bar \\ell$ of each chosen response, in nats; no gradient. See
         `logprobs.token_logprobs_and_collision`.
       rejected_logps: the same for the rejected responses.
-      largest: weight, above 0.
+      largest: an upper bound of the weights, above 0.
 
     Raises:
-      ValueError: the shapes differ, or no weight is allowed.
+      ValueError: the shapes differ, or `largest` is not above 0.
     """
     check_range("wpo", above=0, largest=largest)
     chosen, rejected = checked("wpo", chosen_logps=chosen_logps, rejected_logps=rejected_logps)

@@ -1,35 +1,22 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): merged into the weights, and in PEFT's format."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) and the base that they adapt."""
 
 import dataclasses
-import functools
-import json
-import math
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxpref.errors import UserError
 from jaxpref.losses.inputs import in_float32
-from jaxpref.models import safetensors
-from jaxpref.models.decoder import Decoder, Lora
-from jaxpref.models.families import SCORE
-from jaxpref.models.huggingface import Place, as_ours, places, weight_of
-from jaxpref.models.safetensors import TensorFiles
+from jaxpref.models.decoder import Decoder
 from jaxpref.nf4 import Nf4
-from jaxpref.trainable import partition, path_of
+from jaxpref.trainable import partition
 
+# Matches the paths of the adapters' parameters.
 ADAPTERS = r"_lora_[ab]$"
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
 
 
 def without_adapters(model: Decoder) -> Decoder:
-    """The model that the adapters adapt."""
+    """The base: the same model without its adapters."""
     return model.clone(config=dataclasses.replace(model.config, lora=None))
 
 
@@ -37,8 +24,11 @@ def merge_adapters(model: Decoder, params: Any) -> tuple[Decoder, Any]:
     """The same function without adapters: `W + alpha / rank * A B` in place of each `W`.
 
     Args:
-      model: with adapters.
+      model: with adapters; one without is given back as it is.
       params: of the model.
+
+    Returns:
+      The model without adapters, and its parameters.
     """
     lora = model.config.lora
     if lora is None:
@@ -57,7 +47,7 @@ def merge_adapters(model: Decoder, params: Any) -> tuple[Decoder, Any]:
 
 
 def dequantize(params: Any) -> Any:
-    """Parameters without four-bit ones, which become float32."""
+    """The parameters, with those that are in four bits turned into float32."""
     return jax.tree.map(
         lambda x: jax.jit(x.dequantize, static_argnums=0)("float32") if isinstance(x, Nf4) else x,
         params,
@@ -66,231 +56,13 @@ def dequantize(params: Any) -> Any:
 
 
 def _adapted(adapters: Any) -> list[str]:
+    """The names of the matrices in the layers that have adapters."""
     names = adapters.get("layers", {})
     return sorted(name.removesuffix("_lora_a") for name in names if name.endswith("_lora_a"))
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`A B` of every layer, with all inputs as one axis and all outputs as another."""
     layers, rank = a.shape[0], a.shape[-1]
     a, b = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
     return jnp.einsum("lir,lro->lio", in_float32(a), in_float32(b))
-
-
-def save_adapters(model: Decoder, params: Any, directory: str | Path, base: str = "") -> None:
-    """Writes the adapters as `peft` reads them: `PeftModel.from_pretrained(base, directory)`.
-
-    The scalar head of a reward or value model goes along whole.
-
-    Where Hugging Face's module computes several of our products at once (GPT-2's
-    `c_attn`), its adapter has their ranks added up, with zeros where they do not meet;
-    the function is the same.
-
-    Args:
-      model: with adapters, from a Hugging Face directory.
-      params: of the model; the adapters, and the scalar head if it has one, suffice.
-      directory: receives `adapter_model.safetensors` and `adapter_config.json`.
-      base: name or path of the base model, for the config.
-
-    Raises:
-      UserError: the model has no adapters, or belongs to no family.
-    """
-    lora, origin = model.config.lora, model.origin
-    if lora is None or origin is None:
-        raise UserError("save_adapters: the model has no adapters, or no origin.")
-    adapters, _ = partition(params, ADAPTERS)
-    layers = {name: np.asarray(x, np.float32) for name, x in adapters["layers"].items()}
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    for place in places(without_adapters(model), origin.family):
-        parts = [p for p in place.parts if f"{weight_of(p)}_lora_a" in layers]
-        if not parts or not place.name.endswith(".weight"):
-            continue
-        (layer,) = place.entry
-        module, rank = place.name.removesuffix(".weight"), lora.rank * len(parts)
-        down = [layers[f"{weight_of(part)}_lora_a"][layer].reshape(-1, lora.rank) for part in parts]
-        up = np.zeros((parts[0].total, rank), np.float32)
-        for i, part in enumerate(parts):
-            b = layers[f"{weight_of(part)}_lora_b"][layer]
-            block = slice(i * lora.rank, (i + 1) * lora.rank)
-            # Of the shape of a product's weight, with the rank for its inputs.
-            slot = part._replace(path="layers/up", shape=b.shape)
-            family = origin.family._replace(conv1d=False)
-            as_ours(up[:, block], slot, family)[...] = b
-        name = f"{_PEFT_PREFIX}{module}"
-        tensors[f"{name}.lora_A.weight"] = np.concatenate(down, axis=1).T
-        tensors[f"{name}.lora_B.weight"] = up
-        # Two levels, since GPT-2 has a `c_proj` in attention and one in the feed-forward.
-        ranks[".".join(module.split(".")[-2:])] = rank
-    if model.config.scalar_head:
-        tensors[_PEFT_PREFIX + SCORE["score"]] = np.asarray(params["score"], np.float32)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    described = {name: (x.shape, "F32") for name, x in tensors.items()}
-    safetensors.write_file(directory / PEFT_WEIGHTS, described, tensors.__getitem__)
-    config = _peft_config(lora, ranks, origin.family.conv1d, base or origin.directory)
-    if model.config.scalar_head:
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    (directory / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-class SavedAdapters:
-    """Adapters in PEFT's format.
-
-    Attributes:
-      directory: where they are.
-      base: name or path of the model that they adapt.
-      scalar_head: whether they bring the scalar head of a reward or value model.
-    """
-
-    def __init__(self, directory: str | Path):
-        """Reads the config and the headers.
-
-        Raises:
-          UserError: they are of a kind that cannot be merged exactly.
-        """
-        self.directory = Path(directory)
-        path = self.directory / PEFT_CONFIG
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: is no JSON ({error}).") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: should be a JSON object; got {type(config).__name__}.")
-        self._config: dict[str, Any] = config
-        unknown = {
-            key: config[key]
-            for key, plain in _PLAIN.items()
-            if config.get(key) not in (*plain, None, False, [], {})
-        }
-        if unknown:
-            raise UserError(
-                f"{path}: sets {', '.join(f'{k}={v!r}' for k, v in unknown.items())}, which "
-                "jaxpref does not know; merge the adapters with peft (merge_and_unload) and "
-                "begin with the result."
-            )
-        self.base = str(self._config.get("base_model_name_or_path") or "")
-        self._files = TensorFiles(self.directory, PEFT_WEIGHTS)
-        self.scalar_head = _PEFT_PREFIX + SCORE["score"] in self._files.stored
-
-    def merge(self, model: Decoder, params: Any) -> Any:
-        """The parameters with the adapters merged into them: `W + scale * B A` for each `W`.
-
-        Args:
-          model: without adapters; what `params` lacks of it stays as it is.
-          params: of the model that the adapters belong to.
-
-        Raises:
-          UserError: the adapters do not fit the model.
-        """
-        family = model.origin.family
-        leaves = {path_of(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-        left = set(self._files.stored) - self._tied_head(model)
-        for place in places(model, family):
-            found = self._change(place, family.conv1d)
-            if found is None or not all(part.path in leaves for part in place.parts):
-                continue
-            names, change, whole = found
-            left -= names
-            if change.shape != place.shape:
-                raise UserError(
-                    f"{self.directory}: the adapter of {place.name} makes {change.shape}, but the "
-                    f"model has {place.shape} there; the base ({self.base}) is another model."
-                )
-            for part in place.parts:
-                value = np.ascontiguousarray(as_ours(change, part, family))
-                leaf = leaves[part.path]
-                index = np.asarray(place.entry, np.int32)
-                leaves[part.path] = _changed(leaf.sharding, whole)(leaf, value, index)
-        if left:
-            raise UserError(
-                f"{self.directory}: has {', '.join(sorted(left)[:3])}, which belongs to no part of "
-                f"the model of {self.base}."
-            )
-        return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_of(path)], params)
-
-    def _tied_head(self, model: Decoder) -> set[str]:
-        """The name of a head that is saved beside the embedding that it equals.
-
-        Raises:
-          UserError: the embedding was trained, and the head tied to it was not.
-        """
-        tensors = model.origin.family.tensors
-        embedding, head = (_PEFT_PREFIX + tensors[name] for name in ("embedding", "head"))
-        stored = self._files.stored
-        if embedding not in stored or not model.config.tied_head or model.config.scalar_head:
-            return set()
-        if head in stored and np.array_equal(self._files.view(embedding), self._files.view(head)):
-            return {head}
-        raise UserError(
-            f"{self.directory}: brings an embedding of its own, which peft unties from the head of "
-            f"{self.base}; a model with a tied head cannot hold both. Merge the adapters with peft "
-            "(merge_and_unload) and begin with the result."
-        )
-
-    def _change(self, place: Place, conv1d: bool) -> tuple[set[str], np.ndarray, bool] | None:
-        """Names of the tensors for a place, what they add to it, or (True) put in its stead."""
-        name = _PEFT_PREFIX + place.name
-        if name in self._files.stored:
-            return {name}, np.asarray(self._files.view(name), np.float32), True
-        module = name.removesuffix(".weight")
-        names = {f"{module}.lora_{side}.weight" for side in "AB"}
-        if not names <= set(self._files.stored):
-            return None
-        a, b = (
-            np.asarray(self._files.view(f"{module}.lora_{side}.weight"), np.float32)
-            for side in "AB"
-        )
-        alpha = self._of_module("alpha_pattern", module, self._config.get("lora_alpha", 8))
-        rank = len(a)
-        scale = alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
-        change = scale * (b @ a)
-        return names, change.T if conv1d and place.parts[0].inputs else change, False
-
-    def _of_module(self, patterns: str, module: str, default: float) -> float:
-        """What a pattern says of a module, as PEFT matches it: the end of its name."""
-        for pattern, value in (self._config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module.removeprefix(_PEFT_PREFIX)):
-                return float(value)
-        return float(default)
-
-
-# What PEFT may say that changes what an adapter computes, and the values that do not.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # Others begin by moving a part of the base into the adapter.
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-    **dict.fromkeys(("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora"), ()),
-    **dict.fromkeys(("layer_replication", "trainable_token_indices", "target_parameters"), ()),
-}
-
-
-@functools.cache
-def _changed(where: Any, whole: bool) -> Callable[[jax.Array, np.ndarray, np.ndarray], jax.Array]:
-    """Adds to an entry of a stack, or replaces it, in the stack's own memory."""
-
-    def change(stacked: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
-        at = stacked.at[tuple(index)]
-        value = value if whole else at.get().astype(jnp.float32) + value
-        return at.set(value.astype(stacked.dtype))
-
-    return jax.jit(change, donate_argnums=0, out_shardings=where)
-
-
-def _peft_config(lora: Lora, ranks: dict[str, int], conv1d: bool, base: str) -> dict[str, Any]:
-    wider = {module: rank for module, rank in ranks.items() if rank != lora.rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(ranks),
-        "rank_pattern": wider,
-        # So that alpha over rank stays what it is.
-        "alpha_pattern": {name: lora.alpha * rank / lora.rank for name, rank in wider.items()},
-        "fan_in_fan_out": conv1d,
-        "bias": "none",
-        "inference_mode": True,
-    }

@@ -1,9 +1,10 @@
 """Reward and value models: a scalar head on a decoder, which transformers calls a classifier.
 
-transformers' sequence classifiers read the last token that is not `pad_token_id`. Where that
-is EOS they pass over the EOS of a response; a reward model that is grown here reads it. So a
-model that was imported keeps its `pad_token_id` and passes over the same tokens, and one that
-is exported gets a padding token that no text ends in.
+A sequence classifier of transformers reads its value at the last token that is not
+`pad_token_id`. If the padding token is EOS, it passes over the EOS of a response; a reward model
+that is grown here reads that EOS. So a model that was imported keeps its `pad_token_id` and
+passes over the same tokens, and a model that is exported gets a padding token that no text
+ends in.
 """
 
 import copy
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxpref.models.decoder import Decoder
 
-# What a language model's head is not in a classifier.
+# The fields in which a classifier's config differs from that of its language model.
 SCALAR_HEAD: dict[str, Any] = {"scalar_head": True, "tied_head": True, "head_bias": False}
 _PAD = "<|pad|>"
 
@@ -30,8 +31,12 @@ def with_scalar_head(model: Decoder, params: Any, key: jax.Array) -> tuple[Decod
 
     Args:
       model: with an LM head.
-      params: of the model; what the two have in common is shared, not copied.
-      key: for the new head's random weights.
+      params: of the model.
+      key: a random key for the weights of the new head.
+
+    Returns:
+      The model with a scalar head, and its parameters. They share all arrays but the heads'
+      with `params`.
     """
     scalar, width = as_scalar(model), features(model)
     score = (
@@ -43,12 +48,12 @@ def with_scalar_head(model: Decoder, params: Any, key: jax.Array) -> tuple[Decod
 
 
 def features(model: Decoder) -> int:
-    """Size of the hidden states that a head sees."""
+    """The size of the hidden states that a head reads."""
     return model.config.embedding_width or model.config.width
 
 
 def _with_own_padding(tokenizer: Any) -> Any:
-    """The tokenizer, with a padding token that no text ends in; a copy, if it needs a new one."""
+    """The tokenizer if it pads with a token that no text ends in, else a copy that does."""
     own, template = tokenizer.pad_token, tokenizer.chat_template or ""
     if own is not None and own != tokenizer.eos_token and own not in template:
         return tokenizer
@@ -58,7 +63,10 @@ def _with_own_padding(tokenizer: Any) -> Any:
 
 
 def padding_beside_adapters(model: Decoder, tokenizer: Any) -> tuple[Any, str]:
-    """The tokenizer to keep beside adapters, whose base has a `pad_token_id` that stays.
+    """The tokenizer to save beside adapters.
+
+    The adapters' base keeps its own `pad_token_id` and the size of its embedding, so the reader
+    has to be told which padding token to set.
 
     Args:
       model: with a scalar head.
@@ -84,13 +92,14 @@ def padding_beside_adapters(model: Decoder, tokenizer: Any) -> tuple[Any, str]:
 
 
 def with_padding(model: Decoder, params: Any, tokenizer: Any) -> tuple[Decoder, Any, Any]:
-    """The same rewards, by transformers' rule: with a padding token that no text ends in.
+    """Gives a model a padding token, so that transformers reads the same rewards from it.
 
-    That is the tokenizer's own, unless it is EOS or stands in its chat template; else a new
-    one, for which the embedding gets a row if it has none to spare.
+    No text may end in the padding token. The tokenizer's own one is taken, unless it is EOS or
+    stands in the chat template; else a new token is added, and a row for it to the embedding
+    if that has none to spare.
 
     Args:
-      model: with a scalar head that reads the last token, whichever it is.
+      model: with a scalar head that reads a text's last token, whatever that is.
       params: of the model.
       tokenizer: a `transformers` tokenizer; it is not changed.
 

@@ -24,15 +24,16 @@ def mix_experts(
 ) -> Float[Array, "tokens width"]:
     """The weighted outputs of each token's `per_token` most probable experts.
 
-    No token is dropped: the copies of tokens are sorted by expert, and each expert
+    No token is dropped: the copies of the tokens are sorted by expert, and each expert
     multiplies its own run of rows (`jax.lax.ragged_dot`).
 
     Args:
       x: inputs.
       router_logits: unnormalised log-probabilities of the experts.
-      weights: of gate, up and down projection.
-      per_token: experts a token goes to.
-      normalize: let their weights add up to one (Mixtral, arXiv 2401.04088, section 2.1).
+      weights: of the gate, up and down projections.
+      per_token: how many experts a token goes to.
+      normalize: whether the weights of a token's experts are made to add up to one (Mixtral,
+        arXiv 2401.04088, section 2.1).
       activation: of the gate.
     """
     gate, up, down = weights
@@ -54,15 +55,16 @@ def load_balancing_loss(
     real: Bool[Array, " tokens"],
     per_token: int,
 ) -> Float[Array, ""]:
-    """How unevenly the experts are used: `experts` x the sum of share x mean probability.
+    """How unevenly the experts are used.
 
-    From Switch Transformers (arXiv 2101.03961, equation 4), over all layers together as
-    in transformers; `per_token` if the use is even.
+    It is `experts` times the sum, over the experts, of an expert's share of the tokens times
+    its mean probability (Switch Transformers, arXiv 2101.03961, equation 4), over all layers
+    together as in transformers. Its value is `per_token` if all experts are used equally.
 
     Args:
-      router_logits: of every layer.
-      real: tokens that count.
-      per_token: experts a token goes to.
+      router_logits: unnormalised log-probabilities of the experts in every layer.
+      real: which tokens count.
+      per_token: how many experts a token goes to.
     """
     layers, _, experts = router_logits.shape
     probabilities = jax.nn.softmax(in_float32(router_logits), axis=-1)

@@ -1,9 +1,10 @@
 """Tensors in safetensors files, read and written one at a time.
 
-The format (https://huggingface.co/docs/safetensors) is the length of a header in eight
-bytes, the header in JSON, then the tensors. The library of that name knows no bfloat16 in
-NumPy and holds a whole file in memory to write it; here a tensor is a view of the file,
-of which only what is asked for is read, and a file is written tensor by tensor.
+A file in this format (https://huggingface.co/docs/safetensors) begins with the length of its
+header in eight bytes, then has the header in JSON, then the tensors. The library `safetensors`
+has no bfloat16 for NumPy, and holds a whole file in memory to write it. Here a tensor is a view
+of the file, of which only the parts that are used are read, and a file is written tensor by
+tensor.
 """
 
 import json
@@ -38,7 +39,7 @@ class Stored(NamedTuple):
     """Where a tensor lies.
 
     Attributes:
-      file: its name.
+      file: the name of the file.
       shape: of the tensor.
       dtype: as safetensors names it.
       start: its first byte.
@@ -51,7 +52,7 @@ class Stored(NamedTuple):
 
     @property
     def place(self) -> tuple[str, int]:
-        """Sorts tensors in the order of the files."""
+        """A key to sort tensors by, in the order in which the files hold them."""
         return self.file, self.start
 
 
@@ -74,7 +75,11 @@ class TensorFiles:
             self.stored.update(_header(directory / name))
 
     def view(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of its file."""
+        """A tensor as a read-only view of its file.
+
+        Raises:
+          UserError: the tensor has a dtype that jaxpref does not read (float8, for example).
+        """
         stored = self.stored[name]
         dtype = _DTYPES.get(stored.dtype)
         path = self._directory / stored.file
@@ -114,6 +119,7 @@ class TensorFiles:
 
 
 def _header(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, after its header and its size are checked against each other."""
     size = path.stat().st_size
 
     def damaged(why: str) -> UserError:
@@ -129,7 +135,8 @@ def _header(path: Path) -> dict[str, Stored]:
             raise damaged(f"its header is no JSON ({error})") from error
     header.pop("__metadata__", None)
     stored = {}
-    # In the order of the bytes, which is the order to read and to write in.
+    # Sorted by place in the file, so that reading or writing them all goes from its beginning to
+    # its end.
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         if 8 + length + end > size:
@@ -159,11 +166,11 @@ def write(
 
     Args:
       directory: receives the files.
-      tensors: shape and dtype of each, in the order to write them.
+      tensors: shape and dtype of each, in the order in which they are written.
       get: gives a tensor by name, in any dtype.
-      shard_bytes: a file that would be larger is split.
-      writer: whether this process writes; `get` is called in any case, so that all
-        processes of a pod take part in gathering the tensors.
+      shard_bytes: the size in bytes beyond which a file is split.
+      writer: whether this process writes. `get` is called in every process, because all of
+        them take part in gathering a tensor.
     """
     shards: list[list[str]] = [[]]
     sizes = [0]

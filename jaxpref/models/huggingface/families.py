@@ -1,107 +1,13 @@
 """The families of models that can be read from and written to Hugging Face's layout.
 
-A family is data: how its `config.json` reads as a `DecoderConfig`, and which of its
+A family is a declaration: how its `config.json` reads as a `DecoderConfig`, and which of its
 tensors hold which of our parameters. CONTRIBUTING.md shows how to add one.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from jaxpref.errors import UserError
-from jaxpref.models.decoder import Rope
-
-Fields = dict[str, Any]
-# Our parameters, alone or several in one tensor, to the tensor's name. `{layer}` and
-# `{expert}` stand for numbers; parameters under `layers/` are stacked on our side.
-Tensors = Mapping[str | tuple[str, ...], str]
-
-
-class Reader:
-    """A `config.json` with its defaults filled in, which notices what nobody reads."""
-
-    def __init__(self, values: Fields, defaults: Fields, where: str, max_length: int):
-        """Takes all values, the defaults, a place for messages, and `make_rope`'s bound."""
-        self._values, self._defaults, self._where = values, defaults, where
-        self._max_length = max_length
-        self._unread = set(values)
-
-    def __call__(self, key: str, default: Any = None) -> Any:
-        """The value of a key."""
-        self._unread.discard(key)
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def require(self, key: str, *supported: Any) -> None:
-        """Refuses any other value of a key.
-
-        Raises:
-          UserError: naming the key and its value.
-        """
-        if key in self._values and self(key) not in supported:
-            known = " or ".join(map(repr, supported))
-            raise UserError(
-                f"{self._where}: {key} is {self(key)!r}, which jaxpref does not support; only "
-                f"{known}."
-            )
-
-    def choose(self, key: str, table: Mapping[str, Any]) -> Any:
-        """The table's entry for the value of a key.
-
-        Raises:
-          UserError: there is none.
-        """
-        self.require(key, *table)
-        return table[self(key)]
-
-    def rope(self, head_dim: int, kind: str | None = None) -> Rope:
-        """The rotary positions, those of one kind of layer if there are several."""
-        rope = self("rope_parameters", {})
-        names = ("max_position_embeddings", "original_max_position_embeddings")
-        known = {name: self(name) for name in names if self(name) is not None}
-        given = rope[kind] if kind else rope
-        max_length, where = self._max_length, self._where
-        return make_rope(head_dim, max_length=max_length, **{**known, **given, "where": where})
-
-    def finish(self, ignored: set[str]) -> None:
-        """Refuses keys that nobody read and that are not at their defaults.
-
-        Raises:
-          UserError: naming them.
-        """
-        unread = {
-            key: self._values[key]
-            for key in sorted(self._unread - _HARMLESS - ignored)
-            if self._values[key] not in (None, False, [], {})
-            and self._values[key] != self._defaults.get(key)
-        }
-        if unread:
-            raise UserError(
-                f"{self._where}: sets {', '.join(f'{k}={v!r}' for k, v in unread.items())}, which "
-                "jaxpref does not know. If that changes nothing in the forward pass, name it in "
-                "`ignore` (model.ignore_keys in a config)."
-            )
-
-
-# Keys that say nothing about the forward pass of training: dropout is off, as in DPO's and
-# TRL's runs; token ids belong to the tokenizer.
-_HARMLESS = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype"),
-    *("transformers_version", "tokenizer_class", "unsloth_version", "unsloth_fixed"),
-    *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout"),
-    *("activation_dropout", "classifier_dropout", "hidden_dropout", "layerdrop"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "prefix"),
-    *("init_std", "initializer_range", "gradient_checkpointing", "use_cache", "pretraining_tp"),
-    *("id2label", "label2id", "problem_type", "task_specific_params", "return_dict"),
-    *("chunk_size_feed_forward", "output_attentions", "output_hidden_states"),
-    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels"),
-    *("summary_type", "summary_use_proj", "output_router_logits", "max_position_embeddings"),
-    *("max_window_layers", "sliding_window_pattern", "cache_implementation", "n_ctx"),
-    # Bounds and factors of the rotary scaling, which `rope_parameters` repeats.
-    *("original_max_position_embeddings", "rope_scaling", "rope_theta", "n_positions"),
-}
+from jaxpref.models.huggingface.family import Family, Fields, Reader, Tensors
+from jaxpref.models.huggingface.rope import make_rope
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -113,137 +19,8 @@ _ACTIVATIONS = {
 }
 
 
-class Family(NamedTuple):
-    """A family of models.
-
-    Attributes:
-      architecture: as `config.json` names it.
-      read: a `config.json` to the fields of a `DecoderConfig`.
-      tensors: where its tensors hold our parameters.
-      prefix: of the names; checkpoints of the bare model go without it.
-      buffers: parts of names of tensors that are no parameters, and are not needed.
-      conv1d: matrices are stored as [inputs, outputs] (GPT-2), not [outputs, inputs].
-      interleaved: parameters that share a tensor alternate head by head (GPT-NeoX).
-    """
-
-    architecture: str
-    read: Callable[[Reader], Fields]
-    tensors: Tensors
-    prefix: str = "model."
-    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    conv1d: bool = False
-    interleaved: bool = False
-
-    @property
-    def classifier(self) -> str:
-        """The architecture with a classification head, of which one label is a scalar head."""
-        stem = self.architecture.partition("For")[0].removesuffix("LMHeadModel")
-        # The name without `Text` is that of the model that sees images too.
-        stem = "Gemma3Text" if stem == "Gemma3" else stem
-        return f"{stem}ForSequenceClassification"
-
-
-def _plain_frequencies(head_dim: int, rope: Fields) -> np.ndarray:
-    turning = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    # In float32, as the originals compute them.
-    exponents = np.arange(0, turning, 2, dtype=np.float32) / np.float32(turning)
-    return 1 / np.float32(rope.get("rope_theta", 10_000.0)) ** exponents
-
-
-def make_rope(
-    head_dim: int, *, interleaved: bool = False, max_length: int = 0, **rope: Any
-) -> Rope:
-    """Rotary positions from the keys of Hugging Face's `rope_parameters`.
-
-    Args:
-      head_dim: size of a head.
-      interleaved: pairs are neighbours.
-      max_length: of the sequences that the model will see; above the original length LongRoPE
-        (arXiv 2402.13753) takes its long factors, and dynamic scaling those of a sequence of
-        that length. The originals switch from call to call by the longest sequence in it,
-        which would let one sequence of a batch change another.
-      rope: `rope_type` (default, linear, dynamic, llama3, yarn, longrope) and its parameters.
-
-    Raises:
-      UserError: the type is another.
-    """
-    kind = rope.get("rope_type", "default")
-    frequencies, scale, limit = _plain_frequencies(head_dim, rope), 1.0, 0
-    if kind == "linear":
-        frequencies = frequencies / np.float32(rope["factor"])
-    elif kind == "dynamic":
-        original = rope["max_position_embeddings"]
-        limit = max(max_length, original)
-        frequencies = _dynamic(head_dim, rope, max(max_length / original, 1.0))
-    elif kind == "llama3":
-        frequencies = _llama3(frequencies, rope)
-    elif kind == "yarn":
-        frequencies, scale = _yarn(frequencies, rope)
-    elif kind == "longrope":
-        original = rope["original_max_position_embeddings"]
-        long = max_length > original
-        limit = 0 if long else original
-        factors = rope["long_factor" if long else "short_factor"]
-        frequencies = frequencies / np.asarray(factors, np.float32)
-        factor = rope.get("factor") or rope["max_position_embeddings"] / original
-        scale = rope.get("attention_factor") or (
-            math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        )
-    elif kind != "default":
-        raise UserError(
-            f"{rope.get('where', 'rope_parameters')}: rope_type is {kind!r}, which jaxpref does "
-            "not support; only default, linear, dynamic, llama3, yarn and longrope."
-        )
-    return Rope(tuple(map(float, frequencies)), scale, interleaved, limit)
-
-
-def _dynamic(head_dim: int, rope: Fields, longer: float) -> np.ndarray:
-    """Dynamic NTK-aware scaling for sequences `longer` times the original (arXiv 2309.00071, 3.3).
-
-    The base grows so that slow frequencies are interpolated and the fastest one stays.
-    """
-    turning = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    stretch = rope["factor"] * longer - (rope["factor"] - 1)
-    theta = rope["rope_theta"] * stretch ** (turning / (turning - 2))
-    return _plain_frequencies(head_dim, {**rope, "rope_theta": theta})
-
-
-def _llama3(frequencies: np.ndarray, rope: Fields) -> np.ndarray:
-    """Slow frequencies are divided, fast ones stay, between them it is interpolated (Llama 3.1)."""
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return ((1 - kept) * frequencies / rope["factor"] + kept * frequencies).astype(np.float32)
-
-
-def _yarn(frequencies: np.ndarray, rope: Fields) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071, section 3.2 and equation 22)."""
-    factor, theta, size = rope["factor"], rope["rope_theta"], 2 * len(frequencies)
-    original = rope.get("original_max_position_embeddings") or rope["max_position_embeddings"]
-
-    def pair(turns: float) -> float:
-        """The pair that turns so often over the original length."""
-        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = pair(rope.get("beta_fast") or 32), pair(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, size - 1)
-    ramp = (np.arange(len(frequencies)) - low) / ((high - low) or 0.001)
-    kept = 1 - np.clip(ramp, 0, 1)
-    mixed = (1 - kept) * frequencies / factor + kept * frequencies
-
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
-    scale = rope.get("attention_factor")
-    if scale is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        scale = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
-    return mixed.astype(np.float32), float(magnitude(1) if scale is None else scale)
-
-
 def _read_llama(read: Reader, activation: str = "hidden_act") -> Fields:
-    """What Llama and all that descend from it have in common."""
+    """What Llama and the families that descend from it have in common."""
     heads, width = read("num_attention_heads"), read("hidden_size")
     head_dim = read("head_dim", width // heads)
     layers, window = read("num_hidden_layers"), read("sliding_window", 0)
@@ -343,7 +120,7 @@ def _read_mixtral(read: Reader) -> Fields:
 
 def _read_gemma2(read: Reader) -> Fields:
     read.require("use_bidirectional_attention", None, False)
-    # Old files give the first Gemma's activation under the other name too.
+    # Old files also have the key of the first Gemma, `hidden_act`; `hidden_activation` counts.
     read("hidden_act")
     return {
         **_read_llama(read, activation="hidden_activation"),
@@ -376,7 +153,7 @@ def _read_gpt2(read: Reader) -> Fields:
     read.require("scale_attn_weights", True)
     read.require("scale_attn_by_inverse_layer_idx", False)
     read.require("add_cross_attention", False)
-    # Only says in which precision the scores are computed; ours are in float32.
+    # This key says in which precision attention scores are computed; here that is float32.
     read("reorder_and_upcast_attn")
     width, heads = read("n_embd"), read("n_head")
     return {
@@ -586,7 +363,7 @@ def _experts(block: str, gate: str, up: str, down: str) -> Tensors:
     }
 
 
-# The head of a classifier with one label.
+# A classifier of any family with one label has its head under this name.
 SCORE = {"score": "score.weight"}
 
 FAMILIES = {

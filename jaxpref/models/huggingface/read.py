@@ -1,0 +1,226 @@
+"""A model and its parameters from a directory in Hugging Face's layout."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from jaxpref.errors import UserError
+from jaxpref.models.classifiers import SCALAR_HEAD
+from jaxpref.models.decoder import Decoder, DecoderConfig
+from jaxpref.models.huggingface.families import FAMILIES, SCORE
+from jaxpref.models.huggingface.family import Reader
+from jaxpref.models.huggingface.origin import Origin, locate
+from jaxpref.models.huggingface.places import as_ours, leaves_by_path, match, places, some
+from jaxpref.models.huggingface.safetensors import TensorFiles
+from jaxpref.models.params import abstract_params
+from jaxpref.trainable import path_of
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+    mesh: Mesh | None = None,
+    max_length: int = 0,
+    ignore: Sequence[str] = (),
+    **numerics: Any,
+) -> tuple[Decoder, Any]:
+    """A model and its parameters from a Hugging Face directory or hub name.
+
+        model, params = jaxpref.models.from_pretrained("Qwen/Qwen3-0.6B")
+        logits = model.apply({"params": params}, tokens)
+
+    The weights go tensor by tensor from the files into their places on the devices.
+
+    Args:
+      source: a directory with `config.json` and safetensors files, or a hub name.
+      dtype: of activations and products.
+      param_dtype: of the parameters; by default `dtype`.
+      mesh: shards the parameters over this mesh (`jaxpref.sharding.make_mesh`); by
+        default they go to the first device.
+      max_length: the longest sequence, in tokens, that the model will see. It only matters to
+        models whose positions are scaled for long sequences (LongRoPE, dynamic).
+      ignore: keys of `config.json` to ignore where this library does not know them.
+      numerics: other fields of `DecoderConfig`: `remat`, `attention_block`.
+
+    Raises:
+      UserError: the model cannot be found, is of a family that is not known, asks for
+        something that is not supported, or its weights do not fit its config.
+    """
+    numerics = {"dtype": dtype, "param_dtype": param_dtype or dtype, **numerics}
+    model = read_model(locate(source), max_length=max_length, ignore=ignore, **numerics)
+    return model, load_params(model, abstract_params(model, mesh))
+
+
+def read_model(
+    directory: Path, *, max_length: int = 0, ignore: Sequence[str] = (), **numerics: Any
+) -> Decoder:
+    """The model that a directory's `config.json` describes; no weights are read.
+
+    Args:
+      directory: holds `config.json`.
+      max_length: see `from_pretrained`.
+      ignore: see `from_pretrained`.
+      numerics: other fields of `DecoderConfig`, which win over what the file says.
+
+    Raises:
+      UserError: the family or a feature is not supported.
+    """
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{directory}/config.json: is no JSON ({error}).") from error
+    classifiers = {family.classifier: name for name, family in FAMILIES.items()}
+    given = raw.get("architectures") or []
+    scalar = any(name in classifiers for name in given)
+    names = [name for name in (classifiers.get(name, name) for name in given) if name in FAMILIES]
+    if not names:
+        raise UserError(
+            f"{directory}: its architecture is {raw.get('architectures')}; jaxpref knows "
+            f"{', '.join(FAMILIES)}, and the same ForSequenceClassification with one label."
+        )
+    origin = Origin(names[0], str(directory))
+    values, defaults = _with_defaults(directory)
+    read = Reader(values, defaults, f"{directory}/config.json", max_length)
+    fields = origin.family.read(read)
+    if scalar:
+        labels = len(values.get("id2label") or {}) or values.get("num_labels", 2)
+        if labels != 1:
+            raise UserError(
+                f"{directory}/config.json: is a classifier with {labels} labels; only one label, a "
+                "reward or value model, is supported."
+            )
+        fields |= {**SCALAR_HEAD, "pad_token_id": values.get("pad_token_id")}
+    read.finish(set(ignore))
+    try:
+        return Decoder(DecoderConfig(**{**fields, **numerics}), origin)
+    except ValueError as error:
+        raise UserError(f"{directory}/config.json: {error}") from error
+
+
+def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole config of a model, and the defaults of its kind.
+
+    Both are in the spelling of the newest transformers; what `config.json` leaves out is
+    filled in.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        return config.to_dict(), type(config)().to_dict()
+    except Exception as error:  # The checks in transformers raise errors of many classes.
+        raise UserError(f"{directory}/config.json: transformers cannot read it: {error}") from error
+
+
+def load_params(model: Decoder, abstract: Any) -> Any:
+    """The parameters that the model's origin holds.
+
+    Every process reads what its devices hold; one tensor is in host memory at a time.
+
+    Args:
+      model: without adapters, and with an origin.
+      abstract: the shapes, dtypes and shardings that the parameters shall have. A parameter
+        that is not in it is not read.
+
+    Raises:
+      UserError: tensors are missing, too many or of another shape, or a file is damaged.
+    """
+    family, files = model.origin.family, TensorFiles(Path(model.origin.directory))
+    leaves = leaves_by_path(abstract)
+    needed = [
+        place for place in places(model, family) if all(p.path in leaves for p in place.parts)
+    ]
+    names = match(needed, set(files.stored), family, model)
+    wrong = [
+        f"{names[place.name]} is {files.stored[names[place.name]].shape}, not {place.shape}"
+        for place in needed
+        if files.stored[names[place.name]].shape != place.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{model.origin.directory}: the weights do not fit config.json: {some(wrong)}."
+        )
+    params: dict[str, jax.Array] = {}
+    for place in sorted(needed, key=lambda place: files.stored[names[place.name]].place):
+        tensor = files.view(names[place.name])
+        for part in place.parts:
+            leaf = leaves[part.path]
+            value = _read(as_ours(tensor, part, family), leaf, len(place.entry))
+            if not place.entry:
+                params[part.path] = value
+                continue
+            if part.path not in params:
+                params[part.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
+            index = np.asarray(place.entry, np.int32)
+            # This waits, because a tensor is in host memory until its device has it.
+            params[part.path] = jax.block_until_ready(
+                _put(leaf.sharding)(params[part.path], value, index)
+            )
+    return jax.tree_util.tree_map_with_path(lambda path, _: params[path_of(path)], abstract)
+
+
+def _read(view: np.ndarray, leaf: jax.ShapeDtypeStruct, stack: int) -> jax.Array:
+    """One entry of a stack, sharded as the stack is.
+
+    Args:
+      view: the entry, in the file.
+      leaf: the whole stack.
+      stack: how many leading axes of the stack the entry lacks.
+    """
+    return jax.make_array_from_callback(
+        leaf.shape[stack:],
+        _unstacked(leaf.sharding, stack),
+        # This copies, because the devices may take over the memory that they are given.
+        lambda index: np.array(view[index], dtype=leaf.dtype, order="C"),
+    )
+
+
+def _unstacked(sharding: Sharding, stack: int) -> Sharding:
+    """The sharding of one entry of a stack."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stack:]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """A function that puts a value into a stack, in the stack's own memory."""
+
+    def put(stacked: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
+        # All indices must have one type, and Python's 0 is an int64 where that is enabled.
+        starts = tuple(jnp.pad(index, (0, value.ndim)))
+        return jax.lax.dynamic_update_slice(stacked, value[(None,) * len(index)], starts)
+
+    return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+def pad_token_id(directory: Path) -> int | None:
+    """The token that a reward model pads with, if it has one.
+
+    A tokenizer in the directory wins over `config.json`: TRL gives the model the tokenizer's
+    padding token, but beside adapters it saves only the tokenizer.
+    """
+    if (directory / "tokenizer_config.json").exists():
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
+    values, _ = _with_defaults(directory)
+    return values.get("pad_token_id")
+
+
+def has_scalar_head(model: Decoder) -> bool:
+    """Whether the files that a model comes from hold the weights of a scalar head."""
+    return SCORE["score"] in model.origin.tensors()
