@@ -203,7 +203,7 @@ def _with_full_logits(algorithm: Any, model: Any) -> Any:
     from jaxpref import losses, packing
     from jaxpref.algorithms import Objective
     from jaxpref.logprobs import from_logits
-    from jaxpref.metrics import Metric
+    from jaxpref.measurements import Metric
 
     def response_logps(params: Any, batch: Any) -> Any:
         logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.tree)

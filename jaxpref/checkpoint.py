@@ -4,8 +4,8 @@ A workdir holds
 
     run.lock        locked by the run that is training there
     run.json        the config and the data's fingerprints
-    checkpoints/N/  after update N: items `params` (what is trained) and `rest` (optimizer
-                    state, step)
+    checkpoints/N/  after update N: items `params` (what is trained, by role) and `rest`
+                    (optimizer state, step)
     frozen/         the parameters that are not trained, if any
     reference/      the frozen reference's parameters, where they are not those of `frozen`, or
     reference_logps.npz  its log-probs, if they are precomputed (see jaxpref.reference)
@@ -34,12 +34,14 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib, manifest, sharding
 from jaxpref.errors import UserError
-from jaxpref.metrics import console
+from jaxpref.terminal import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
 
 _RUN, _LOCK, _CHECKPOINTS = "run.json", "run.lock", "checkpoints"
 _REFERENCE, _FROZEN = "reference", "frozen"
 _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
+# The role whose parameters are the model of a run.
+POLICY = "policy"
 _ABSENT = "(no such key)"
 _DIGEST = "sha256"
 # What an error says, through however many libraries, where there is no room left.
@@ -281,13 +283,14 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     config = config_lib.from_flat(run)
     trained, frozen = partition(params, config_lib.trainable(config))
     frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)
+    of_role = {POLICY: trained}
     wanted = ocp.args.PyTreeRestore(
-        item=trained,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(trained),
+        item=of_role,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(of_role),
         partial_restore=True,
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        trained = checkpointer.restore(folder / str(step) / "params", args=wanted)
+        trained = checkpointer.restore(folder / str(step) / "params", args=wanted)[POLICY]
     return merge(trained, restore_frozen(workdir, frozen)), step
 
 

@@ -78,8 +78,8 @@ def run(
     """
     # JAX loads here, so that wrong flags answer at once.
     from jaxpref import checkpoint, data, models, sharding, weights
-    from jaxpref.metrics import console
     from jaxpref.models import huggingface
+    from jaxpref.terminal import console
 
     workdir, output = Path(workdir), Path(output)
     described = checkpoint.read_run(workdir)
@@ -88,12 +88,7 @@ def run(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output}: is not empty; give a new directory.")
     config = config_lib.from_flat(described)
-    source = weights.find(config, workdir)
-    name = config.tokenizer.name
-    tokenizer = data.load_tokenizer(
-        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
-    )
-    model = weights.build_model(config, source, len(tokenizer))
+    _, _, source, tokenizer, model = weights.open_run(config, workdir)
     if adapters:
         base = base or weights.base_of(workdir)
     mesh = sharding.make_mesh(data=1, fsdp=-1)
@@ -108,7 +103,7 @@ def run(
         return
     model, params = models.merge_adapters(model, models.dequantize(params))
     # A model's own tokenizer files go along as they are.
-    own = source.pretrained is not None and name == "auto"
+    own = source.pretrained is not None and config.tokenizer.name == "auto"
     huggingface.save_pretrained(
         model,
         params,

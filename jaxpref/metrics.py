@@ -1,24 +1,21 @@
-"""Where measurements go: `metrics.jsonl`, TensorBoard and the terminal."""
+"""Where measurements go: `metrics.jsonl`, TensorBoard and the terminal's live line."""
 
 import json
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jaxtyping import Array, Float
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxpref import sharding
 from jaxpref.errors import UserError
+from jaxpref.measurements import Mean, Metric
 from jaxpref.packing import PackedBatch
+from jaxpref.terminal import console
 
 # Steps from the start with a gradient of exactly zero before the run is told of it, and stopped at
 # the latest: a few may have nothing to learn.
@@ -29,72 +26,6 @@ _SHOWN = (
     *("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin"),
     *("grad_norm", "perf/pairs_per_second"),
 )
-
-# In a log file, of what takes long before the first step.
-_SECONDS_BETWEEN_LINES = 30
-
-# A log file has no width to wrap at.
-console = Console(highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress(what: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """Tells how far something is, to whoever waits for it: in a log file, now and then.
-
-    Args:
-      what: is being done.
-      unit: of what is counted, in the plural.
-
-    Yields:
-      To be called with how many are done.
-    """
-    told = time.monotonic()
-    with console.status(what) as status:
-
-        def tell(done: int) -> None:
-            nonlocal told
-            text = f"{what}: {done:,} {unit}"
-            status.update(text)
-            if not console.is_terminal and time.monotonic() - told > _SECONDS_BETWEEN_LINES:
-                console.print(text)
-                told = time.monotonic()
-
-        yield tell
-
-
-class Metric(NamedTuple):
-    """Values with the weights that they have in a mean."""
-
-    values: Float[Array | np.ndarray, "*groups"]
-    weights: Float[Array | np.ndarray, "*groups"]
-
-
-class Mean:
-    """Weighted means over several steps: sums of weighted values over sums of weights."""
-
-    def __init__(self) -> None:
-        """Starts empty."""
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._weights: defaultdict[str, float] = defaultdict(float)
-
-    def add(self, name: str, weighted_sum: float, weight: float) -> None:
-        """Adds the sum of some weighted values, and the sum of their weights."""
-        self._sums[name] += weighted_sum
-        self._weights[name] += weight
-
-    def result(self) -> dict[str, float]:
-        """The means; a quantity whose weights are all 0 is left out."""
-        return with_margin(
-            {name: self._sums[name] / weight for name, weight in self._weights.items() if weight}
-        )
-
-
-def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """The means with the margin between those of the rewards, where examples are not pairs."""
-    chosen, rejected = (means.get(f"rewards/{side}") for side in ("chosen", "rejected"))
-    if chosen is None or rejected is None or "rewards/margins" in means:
-        return means
-    return {**means, "rewards/margins": chosen - rejected}
 
 
 class Writer:

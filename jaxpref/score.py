@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     quiet()
     # JAX loads here, so that wrong flags answer at once.
     from jaxpref import evaluation
-    from jaxpref.metrics import console
+    from jaxpref.terminal import console
 
     try:
         scored = evaluation.score_file(

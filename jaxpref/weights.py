@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, models
+from jaxpref import checkpoint, config as config_lib, data, models
 from jaxpref.errors import UserError
-from jaxpref.metrics import console
 from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.models.adapters import ADAPTERS
 from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
+from jaxpref.terminal import console
 from jaxpref.trainable import merge, partition, path_of
 
 _KEPT = "huggingface"
@@ -55,6 +55,38 @@ class Source(NamedTuple):
         """Whether the weights bring a scalar head; for a source other than a workdir."""
         grown = self.adapters is not None and self.adapters.scalar_head
         return grown or huggingface.has_scalar_head(model)
+
+
+class Opened(NamedTuple):
+    """A run's model and tokenizer, before any weights or data are read.
+
+    Attributes:
+      config: the run's, checked.
+      workdir: the run's.
+      source: where the first weights come from.
+      tokenizer: a `transformers` tokenizer.
+      model: the policy's or the reward model's.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    source: Source
+    tokenizer: Any
+    model: Decoder
+
+
+def open_run(config: ConfigDict, workdir: Path) -> Opened:
+    """Opens a run, whether it begins, has begun, or is over.
+
+    Raises:
+      UserError: see `find`, `data.load_tokenizer` and `build_model`.
+    """
+    source, name = find(config, workdir), config.tokenizer.name
+    tokenizer = data.load_tokenizer(
+        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
+    )
+    model = build_model(config, source, len(tokenizer))
+    return Opened(config, workdir, source, tokenizer, model)
 
 
 def find(config: ConfigDict, workdir: Path) -> Source:

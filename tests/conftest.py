@@ -32,8 +32,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import packing, sharding
-from jaxpref.models import Decoder, DecoderConfig, init_params, make_rope
+from jaxpref import algorithms, packing, sharding
+from jaxpref.models import Decoder, DecoderConfig, init_params, make_rope, packed
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -119,6 +119,11 @@ def tiny_model() -> Decoder:
 @pytest.fixture(scope="session")
 def tiny_params(tiny_model):
     return jax.jit(lambda key: init_params(tiny_model, key))(jax.random.key(0))
+
+
+def response_logps(model: Decoder, params, batch):
+    """Summed log-probs of the responses of a batch, under a decoder."""
+    return algorithms.response_logps(packed(model)(params, batch), batch)
 
 
 def random_groups(seed: int, count: int, responses: int = 2, longest: int = 6) -> list:

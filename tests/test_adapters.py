@@ -21,13 +21,16 @@ from jaxpref import (
     export,
     metrics,
     models,
+    optimizer as optimizer_lib,
     packing,
+    sharding,
     train,
     weights,
 )
 from jaxpref.errors import UserError
 from jaxpref.models import Lora, huggingface
 from jaxpref.models.adapters import ADAPTERS
+from jaxpref.reference import Live
 from jaxpref.trainable import merge, partition
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -162,14 +165,14 @@ def test_only_adapters_are_trained_saved_and_have_optimizer_state(folder, capsys
     config = lora_run(folder / "hf")
     model = models.build(config.model, 400)
     adapters = sum(x.size for x in jax.tree.leaves(huggingface.abstract_params(model)))
-    optimizer, _ = train.optimizer_lib.build(config.optimizer, 1)
-    mesh = train.sharding.make_mesh(devices=jax.devices()[:1])
+    optimizer, _ = optimizer_lib.build(config.optimizer, 1)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     state, frozen = train.abstract_state(model, optimizer, mesh, config_lib.trainable(config))
-    assert set(state.params) == {"layers"}
-    names = set(state.params["layers"])
+    assert set(state.policy) == {"layers"}
+    names = set(state.policy["layers"])
     assert names == {f"{p}_lora_{ab}" for p in models.decoder.ADAPTABLE for ab in "ab"}
-    trained = sum(x.size for x in jax.tree.leaves(state.params))
-    moments = sum(x.size for x in jax.tree.leaves(state.optimizer_state) if x.ndim)
+    trained = sum(x.size for x in jax.tree.leaves(state.policy))
+    moments = sum(x.size for x in jax.tree.leaves(state.roles["policy"].optimizer_state) if x.ndim)
     assert moments == 2 * trained
     assert trained + sum(x.size for x in jax.tree.leaves(frozen)) == adapters
     # The base in the workdir is what it was.
@@ -206,18 +209,21 @@ def test_the_base_as_the_reference_is_a_copy_with_fresh_adapters(tiny_lora, floa
     fresh["layers"] |= {k: jnp.zeros_like(v) for k, v in fresh["layers"].items() if k[-1] == "b"}
     batch = packing.pack(random_groups(0, 4), row_length=32)
     found = []
-    for mode, reference in (("live", merge(base, fresh)), ("adapter", base)):
+    for mode, held in (("live", merge(base, fresh)), ("adapter", {})):
         config = config_lib.default("dpo")
         config.reference.mode = mode
-        algorithm = algorithms.build(config, model)
+        algorithm = algorithms.build(config)
+        asked = model if mode == "live" else models.without_adapters(model)
+        live = Live(models.packed(asked), shared=mode == "adapter")
 
         @jax.jit
-        def objective(adapters, reference, algorithm=algorithm):
-            prepared = algorithm.prepare(reference, batch)
-            said = algorithm.loss(merge(adapters, base), prepared, jax.random.key(1))
-            return said.loss.values.sum(), said
+        def objective(adapters, held, algorithm=algorithm, live=live):
+            said = live.logps(algorithm.reference_logps, held, base, batch)
+            output = models.packed(model)(merge(adapters, base), batch, jax.random.key(1))
+            objective = algorithm.loss(output, batch, algorithms.LossInputs(said))
+            return objective.loss.values.sum(), objective
 
-        found.append(jax.grad(objective, has_aux=True)(adapters, reference))
+        found.append(jax.grad(objective, has_aux=True)(adapters, held))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
     assert np.abs(found[0][1].metrics["rewards/margins"].values).min() > 1e-3
@@ -581,7 +587,7 @@ def test_any_part_can_be_trained_by_a_pattern(folder, tmp_path):
         ({"train__trainable": "no_such"}, "no part of any parameter's path; there are embedding"),
         ({"train__trainable": "("}, "no regular expression"),
         ({"reference__mode": "adapter"}, "give it some with --config.model.lora.rank=16"),
-        ({"model__lora__rank": 2, "model__lora__dropout": 1.0}, "dropout should be below 1"),
+        ({"model__lora__rank": 2, "model__lora__dropout": 1.0}, "dropout should be from 0 to below 1"),
         (
             {"model__lora__rank": 2, "reference__mode": "adapter", "train__trainable": "norm"},
             "leave train.trainable empty",

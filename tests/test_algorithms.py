@@ -3,23 +3,30 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY, random_groups
+from conftest import random_groups
 
-from jaxpref import algorithms, config as config_lib, losses, packing, sharding, train
-from jaxpref.algorithms.base import response_logps
-from jaxpref.logprobs import LMHead
+from jaxpref import (
+    algorithms,
+    config as config_lib,
+    losses,
+    packing,
+    reference,
+    sharding,
+    train,
+)
+from jaxpref.logprobs import LMHead, token_logprobs
 from jaxpref.methods import METHODS
-from jaxpref.models import Decoder, Lora
+from jaxpref.models import ModelOutput, ScalarHead
 from jaxpref.packing import Budget, Group
+from jaxpref.trainable import partition
 
 STEPS, GROUPS, RESPONSES = 6, 8, {"sft": 1, "pairs": 2, "mismatched": 2, "unpaired": 1, "ranked": 3}
-LORA = Lora(rank=2, alpha=4.0, targets=("query", "value"))
+RANK = 2
 MODES = ("live", "precomputed", "adapter", "synced", "free")
 
 
@@ -41,7 +48,7 @@ def config_of(name, mode="live", **knobs):
     config.reference.mode = mode
     if mode == "synced":
         config.reference.update(sync_every=2, sync_mix=0.6)
-    config.model.lora.rank = LORA.rank if mode == "adapter" else 0
+    config.model.lora.rank = RANK if mode == "adapter" else 0
     for knob, value in knobs.items():
         config.algorithm[knob] = value
     return config
@@ -77,75 +84,93 @@ def batch_of(kind: str, groups: int = GROUPS, shards: int = 1, micro_batches: in
     return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
-class Bigram(Decoder):
+def bigram(params, batch, key=None):
     """A token's successor from the token alone: quick to compile, and all that a loss sees."""
-
-    def setup(self):
-        normal = nn.initializers.normal(1.0)
-        for name, rows in (("embedding", 64), ("kernel", 64), ("score", 1)):
-            setattr(self, name, self.param(name, normal, (rows, 8)))
-        if self.config.lora:
-            rank = self.config.lora.rank
-            self.a = self.param("embedding_lora_a", normal, (64, rank))
-            self.b = self.param("embedding_lora_b", nn.initializers.zeros, (rank, 8))
-
-    def hidden_states(self, tokens, positions=None, tree=None):
-        return (self.embedding + self.a @ self.b if self.config.lora else self.embedding)[tokens]
-
-    def lm_head(self):
-        return LMHead(self.kernel)
-
-    def scalars_of(self, hidden):
-        return hidden @ self.score[0]
+    table = params["embedding"]
+    if "embedding_lora_a" in params:
+        table += params["embedding_lora_a"] @ params["embedding_lora_b"]
+    return ModelOutput(table[batch.tokens], LMHead(params["kernel"]))
 
 
-@functools.cache
-def model_of(adapter=False):
-    return Bigram(dataclasses.replace(TINY, lora=LORA) if adapter else TINY)
+def bigram_with_rewards(params, batch, key=None):
+    return ModelOutput(params["embedding"][batch.tokens], ScalarHead(params["score"][0]))
+
+
+def model_for(name):
+    return bigram_with_rewards if name == "reward" else bigram
 
 
 @functools.cache
 def params_of(adapter=False):
-    tokens = np.zeros((1, 2), np.int32)
-    return model_of(adapter).init(jax.random.key(5), tokens, None, None, method="hidden_states")[
-        "params"
-    ]
+    rng = np.random.default_rng(5)
+    params = {name: (rows, 8) for name, rows in (("embedding", 64), ("kernel", 64), ("score", 1))}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in params.items()}
+    if adapter:
+        params["embedding_lora_a"] = jnp.asarray(rng.normal(size=(64, RANK)))
+        params["embedding_lora_b"] = jnp.zeros((RANK, 8))
+    return params
+
+
+def mode_of(config, model):
+    """The mode of the reference, as the config says, for the policy's model."""
+    knobs = config.reference
+    return {
+        "live": reference.Live(model),
+        "adapter": reference.Live(model),
+        "precomputed": reference.Precomputed(),
+        "synced": reference.Synced(model, mix=knobs.sync_mix, every=knobs.sync_every),
+        "free": reference.Free(),
+    }[knobs.mode]
 
 
 def run(name, mode, steps=STEPS, micro_batches=1, **knobs):
-    """Losses of some updates on one batch, and the last metrics."""
+    """Losses of some updates on one batch, and the last state."""
     config = config_of(name, mode, **knobs)
-    adapter = mode == "adapter"
-    model, params = model_of(adapter), params_of(adapter)
-    algorithm = algorithms.build(config, model)
+    model, params = model_for(name), params_of(mode == "adapter")
+    algorithm = algorithms.build(config)
     batch = batch_of(METHODS[name].data, micro_batches=micro_batches)
-    trained, frozen = train.partition(params, config_lib.trainable(config))
+    trained, frozen = partition(params, config_lib.trainable(config))
     optimizer = optax.adam(3e-2)
-    update = train.make_update(
-        algorithm,
-        optimizer,
-        lambda step: 0.0,
-        sync=train._sync(config) if mode == "synced" else None,
-    )
-    reference = jax.tree.map(jnp.copy, trained)
-    running = {n: train.Metric(jnp.zeros(()), jnp.zeros(())) for n in algorithm.running}
-    state = train.State(
-        jnp.zeros((), jnp.int32),
+    update = train.make_update(algorithm, model, optimizer, reference=mode_of(config, model))
+    copy = jax.tree.map(jnp.copy, trained)
+    state = train.initial_state(
         jax.tree.map(jnp.copy, trained),
-        optimizer.init(trained),
-        reference if mode == "synced" else {},
-        running,
+        optimizer,
+        running=algorithm.running,
+        reference=copy if mode == "synced" else None,
     )
-    given = {"live": reference, "adapter": {}}.get(mode)
+    own = copy if mode == "live" else {}
     if mode == "precomputed":
-        one = jax.tree.map(lambda x: x[0], batch)
-        logps = algorithm.reference_logps(params, one)[None]
-        batch = dataclasses.replace(batch, extras={**batch.extras, "reference_logps": logps})
+        logps = reference_of(algorithm, model, params, batch)[None]
+        batch = dataclasses.replace(batch, extras={**batch.extras, reference.COLUMN: logps})
     found = []
     for _ in range(steps):
-        state, measured = update(state, frozen, given, batch)
+        state, measured = update(state, frozen, own, batch)
         found.append({k: float(m.values) / max(float(m.weights), 1) for k, m in measured.items()})
     return found, state
+
+
+def whole(batch):
+    """A batch of one micro-batch without that axis."""
+    return jax.tree.map(lambda x: x[0], batch) if batch.tokens.ndim > 2 else batch
+
+
+def reference_of(algorithm, model, params, batch):
+    """What a method reads of a reference with these parameters."""
+    return algorithm.reference_logps(model(params, whole(batch)), whole(batch))
+
+
+def loss_of(name, batch, params, other=None, **knobs):
+    """A method's objective of a batch, the reference having other parameters."""
+    mode = config_lib.default(name).reference.mode
+    algorithm, model = algorithms.build(config_of(name, mode, **knobs)), model_for(name)
+    said = None if other is None else reference_of(algorithm, model, other, batch)
+    output = model(params, whole(batch))
+    return algorithm.loss(output, whole(batch), algorithms.LossInputs(said))
+
+
+def response_logps(params, batch):
+    return algorithms.response_logps(bigram(params, batch), batch)
 
 
 CASES = [(name, mode) for name in METHODS for mode in MODES if allowed(name, mode)]
@@ -218,25 +243,11 @@ def test_each_knob_changes_the_loss_and_still_learns(name, knobs):
 
 def test_length_desensitised_dpo_equals_the_definition():
     """The weights of the tree's table, against sums by hand."""
-    config = config_of("dpo", "live", length_alpha=0.25)
-    model, params = model_of(), params_of()
-    algorithm = algorithms.build(config, model)
-    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
+    algorithm = algorithms.build(config_of("dpo", "live", length_alpha=0.25))
+    batch = whole(batch_of("pairs"))
     lengths = np.asarray(batch.lengths)
-    scored = algorithms.base.token_logprobs(
-        packing.gather_sources(
-            model.apply(
-                {"params": params},
-                batch.tokens,
-                batch.positions,
-                batch.tree,
-                method="hidden_states",
-            ),
-            batch,
-        ),
-        model.apply({"params": params}, method="lm_head"),
-        batch.target,
-    )
+    output = bigram(params_of(), batch)
+    scored = token_logprobs(packing.gather_sources(output.hidden, batch), output.head, batch.target)
     expected = np.zeros_like(lengths, np.float64)
     seen = np.zeros_like(lengths)
     for value, response in zip(
@@ -247,47 +258,43 @@ def test_length_desensitised_dpo_equals_the_definition():
             expected[g, k] += value * (1 if seen[g, k] < lengths[g].min() else 0.25)
             seen[g, k] += 1
     np.testing.assert_array_equal(seen, lengths)
-    np.testing.assert_allclose(algorithm.reference_logps(params, batch), expected, rtol=1e-9)
+    np.testing.assert_allclose(algorithm.reference_logps(output, batch), expected, rtol=1e-9)
 
 
 def test_methods_are_their_losses_on_the_models_log_probs():
-    model, params = model_of(), params_of()
+    params = params_of()
     other = jax.tree.map(lambda x: 1.1 * x, params)
-    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
-    policy, reference = (response_logps(model, p, batch) for p in (params, other))
-    algorithm = algorithms.build(config_of("apo_zero"), model)
-    objective = algorithm.loss(params, algorithm.prepare(other, batch), None)
-    expected = losses.apo_zero(*policy.T, *reference.T, beta=0.1)
+    batch = whole(batch_of("pairs"))
+    policy, said = (response_logps(p, batch) for p in (params, other))
+    objective = loss_of("apo_zero", batch, params, other)
+    expected = losses.apo_zero(*policy.T, *said.T, beta=0.1)
     np.testing.assert_allclose(objective.loss.values, expected.losses, rtol=1e-9)
     np.testing.assert_allclose(
         objective.metrics["rewards/chosen"].values, expected.chosen_rewards, rtol=1e-9
     )
-    batch = jax.tree.map(lambda x: x[0], batch_of("mismatched"))
-    policy, reference = (response_logps(model, p, batch) for p in (params, other))
-    algorithm = algorithms.build(config_of("kto"), model)
-    objective = algorithm.loss(params, algorithm.prepare(other, batch), None)
-    kl = losses.kto_kl(policy[:, 1], reference[:, 1])
-    expected = losses.kto(policy[:, 0], reference[:, 0], batch.extras["labels"] > 0, kl)
+    batch = whole(batch_of("mismatched"))
+    policy, said = (response_logps(p, batch) for p in (params, other))
+    objective = loss_of("kto", batch, params, other)
+    kl = losses.kto_kl(policy[:, 1], said[:, 1])
+    expected = losses.kto(policy[:, 0], said[:, 0], batch.extras["labels"] > 0, kl)
     np.testing.assert_allclose(objective.loss.values, expected.losses, rtol=1e-9)
     assert objective.metrics["kl"].values[0] == kl
 
 
 def test_a_tie_is_half_a_pair():
     """Not compiled as one, so that policy and reference run the same programs, bit for bit."""
+    params = params_of()
     for name in ("dpo", "all_pairs_dpo"):
-        algorithm, params = algorithms.build(config_of(name), model_of()), params_of()
-        batch = jax.tree.map(lambda x: x[0], batch_of(METHODS[name].data))
-        metrics = algorithm.loss(params, algorithm.prepare(params, batch), None).metrics
+        metrics = loss_of(name, batch_of(METHODS[name].data), params, params).metrics
         np.testing.assert_array_equal(metrics["rewards/margins"].values, 0)
         np.testing.assert_array_equal(metrics["rewards/accuracies"].values, 0.5)
 
 
 def test_absent_groups_change_no_method():
     """A batch filled up with absent groups has the same loss as without them."""
-    model = model_of()
+    params = params_of()
     for name in ("aot", "aot_unpaired", "dpo", "rrhf", "all_pairs_dpo"):
-        config = config_of(name, "free" if name == "rrhf" else "live")
-        algorithm = algorithms.build(config, model)
+        other = None if name == "rrhf" else jax.tree.map(lambda x: 1.1 * x, params)
         groups = random_groups(2, 5, RESPONSES[METHODS[name].data])
         budget = Budget(40, 40)
         values = []
@@ -299,11 +306,7 @@ def test_absent_groups_change_no_method():
                 responses=RESPONSES[METHODS[name].data],
                 batch_size=size,
             )
-            params = params_of()
-            other = jax.tree.map(lambda x: 1.1 * x, params)
-            loss = jax.jit(
-                lambda batch, a=algorithm, p=params, r=other: a.loss(p, a.prepare(r, batch), None)
-            )(batch).loss
+            loss = jax.jit(lambda batch, n=name, r=other: loss_of(n, batch, params, r))(batch).loss
             values.append(float((loss.values * loss.weights).sum() / loss.weights.sum()))
         assert values[0] == pytest.approx(values[1], rel=1e-9), name
 
@@ -312,7 +315,7 @@ def test_the_synced_reference_follows_every_other_update():
     found, state = run("dpo", "synced", steps=4)
     # Mixed with share 0.6 after updates 2 and 4, so that the fourth state is 0.4 away.
     _, before = run("dpo", "synced", steps=2)
-    expected = jax.tree.map(lambda new, old: 0.6 * new + 0.4 * old, state.params, before.reference)
+    expected = jax.tree.map(lambda new, old: 0.6 * new + 0.4 * old, state.policy, before.reference)
     for ours, theirs in zip(
         jax.tree.leaves(state.reference), jax.tree.leaves(expected), strict=True
     ):
@@ -343,8 +346,8 @@ def test_a_likelihood_per_token_is_the_mean_over_the_batchs_tokens(name):
     found, _ = run(name, "free", steps=2, nll_per_token=True)
     cut, _ = run(name, "free", steps=2, micro_batches=4, nll_per_token=True)
     assert_same_measurements(cut, found)
-    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
-    logps, lengths = response_logps(model_of(), params_of(), batch).T, batch.lengths.T
+    batch = whole(batch_of("pairs"))
+    logps, lengths = response_logps(params_of(), batch).T, batch.lengths.T
     assert len(set(lengths[0].tolist())) > 1
     # The other term alone.
     zero = jnp.zeros(GROUPS)
@@ -369,19 +372,17 @@ def test_weights_of_tokens_do_not_show_in_what_is_logged():
 
 
 def test_a_wpo_weight_can_be_limited():
-    algorithm = algorithms.build(config_of("dpo", wpo=True, wpo_largest=0.5), model_of())
-    batch = jax.tree.map(lambda x: x[0], batch_of("pairs"))
     # All tokens alike, which gives each pair the weight 1.
     params = jax.tree.map(jnp.zeros_like, params_of())
-    values = algorithm.loss(params, algorithm.prepare(params, batch), None).loss.values
-    np.testing.assert_allclose(values, 0.5 * np.log(2), rtol=1e-9)
+    objective = loss_of("dpo", batch_of("pairs"), params, params, wpo=True, wpo_largest=0.5)
+    np.testing.assert_allclose(objective.loss.values, 0.5 * np.log(2), rtol=1e-9)
 
 
 def test_all_pairs_of_a_ranking_count_in_a_reward_models_measurements():
-    algorithm = algorithms.build(config_of("reward", "free"), model_of())
-    batch = jax.tree.map(lambda x: x[0], batch_of("ranked"))
-    rewards = np.asarray(algorithms.response_scalars(model_of(), params_of(), batch))
-    metrics = algorithm.loss(params_of(), batch, None).metrics
+    batch = whole(batch_of("ranked"))
+    output = bigram_with_rewards(params_of(), batch)
+    rewards = np.asarray(algorithms.response_scalars(output, batch))
+    metrics = loss_of("reward", batch, params_of()).metrics
     expected = [[r[0] - r[1], r[0] - r[2], r[1] - r[2]] for r in rewards]
     np.testing.assert_allclose(metrics["margin"].values, expected, rtol=1e-9)
     expected = (1 + np.sign(expected)) / 2
@@ -389,18 +390,52 @@ def test_all_pairs_of_a_ranking_count_in_a_reward_models_measurements():
 
 
 def test_plackett_luce_has_no_place_for_margins():
-    algorithm = algorithms.build(config_of("reward", "free", ranking="plackett_luce"), model_of())
-    batch = jax.tree.map(lambda x: x[0], batch_of("ranked"))
-    batch = dataclasses.replace(batch, extras={"margins": jnp.ones(GROUPS)})
+    batch = dataclasses.replace(whole(batch_of("ranked")), extras={"margins": jnp.ones(GROUPS)})
     with pytest.raises(config_lib.UserError, match="the data has margins"):
-        algorithm.loss(params_of(), batch, None)
+        loss_of("reward", batch, params_of(), ranking="plackett_luce")
+
+
+@pytest.mark.parametrize(("name", "head"), [("dpo", ScalarHead), ("reward", LMHead)])
+def test_a_method_says_what_kind_of_model_it_needs(name, head):
+    batch = whole(batch_of(METHODS[name].data))
+    model = bigram if head is LMHead else bigram_with_rewards
+    with pytest.raises(ValueError, match=rf"needs .* head; got {head.__name__}"):
+        algorithms.build(config_of(name, config_lib.default(name).reference.mode)).loss(
+            model(params_of(), batch), batch, algorithms.LossInputs()
+        )
+
+
+def test_a_models_own_losses_are_added_whatever_the_method():
+    """And logged by their names; a method does not see them."""
+
+    def model(params, batch, key=None):
+        output = bigram(params, batch, key)
+        return output._replace(auxiliary={"squares": (params["kernel"] ** 2).sum()})
+
+    params = params_of()
+    batch = batch_of("sft")
+    expected = float((params["kernel"] ** 2).sum())
+    found = []
+    for each in (bigram, model):
+        algorithm, optimizer = algorithms.build(config_of("sft", "free")), optax.sgd(0.1)
+        state = train.initial_state(jax.tree.map(jnp.copy, params), optimizer)
+        update = train.make_update(algorithm, each, optimizer)
+        found.append(update(state, {}, {}, batch))
+    (plain, without), (state, measured) = found
+    assert "squares" not in without
+    for name, more in (("loss", expected), ("squares", expected)):
+        before = without[name].values / without[name].weights if name in without else 0.0
+        now = measured[name].values / measured[name].weights
+        assert float(now) == pytest.approx(float(before) + more, rel=1e-9)
+    moved = plain.policy["kernel"] - 0.1 * 2 * params["kernel"]
+    np.testing.assert_allclose(state.policy["kernel"], moved, rtol=1e-9)
 
 
 def test_a_reward_models_new_head_is_trained_with_its_adapters():
     config = config_of("reward", "free")
     config.model.lora.rank = 2
     params = {"layers": {"query": 0, "query_lora_a": 1}, "score": 2}
-    trained, _ = train.partition(params, config_lib.trainable(config))
+    trained, _ = partition(params, config_lib.trainable(config))
     assert trained == {"layers": {"query_lora_a": 1}, "score": 2}
 
 
@@ -415,18 +450,14 @@ def test_rewards_are_read_at_the_last_token_and_named_as_trl_does():
 @pytest.mark.parametrize("name", ["kto", "aot", "aot_unpaired"])
 def test_what_compares_examples_is_the_same_on_eight_devices(name):
     """A batch's KL estimate and quantiles are of the whole batch, wherever its parts lie."""
-    algorithm, params = algorithms.build(config_of(name), model_of()), params_of()
+    params = params_of()
     other = jax.tree.map(lambda x: 1.1 * x, params)
     found = []
     for devices in (1, 8):
         mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
         batch = jax.tree.map(np.asarray, batch_of(METHODS[name].data, 16, devices))
         with sharding.use(mesh):
-            loss = jax.jit(
-                lambda batch: algorithm.loss(
-                    params, algorithm.prepare(other, jax.tree.map(lambda x: x[0], batch)), None
-                )
-            )
+            loss = jax.jit(lambda batch: loss_of(name, batch, params, other))
             found.append(jax.device_get(loss(sharding.put_batch(mesh, batch))))
     np.testing.assert_allclose(found[0].loss.values, found[1].loss.values, rtol=1e-9)
     if name == "kto":

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, response_logps
 from test_chat import BAD, CHATML, GOOD, STYLES, SYSTEM, TALK, build_tokenizer, write
 
 from jaxpref import algorithms, config as config_lib, packing
-from jaxpref.algorithms import response_logps
 from jaxpref.data import cache, load_tokenizer
 from jaxpref.data.chat import Chat
 from jaxpref.data.convert import adapt

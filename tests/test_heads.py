@@ -79,7 +79,7 @@ def test_a_reward_is_what_the_head_says_at_the_last_token(float64):
     model, params = in_float64(*grown("llama3"))
     groups = random_groups(1)
     batch = packing.pack(groups, row_length=24, scored_length=24)
-    rewards = response_scalars(model, params, batch)
+    rewards = response_scalars(models.packed(model)(params, batch), batch)
     assert rewards.shape == (4, 3)
     for g, group in enumerate(groups):
         for k, response in enumerate(group.responses):

@@ -5,11 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, in_float64, random_groups
+from conftest import TINY, in_float64, random_groups, response_logps
 from hypothesis import given, settings, strategies as st
 
 from jaxpref import logprobs, packing
-from jaxpref.algorithms import response_logps
 from jaxpref.packing import Budget, Group, pack
 
 LENGTHS = st.integers(1, 9)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained
 import pytest
-from conftest import in_float64
+from conftest import in_float64, response_logps
 from safetensors import safe_open
 
 from jaxpref import config as config_lib, models, packing, sharding, weights
-from jaxpref.algorithms import response_logps
 from jaxpref.errors import UserError
 from jaxpref.logprobs import from_logits
 from jaxpref.models.experts import load_balancing_loss

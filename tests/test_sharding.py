@@ -11,8 +11,10 @@ from conftest import TINY, random_groups
 from jaxpref import (
     algorithms,
     config as config_lib,
+    models,
     optimizer as optimizer_lib,
     packing,
+    reference,
     sharding,
     train,
     weights,
@@ -46,17 +48,18 @@ def three_steps(sizes):
     mesh = mesh_of(sizes)
     config = config_lib.default("dpo")
     model = Decoder(dataclasses.replace(TINY, dtype="float64", param_dtype="float64"))
-    algorithm = algorithms.build(config, model)
+    algorithm = algorithms.build(config)
     optimizer = optax.sgd(1.0, momentum=0.9)
     abstract, _ = train.abstract_state(model, optimizer, mesh)
-    params = weights.load(config, weights.Source(None, None), model, abstract.params)
-    state = train.initial_state(params, optimizer, abstract)
+    params = weights.load(config, weights.Source(None, None), model, abstract.policy)
+    state = train.initial_state(params, optimizer, abstract=abstract)
     with sharding.use(mesh):
-        reference = jax.tree.map(jnp.copy, state.params)
-        update = train.make_update(algorithm, optimizer, lambda step: 1.0)
+        held = jax.tree.map(jnp.copy, state.policy)
+        forward = models.packed(model)
+        update = train.make_update(algorithm, forward, optimizer, reference=reference.Live(forward))
         measured = []
         for step in range(STEPS):
-            state, metrics = update(state, {}, reference, batch_of(mesh, step))
+            state, metrics = update(state, {}, held, batch_of(mesh, step))
             measured.append({k: float(m.values) / float(m.weights) for k, m in metrics.items()})
     return state, measured
 
@@ -65,7 +68,7 @@ def three_steps(sizes):
 def one_device():
     with jax.enable_x64(True):
         state, measured = three_steps((1, 1, 1))
-        return jax.device_get(state.params), measured
+        return jax.device_get(state.policy), measured
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -82,7 +85,7 @@ def test_eight_devices_equal_one(name, one_device, float64):
                 other[key], step[key], rtol=tolerance, atol=1e-9, err_msg=key
             )
     assert abs(measured[-1]["rewards/margins"]) > 1e-3
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.policy), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9)
 
 
@@ -90,13 +93,17 @@ def test_parameters_and_optimizer_state_are_split_as_the_rules_say():
     mesh = mesh_of((2, 2, 2))
     optimizer, _ = optimizer_lib.build(config_lib.default("dpo").optimizer, 1)
     abstract, _ = train.abstract_state(Decoder(TINY), optimizer, mesh)
-    query = abstract.params["layers"]["query"]
+    query = abstract.policy["layers"]["query"]
     assert query.shape == (2, 16, 4, 4)
     # layers whole, width over fsdp, heads over tensor, head_dim whole.
     assert query.sharding.shard_shape(query.shape) == (2, 8, 2, 4)
-    table = abstract.params["embedding"]
+    table = abstract.policy["embedding"]
     assert table.sharding.shard_shape(table.shape) == (32, 8)
-    moments = [x for x in jax.tree.leaves(abstract.optimizer_state) if x.shape == query.shape]
+    moments = [
+        x
+        for x in jax.tree.leaves(abstract.roles["policy"].optimizer_state)
+        if x.shape == query.shape
+    ]
     assert len(moments) == 2
     assert {x.sharding for x in moments} == {query.sharding}
 

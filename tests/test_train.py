@@ -6,11 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import algorithms, checkpoint, config as config_lib, metrics, reference, train
+from jaxpref import (
+    algorithms,
+    checkpoint,
+    config as config_lib,
+    metrics,
+    optimizer as optimizer_lib,
+    reference,
+    train,
+)
 from jaxpref.algorithms import Objective
 from jaxpref.errors import UserError
-from jaxpref.metrics import Metric
+from jaxpref.logprobs import LMHead
+from jaxpref.measurements import Mean, Metric
+from jaxpref.models import ModelOutput
 from jaxpref.packing import PackedBatch
+from jaxpref.train import assemble
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -345,7 +356,7 @@ def test_nan_stops_naming_metric_and_step(tmp_path):
 
 def test_nan_later_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """Weights that turn bad at step 3 are never saved, and the save of step 2 is awaited."""
-    original = train.make_update
+    original = assemble.make_update
 
     def make_update(*args, **options):
         update = original(*args, **options)
@@ -354,12 +365,13 @@ def test_nan_later_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
             step = int(state.step) + 1
             state, measured = update(state, *inputs)
             if step == 3:
-                state = state._replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+                roles = jax.tree.map(lambda x: x * jnp.nan, state.roles)
+                state = state._replace(roles=roles)
             return state, measured
 
         return breaks
 
-    monkeypatch.setattr(train, "make_update", make_update)
+    monkeypatch.setattr(assemble, "make_update", make_update)
     message = "step 3: loss after the update = nan. Stopped; the checkpoint of step 2 is kept"
     with pytest.raises(UserError, match=message):
         train.run(small(train__steps=9, train__save_every=1), tmp_path)
@@ -390,11 +402,11 @@ def test_log_lines_do_not_depend_on_interruptions(tmp_path):
 def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
     original = algorithms.build
 
-    def frozen(config, model, reference):
-        algorithm = original(config, model, reference)
+    def frozen(config):
+        algorithm = original(config)
 
-        def loss(params, batch, key):
-            return algorithm.loss(jax.tree.map(jax.lax.stop_gradient, params), batch, key)
+        def loss(output, batch, inputs):
+            return algorithm.loss(jax.tree.map(jax.lax.stop_gradient, output), batch, inputs)
 
         return algorithm._replace(loss=loss)
 
@@ -450,31 +462,35 @@ def test_steps_without_weight_are_counted_and_change_no_mean(tmp_path, capsys):
     assert "step 4: no example has a weight, so nothing is updated" in capsys.readouterr().out
 
 
+def weight_itself(params, batch, key=None):
+    """A model of one weight, which is its only hidden state."""
+    return ModelOutput(params["w"][None, None, None], LMHead(jnp.zeros((1, 1))))
+
+
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 def test_a_step_without_weight_leaves_all_but_the_step(name):
     """Moments and weight decay, which move parameters without a gradient, too."""
     settings = config_lib.default("sft").optimizer
     settings.update(name=name, learning_rate=0.5, weight_decay=0.1)
-    optimizer, schedule = train.optimizer_lib.build(settings, 9)
+    optimizer, schedule = optimizer_lib.build(settings, 9)
 
-    def loss(params, batch, key):
+    def loss(output, batch, inputs):
         weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
         # Without weight a value may be anything, and its gradient too.
-        return Objective(Metric(params["w"] / weights, weights), {})
+        return Objective(Metric(output.hidden.sum() / weights, weights), {})
 
-    update = train.make_update(algorithms.Algorithm("sft", loss), optimizer, schedule)
+    update = train.make_update(algorithms.Algorithm(loss), weight_itself, optimizer, schedule)
     nothing = np.zeros((1, 1, 1), np.int32)
 
     def step(state, length):
         lengths = np.full((1, 1, 1), length, np.int32)
-        state, measured = update(state, {}, None, PackedBatch(*[nothing] * 8, lengths, {}))
+        state, measured = update(state, {}, {}, PackedBatch(*[nothing] * 8, lengths, {}))
         return jax.device_get(state), jax.device_get(measured)
 
-    params = {"w": jnp.float32(2.0)}
-    begun = train.State(jnp.int32(0), params, optimizer.init(params), {}, {})
+    begun = train.initial_state({"w": jnp.float32(2.0)}, optimizer)
     before, _ = step(begun, 3)
     after, measured = step(jax.tree.map(jnp.array, before), 0)
-    assert before.params["w"] != 2
+    assert before.policy["w"] != 2
     assert after.step == before.step + 1 == 2
     for a, b in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -486,24 +502,23 @@ def test_update_divides_once_by_the_weight_of_all_micro_batches():
     """A loss with unequal weights: the mean is over weights, not over micro-batches."""
     import optax
 
-    def loss(params, batch, key):
+    def loss(output, batch, inputs):
         weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
-        return Objective(Metric(params["w"] * weights, weights), {})
+        return Objective(Metric(output.hidden.sum() * weights, weights), {})
 
-    algorithm = algorithms.Algorithm("sft", loss)
-    update = train.make_update(algorithm, optax.sgd(1.0), lambda step: 1.0)
+    update = train.make_update(algorithms.Algorithm(loss), weight_itself, optax.sgd(1.0))
     lengths = np.array([1, 2, 3, 10], np.int32).reshape(2, 2, 1)
     nothing = np.zeros((2, 1, 1), np.int32)
     batch = PackedBatch(*[nothing] * 8, lengths, {})
-    state = train.State(jnp.int32(0), {"w": jnp.float32(2.0)}, optax.sgd(1.0).init(2.0), {}, {})
-    state, measured = update(state, {}, None, batch)
+    state = train.initial_state({"w": jnp.float32(2.0)}, optax.sgd(1.0))
+    state, measured = update(state, {}, {}, batch)
     mean = (1 + 4 + 9 + 100) / 16
     np.testing.assert_allclose(measured["loss"].values / measured["loss"].weights, 2 * mean)
-    np.testing.assert_allclose(state.params["w"], 2 - mean)
+    np.testing.assert_allclose(state.policy["w"], 2 - mean)
 
 
 def test_weighted_means_and_what_has_no_weight():
-    mean = metrics.Mean()
+    mean = Mean()
     mean.add("a", 2.0, 1.0)
     mean.add("a", 9.0, 3.0)
     mean.add("b", 0.0, 0.0)

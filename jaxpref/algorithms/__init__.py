@@ -1,19 +1,29 @@
-"""One file a family of methods: config to an `Algorithm`. Here losses meet models."""
+"""One file a family of methods: a config to an `Algorithm`. Here losses meet models' outputs."""
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from jaxpref.algorithms import pairs, ranked, reward, sft, unpaired
-from jaxpref.algorithms.base import Algorithm, Objective, response_logps, response_scalars
+from jaxpref.algorithms.base import (
+    Algorithm,
+    LossInputs,
+    Objective,
+    response_logps,
+    response_scalars,
+)
 from jaxpref.methods import METHODS
-from jaxpref.models import Decoder, without_adapters
 
-__all__ = ["Algorithm", "Objective", "build", "response_logps", "response_scalars"]
+__all__ = [
+    "Algorithm",
+    "LossInputs",
+    "Objective",
+    "build",
+    "response_logps",
+    "response_scalars",
+]
 
-_Builder = Callable[[ConfigDict, Decoder], Algorithm]
-
-_FAMILIES: dict[str, _Builder] = {
+_FAMILIES: dict[str, Callable[[ConfigDict], Algorithm]] = {
     "sft": sft.build,
     "pairs": pairs.build,
     "unpaired": unpaired.build,
@@ -22,17 +32,6 @@ _FAMILIES: dict[str, _Builder] = {
 }
 
 
-def build(config: ConfigDict, model: Decoder, reference: Decoder | None = None) -> Algorithm:
-    """The algorithm that a checked config names.
-
-    Args:
-      config: the whole config.
-      model: the policy's model.
-      reference: the reference's; by default the policy's, without its adapters where
-        `reference.mode` says so.
-    """
-    builder = _FAMILIES[METHODS[config.algorithm.name].family]
-    if reference is None:
-        reference = without_adapters(model) if config.reference.mode == "adapter" else model
-    reference_logps = builder(config, reference).reference_logps
-    return builder(config, model)._replace(reference_logps=reference_logps)
+def build(config: ConfigDict) -> Algorithm:
+    """The algorithm that a checked config names; its knobs are the group `algorithm`."""
+    return _FAMILIES[METHODS[config.algorithm.name].family](config.algorithm)

@@ -1,7 +1,7 @@
 """Methods on preference pairs: DPO and its kin, with a reference or without."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,112 +12,85 @@ from ml_collections import ConfigDict
 from jaxpref import losses, packing
 from jaxpref.algorithms.base import (
     Algorithm,
+    LossInputs,
     Objective,
-    Params,
     present,
-    reference_of,
-    score,
+    read_logps,
 )
 from jaxpref.losses import PreferenceOutput
+from jaxpref.measurements import Metric, mean, total
 from jaxpref.methods import MEAN_REWARD, METHODS
-from jaxpref.metrics import Metric
-from jaxpref.models import Decoder
+from jaxpref.models.protocol import ModelOutput
 from jaxpref.packing import PackedBatch
 
-# Of chosen and rejected log-probs of the policy, then of the reference, and of the batch.
-Loss = Callable[[Sequence[Array], PackedBatch], PreferenceOutput]
-
+# The pooled mean that `nll_per_token` divides by.
 _CHOSEN_LENGTH = "chosen_length"
+# Knobs that are acted on here; all others are options of the loss.
+_HERE = ("name", "length_alpha", "wpo", "wpo_largest", "nll_per_token", "per_token")
 
 
-def build(config: ConfigDict, model: Decoder) -> Algorithm:
-    """A method on pairs, as its declaration says."""
-    alone = METHODS[config.algorithm.name].reference == "none"
-    return (_without_reference if alone else _with_reference)(config, model)
+def build(knobs: ConfigDict) -> Algorithm:
+    """A method on pairs: the loss of its name, on what its declaration says that it takes."""
+    method = METHODS[knobs.name]
+    with_reference = method.reference != "none"
+    options = {name: value for name, value in knobs.items() if name not in _HERE}
+    if "divergence" in options:
+        options["divergence"] = _divergence(options["divergence"], options.pop("alpha"))
+    function: Callable[..., PreferenceOutput] = partial(getattr(losses, knobs.name), **options)
+    takes = method.takes if knobs.get("per_token", True) else ()
+    nll_per_token = knobs.get("nll_per_token", False)
 
+    def reference_logps(
+        output: ModelOutput, batch: PackedBatch
+    ) -> Float[Array, "groups responses"]:
+        return read_logps(output, batch, token_weights=_token_weights(knobs, batch)).weighted
 
-def _with_reference(config: ConfigDict, model: Decoder) -> Algorithm:
-    """A method that compares the policy with its reference, on pairs."""
-    knobs = config.algorithm
-    loss_of_pairs = _loss(knobs)
-    running = METHODS[knobs.name].running
-
-    def reference_logps(params: Params, batch: PackedBatch) -> Float[Array, "groups responses"]:
-        weights = _token_weights(knobs, batch)
-        return score(model, params, batch, token_weights=weights).weighted_logps
-
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        scores = score(
-            model,
-            params,
+    def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
+        policy = read_logps(
+            output,
             batch,
-            key,
             token_weights=_token_weights(knobs, batch),
             aligned=knobs.get("wpo", False),
         )
-        policy, reference = scores.weighted_logps, reference_of(batch, scores.logps)
-        output = loss_of_pairs((*policy.T, *reference.T), batch)
-        values = output.losses
-        if scores.aligned_logps is not None:
-            largest = knobs.wpo_largest or math.inf
-            values *= losses.weighting.wpo(*scores.aligned_logps.T, largest=largest)
-        return scores.complete(_objective(values, output, scores.logps, batch, running))
-
-    return Algorithm(loss, reference_logps, running)
-
-
-def _without_reference(config: ConfigDict, model: Decoder) -> Algorithm:
-    """A method that needs the policy alone, on pairs."""
-    knobs = config.algorithm
-    function = getattr(losses, knobs.name)
-    own = {name: value for name, value in knobs.items() if name not in ("name", "nll_per_token")}
-    by_length = bool(METHODS[knobs.name].takes)
-    nll_per_token = knobs.get("nll_per_token", False)
-
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        scores = score(model, params, batch, key)
-        lengths = jnp.asarray(batch.lengths).T if by_length else ()
-        options: dict[str, Any] = {}
+        reference = inputs.reference_or_zeros(policy.summed) if with_reference else policy.summed
+        logps = (*policy.weighted.T, *(reference.T if with_reference else ()))
+        given = _given(takes, batch, inputs)
         if nll_per_token:
-            tokens = batch.extras.get(f"pooled/{_CHOSEN_LENGTH}")
-            if tokens is None:
-                (sums,) = pooled(params, batch).values()
-                tokens = sums.values.sum() / jnp.maximum(sums.weights.sum(), 1)
-            options["nll"] = losses.nll(scores.logps[:, 0]) / jnp.maximum(tokens, 1)
-        output = function(*scores.logps.T, *lengths, **own, **options)
-        return scores.complete(_objective(output.losses, output, scores.logps, batch))
+            tokens = (inputs.pooled or _means(pooled(output, batch, inputs)))[_CHOSEN_LENGTH]
+            given["nll"] = losses.nll(policy.summed[:, 0]) / jnp.maximum(tokens, 1)
+        found = function(*logps, **given)
+        values = found.losses
+        if policy.aligned is not None:
+            largest = knobs.wpo_largest or math.inf
+            values *= losses.weighting.wpo(*policy.aligned.T, largest=largest)
+        return _objective(values, found, policy.summed, batch, method.running)
 
-    def pooled(params: Params, batch: PackedBatch) -> dict[str, Metric]:
+    def pooled(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> dict[str, Metric]:
         chosen = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
         return {_CHOSEN_LENGTH: Metric(chosen, present(batch).all(1).astype(jnp.float32))}
 
-    return Algorithm(loss, pooled=pooled if nll_per_token else None)
+    return Algorithm(
+        loss,
+        reference_logps if with_reference else None,
+        method.running,
+        pooled if nll_per_token else None,
+    )
 
 
-def _loss(knobs: ConfigDict) -> Loss:
-    """The loss with its knobs as a function of log-probs and the batch."""
-    own = {
-        name: value
-        for name, value in knobs.items()
-        if name not in ("name", "length_alpha", "wpo", "wpo_largest")
+def _given(takes: tuple[str, ...], batch: PackedBatch, inputs: LossInputs) -> dict[str, Any]:
+    """What a loss takes beside log-probs and knobs, by the names of its arguments."""
+    chosen, rejected = jnp.asarray(batch.lengths).T
+    everything = {
+        "chosen_lengths": chosen,
+        "rejected_lengths": rejected,
+        "shift": inputs.running.get(MEAN_REWARD),
+        "where": present(batch).all(1),
     }
-    takes = METHODS[knobs.name].takes
-    if not own.pop("per_token", True):
-        takes = ()
-    if "divergence" in own:
-        own["divergence"] = _divergence(own["divergence"], own.pop("alpha"))
-    function = partial(getattr(losses, knobs.name), **own)
+    return {name: everything[name] for name in takes}
 
-    def loss(logps: Sequence[Array], batch: PackedBatch) -> PreferenceOutput:
-        given = {
-            "chosen_lengths": lambda: jnp.asarray(batch.lengths)[:, 0],
-            "rejected_lengths": lambda: jnp.asarray(batch.lengths)[:, 1],
-            "shift": lambda: jnp.asarray(batch.extras[f"running/{MEAN_REWARD}"]),
-            "where": lambda: present(batch).all(1),
-        }
-        return function(*logps, **{name: given[name]() for name in takes})
 
-    return loss
+def _means(sums: dict[str, Metric]) -> dict[str, Array]:
+    return {name: mean(total(metric)) for name, metric in sums.items()}
 
 
 def _divergence(name: str, alpha: float) -> Callable[[Array], Array]:
@@ -150,7 +123,7 @@ def _objective(
     batch: PackedBatch,
     running: tuple[str, ...] = (),
 ) -> Objective:
-    there = present(batch).all(1).astype(policy.dtype)
+    both = present(batch).all(1).astype(policy.dtype)
     margins = output.chosen_rewards - output.rejected_rewards
     measured = {
         "rewards/chosen": output.chosen_rewards,
@@ -163,5 +136,5 @@ def _objective(
     }
     if MEAN_REWARD in running:
         measured[MEAN_REWARD] = (output.chosen_rewards + output.rejected_rewards) / 2
-    metrics = {name: Metric(value, there) for name, value in measured.items()}
-    return Objective(Metric(values, there), metrics)
+    metrics = {name: Metric(value, both) for name, value in measured.items()}
+    return Objective(Metric(values, both), metrics)

@@ -5,62 +5,57 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import Algorithm, Objective, Params, present, reference_of, score
-from jaxpref.metrics import Metric
-from jaxpref.models import Decoder
+from jaxpref.algorithms.base import Algorithm, LossInputs, Objective, present, response_logps
+from jaxpref.measurements import Metric
+from jaxpref.models.protocol import ModelOutput
 from jaxpref.packing import PackedBatch
 
 
-def build(config: ConfigDict, model: Decoder) -> Algorithm:
+def build(knobs: ConfigDict) -> Algorithm:
     """RRHF, or DPO on rankings."""
-    return (_rrhf if config.algorithm.name == "rrhf" else _dpo)(config, model)
+    return _rrhf(knobs) if knobs.name == "rrhf" else _dpo(knobs)
 
 
-def _rrhf(config: ConfigDict, model: Decoder) -> Algorithm:
+def _rrhf(knobs: ConfigDict) -> Algorithm:
     """RRHF; where the data has an order but no scores, each place is worth one more."""
-    rank_weight = config.algorithm.rank_weight
 
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        scores = score(model, params, batch, key)
-        lengths = jnp.asarray(batch.lengths)
+    def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
+        logps, lengths = response_logps(output, batch), jnp.asarray(batch.lengths)
         by_place = -jnp.arange(lengths.shape[1], dtype=jnp.float32)
         given = batch.extras.get("scores", jnp.broadcast_to(by_place[None], lengths.shape))
-        output = losses.rrhf(scores.logps, lengths, jnp.asarray(given), rank_weight=rank_weight)
-        return scores.complete(_objective(output.losses, output.rewards, scores.logps, batch))
+        found = losses.rrhf(logps, lengths, jnp.asarray(given), rank_weight=knobs.rank_weight)
+        return _objective(found.losses, found.rewards, logps, batch)
 
     return Algorithm(loss)
 
 
-def _dpo(config: ConfigDict, model: Decoder) -> Algorithm:
+def _dpo(knobs: ConfigDict) -> Algorithm:
     """DPO on rankings: the Plackett-Luce likelihood, or the mean over all pairs."""
-    knobs = config.algorithm
 
-    def reference_logps(params: Params, batch: PackedBatch) -> Array:
-        return score(model, params, batch).logps
-
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        scores = score(model, params, batch, key)
-        policy, reference = scores.logps, reference_of(batch, scores.logps)
-        there = present(batch)
+    def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
+        policy = response_logps(output, batch)
+        reference = inputs.reference_or_zeros(policy)
         rewards = knobs.beta * (policy - reference)
         if knobs.name == "plackett_luce_dpo":
             values = losses.plackett_luce_dpo(
-                policy, reference, beta=knobs.beta, where=there
+                policy, reference, beta=knobs.beta, where=present(batch)
             ).losses
         else:
             values = losses.all_pairs(
-                lambda *x: losses.dpo(*x, beta=knobs.beta).losses, policy, reference, where=there
+                lambda *x: losses.dpo(*x, beta=knobs.beta).losses,
+                policy,
+                reference,
+                where=present(batch),
             )
-        return scores.complete(_objective(values, rewards, policy, batch))
+        return _objective(values, rewards, policy, batch)
 
-    return Algorithm(loss, reference_logps)
+    return Algorithm(loss, response_logps)
 
 
 def _objective(values: Array, rewards: Array, policy: Array, batch: PackedBatch) -> Objective:
     """The best response is the chosen one; the others are the rejected ones."""
-    there = present(batch)
-    weights = there[:, 0].astype(policy.dtype)
-    others = there[:, 1:].astype(policy.dtype)
+    weights = present(batch)[:, 0].astype(policy.dtype)
+    others = present(batch)[:, 1:].astype(policy.dtype)
     margins = rewards[:, :1] - rewards[:, 1:]
     best = {"rewards/chosen": rewards[:, 0], "logps/chosen": policy[:, 0]}
     rest = {

@@ -6,32 +6,30 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import Algorithm, Objective, Params, present, scalars
+from jaxpref.algorithms.base import Algorithm, LossInputs, Objective, present, response_scalars
 from jaxpref.errors import UserError
-from jaxpref.metrics import Metric
-from jaxpref.models import Decoder
+from jaxpref.measurements import Metric
+from jaxpref.models.protocol import ModelOutput
 from jaxpref.packing import PackedBatch
 
 
-def build(config: ConfigDict, model: Decoder) -> Algorithm:
+def build(knobs: ConfigDict) -> Algorithm:
     """A reward model: a scalar head, read at each response's last token."""
-    knobs = config.algorithm
 
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        said = scalars(model, params, batch, key)
-        rewards, there = said.values, present(batch)
+    def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
+        rewards, here = response_scalars(output, batch), present(batch)
         if knobs.ranking == "plackett_luce":
             if "margins" in batch.extras:
                 raise UserError(
                     "the data has margins, which algorithm.ranking 'plackett_luce' has no place "
                     "for; use 'all_pairs', or leave the column out."
                 )
-            values = losses.plackett_luce(rewards, where=there)
-            values += knobs.center_coefficient * jnp.square(jnp.where(there, rewards, 0).sum(1))
+            values = losses.plackett_luce(rewards, where=here)
+            values += knobs.center_coefficient * jnp.square(jnp.where(here, rewards, 0).sum(1))
         else:
             values = _all_pairs(knobs, rewards, batch)
-        weights = there[:, 0].astype(rewards.dtype)
-        return said.complete(Objective(Metric(values, weights), _metrics(rewards, there)))
+        weights = here[:, 0].astype(rewards.dtype)
+        return Objective(Metric(values, weights), _metrics(rewards, here))
 
     return Algorithm(loss)
 
@@ -54,20 +52,20 @@ def _all_pairs(knobs: ConfigDict, rewards: Array, batch: PackedBatch) -> Array:
     return losses.all_pairs(pair, rewards, places, where=present(batch))
 
 
-def _metrics(rewards: Array, there: Array) -> dict[str, Metric]:
+def _metrics(rewards: Array, here: Array) -> dict[str, Metric]:
     """TRL's names, over all pairs of responses; a tied pair counts one half in the accuracy."""
-    groups = there[:, 0].astype(rewards.dtype)
+    groups = here[:, 0].astype(rewards.dtype)
     better, worse = np.triu_indices(rewards.shape[1], 1)
-    pairs = there[:, worse].astype(rewards.dtype)
-    margins = jnp.where(there[:, worse], rewards[:, better] - rewards[:, worse], 0)
+    pairs = here[:, worse].astype(rewards.dtype)
+    margins = jnp.where(here[:, worse], rewards[:, better] - rewards[:, worse], 0)
     metrics = {
         "margin": Metric(margins, pairs),
         "accuracy": Metric((1 + jnp.sign(margins)) / 2, pairs),
     }
-    count = there.sum(1).astype(rewards.dtype)
-    mean = jnp.where(there, rewards, 0).sum(1) / jnp.maximum(count, 1)
-    lowest = jnp.where(there, rewards, jnp.inf).min()
-    highest = jnp.where(there, rewards, -jnp.inf).max()
+    count = here.sum(1).astype(rewards.dtype)
+    mean = jnp.where(here, rewards, 0).sum(1) / jnp.maximum(count, 1)
+    lowest = jnp.where(here, rewards, jnp.inf).min()
+    highest = jnp.where(here, rewards, -jnp.inf).max()
     metrics["mean_reward"] = Metric(mean, count)
     metrics["min_reward"] = Metric(jnp.broadcast_to(lowest, groups.shape), groups)
     metrics["max_reward"] = Metric(jnp.broadcast_to(highest, groups.shape), groups)

@@ -5,73 +5,63 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import (
-    Algorithm,
-    Logps,
-    Objective,
-    Params,
-    present,
-    reference_of,
-    score,
-)
+from jaxpref.algorithms.base import Algorithm, LossInputs, Objective, present, response_logps
 from jaxpref.losses import UnpairedOutput
-from jaxpref.methods import MEAN_REWARD
-from jaxpref.metrics import Metric
-from jaxpref.models import Decoder
+from jaxpref.measurements import Metric
+from jaxpref.methods import MEAN_REWARD, METHODS
+from jaxpref.models.protocol import ModelOutput
 from jaxpref.packing import PackedBatch
 
 
-def build(config: ConfigDict, model: Decoder) -> Algorithm:
+def build(knobs: ConfigDict) -> Algorithm:
     """KTO or BCO."""
-    return (_kto if config.algorithm.name == "kto" else _bco)(config, model)
+    return _kto(knobs) if knobs.name == "kto" else _bco(knobs)
 
 
-def _kto(config: ConfigDict, model: Decoder) -> Algorithm:
+def _kto(knobs: ConfigDict) -> Algorithm:
     """KTO; the second response of each group answers another prompt, for the KL."""
-    knobs = config.algorithm
     options = {name: value for name, value in knobs.items() if name != "name"}
 
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        scores = score(model, params, batch, key)
-        policy, reference = scores.logps, reference_of(batch, scores.logps)
-        kl = jnp.maximum(batch.extras["pooled/kl"], 0) if "pooled/kl" in batch.extras else None
-        if kl is None:
+    def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
+        policy = response_logps(output, batch)
+        reference = inputs.reference_or_zeros(policy)
+        if "kl" in inputs.pooled:
+            kl = jnp.maximum(inputs.pooled["kl"], 0)
+        else:
             kl = losses.kto_kl(policy[:, 1], reference[:, 1], where=present(batch)[:, 1])
-        output = losses.kto(policy[:, 0], reference[:, 0], _desirable(batch), kl, **options)
-        objective = _objective(output, policy[:, 0], batch)
+        found = losses.kto(policy[:, 0], reference[:, 0], _desirable(batch), kl, **options)
+        objective = _objective(found, policy[:, 0], batch)
         objective.metrics["kl"] = Metric(
             jnp.broadcast_to(kl, policy[:, 0].shape), objective.loss.weights
         )
-        return scores.complete(objective)
+        return objective
 
-    def pooled(params: Params, batch: PackedBatch) -> dict[str, Metric]:
-        policy = score(model, params, batch).logps
-        ratios = (policy - reference_of(batch, policy))[:, 1]
+    def pooled(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> dict[str, Metric]:
+        policy = response_logps(output, batch)
+        ratios = (policy - inputs.reference_or_zeros(policy))[:, 1]
         return {"kl": Metric(ratios, present(batch)[:, 1].astype(ratios.dtype))}
 
-    reference_logps = _reference_logps(config, model)
-    return Algorithm(loss, reference_logps, pooled=pooled)
+    return Algorithm(loss, response_logps, pooled=pooled)
 
 
-def _bco(config: ConfigDict, model: Decoder) -> Algorithm:
+def _bco(knobs: ConfigDict) -> Algorithm:
     """BCO on single responses; the shift is the mean reward of the steps so far."""
-    beta = config.algorithm.beta
 
-    def loss(params: Params, batch: PackedBatch, key: Array | None) -> Objective:
-        scores = score(model, params, batch, key)
-        policy, reference = scores.logps[:, 0], reference_of(batch, scores.logps)[:, 0]
-        shift = jnp.asarray(batch.extras[f"running/{MEAN_REWARD}"])
-        output = losses.bco_unpaired(policy, reference, _desirable(batch), shift=shift, beta=beta)
-        objective = _objective(output, policy, batch)
-        objective.metrics[MEAN_REWARD] = Metric(output.rewards, objective.loss.weights)
-        return scores.complete(objective)
+    def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
+        policy = response_logps(output, batch)
+        reference = inputs.reference_or_zeros(policy)
+        found = losses.bco_unpaired(
+            policy[:, 0],
+            reference[:, 0],
+            _desirable(batch),
+            shift=inputs.running[MEAN_REWARD],
+            beta=knobs.beta,
+        )
+        objective = _objective(found, policy[:, 0], batch)
+        objective.metrics[MEAN_REWARD] = Metric(found.rewards, objective.loss.weights)
+        return objective
 
-    reference_logps = _reference_logps(config, model)
-    return Algorithm(loss, reference_logps, (MEAN_REWARD,))
-
-
-def _reference_logps(config: ConfigDict, model: Decoder) -> Logps:
-    return lambda params, batch: score(model, params, batch).logps
+    return Algorithm(loss, response_logps, METHODS[knobs.name].running)
 
 
 def _desirable(batch: PackedBatch) -> Array:
@@ -79,13 +69,13 @@ def _desirable(batch: PackedBatch) -> Array:
 
 
 def _objective(output: UnpairedOutput, logps: Array, batch: PackedBatch) -> Objective:
-    there = present(batch)[:, 0].astype(logps.dtype)
+    weights = present(batch)[:, 0].astype(logps.dtype)
     desirable = _desirable(batch)
-    chosen, rejected = (jnp.where(side, there, 0) for side in (desirable, ~desirable))
+    chosen, rejected = (jnp.where(side, weights, 0) for side in (desirable, ~desirable))
     metrics = {
         "rewards/chosen": Metric(output.rewards, chosen),
         "rewards/rejected": Metric(output.rewards, rejected),
         "logps/chosen": Metric(logps, chosen),
         "logps/rejected": Metric(logps, rejected),
     }
-    return Objective(Metric(output.losses, there), metrics)
+    return Objective(Metric(output.losses, weights), metrics)

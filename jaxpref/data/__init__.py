@@ -5,7 +5,7 @@ from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.examples import Example
 from jaxpref.data.load import Data, check, check_batch_size, load, load_file
 from jaxpref.data.read import read_examples
-from jaxpref.data.stream import BatchStream
+from jaxpref.data.stream import BatchStream, budget_of, stream_of
 from jaxpref.data.tokenize import load_tokenizer, tokenize
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Data",
     "Example",
     "TokenizedDataset",
+    "budget_of",
     "check",
     "check_batch_size",
     "load",
@@ -20,5 +21,6 @@ __all__ = [
     "load_tokenizer",
     "read_examples",
     "stop_ids",
+    "stream_of",
     "tokenize",
 ]

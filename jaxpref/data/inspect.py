@@ -51,20 +51,14 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     """
     config_lib.check(config)
     # JAX loads here, so that a mistake above is told at once.
-    from jaxpref import data as data_lib, train, weights
+    from jaxpref import data as data_lib, sharding, weights
     from jaxpref.data import statistics
-    from jaxpref.metrics import console, progress
+    from jaxpref.terminal import console, progress
 
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output={output}: the directory {Path(output).parent} does not exist.")
     data_lib.check(config)
-    source = weights.find(config, Path("."))
-    name = config.tokenizer.name
-    tokenizer = data_lib.load_tokenizer(
-        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
-    )
-    # It refuses what the run would refuse.
-    weights.build_model(config, source, len(tokenizer))
+    tokenizer = weights.open_run(config, Path(".")).tokenizer
     method = config_lib.method_of(config.algorithm.name)
     kind = method.data
     with progress("tokenising", "examples") as tell:
@@ -95,7 +89,8 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     unread = sorted(set(data.train.extras) - set(read))
     if unread:
         console.print(f"in the data, but not read by {config.algorithm.name}: {', '.join(unread)}")
-    stream = train.train_stream(config, data)
+    mesh = sharding.make_mesh(**config.mesh)
+    stream = data_lib.stream_of(config, data, "train", mesh, training=True)
     batches = (stream.batch(step) for step in range(_BATCHES))
     rows = statistics.fill(batches)
     console.print(f"sharing prompts saves {found.shared:.1%} of the tokens")

@@ -7,10 +7,13 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
+from ml_collections import ConfigDict
 
-from jaxpref import packing
+from jaxpref import packing, sharding
 from jaxpref.data.dataset import TokenizedDataset
+from jaxpref.data.load import Data
 from jaxpref.packing import Budget, PackedBatch, Planner
 
 _PREFETCH_THREADS = 2
@@ -110,6 +113,50 @@ class BatchStream:
             for batch, part in zip(micro, parts, strict=True)
         ]
         return jax.tree.map(lambda *xs: np.stack(xs), *micro)
+
+
+def stream_of(
+    config: ConfigDict,
+    data: Data,
+    side: str,
+    mesh: Mesh,
+    *,
+    training: bool,
+    columns: Mapping[str, Float[np.ndarray, "examples ..."]] | None = None,
+) -> BatchStream:
+    """The batches that a config asks for.
+
+    Args:
+      config: a checked config.
+      data: its data.
+      side: "train" or "held_out".
+      mesh: over whose devices the rows are dealt out.
+      training: whether it is trained on them, in micro-batches and with the sources' weights;
+        else each batch is one micro-batch.
+      columns: further values of each example, for `PackedBatch.extras`.
+    """
+    batch_size, micro_batches = config.data.batch_size, config.train.micro_batches
+    if not training:
+        # A forward pass alone, over no more at a time than training takes.
+        batch_size, micro_batches = batch_size // micro_batches, 1
+    return BatchStream(
+        getattr(data, side),
+        batch_size=batch_size,
+        budget=budget_of(config, data.train, mesh),
+        seed=config.seed,
+        micro_batches=micro_batches,
+        extras=dict(columns or {}),
+        weights=data.weights if training else None,
+    )
+
+
+def budget_of(config: ConfigDict, dataset: TokenizedDataset, mesh: Mesh) -> Budget:
+    """The shape of a row that a config asks for, with room for what this data scores of it."""
+    row_length = config.data.row_length or config.data.max_length
+    scored_length = config.data.scored_length or packing.scored_budget(
+        dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
+    )
+    return Budget(row_length, scored_length, sharding.batch_shards(mesh))
 
 
 def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:

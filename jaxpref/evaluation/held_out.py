@@ -10,7 +10,7 @@ from jaxpref import sharding
 from jaxpref.algorithms import Objective
 from jaxpref.evaluation.calibration import Reliability, reliability
 from jaxpref.evaluation.truth import reward_recovery
-from jaxpref.metrics import Metric, with_margin
+from jaxpref.measurements import Metric, with_margin
 from jaxpref.packing import PackedBatch
 
 # The learned margin of a pair, whatever the method calls it.

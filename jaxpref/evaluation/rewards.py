@@ -14,7 +14,6 @@ from jaxpref import (
     checkpoint,
     config as config_lib,
     data as data_lib,
-    packing,
     reference,
     sharding,
     weights,
@@ -23,9 +22,9 @@ from jaxpref.algorithms import response_scalars
 from jaxpref.data import BatchStream, Example
 from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
-from jaxpref.metrics import progress
-from jaxpref.models import Decoder, huggingface
-from jaxpref.packing import Budget, PackedBatch
+from jaxpref.models import Decoder, huggingface, packed
+from jaxpref.packing import PackedBatch
+from jaxpref.terminal import progress
 
 
 class Scored(NamedTuple):
@@ -75,12 +74,7 @@ def score_file(
     config = _config(model, max_length)
     config.tokenizer.chat_template = chat_template or config.tokenizer.chat_template
     workdir = Path(model)
-    source = weights.find(config, workdir)
-    name = config.tokenizer.name
-    tokenizer = data_lib.load_tokenizer(
-        source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
-    )
-    decoder = weights.build_model(config, source, len(tokenizer))
+    _, _, source, tokenizer, decoder = weights.open_run(config, workdir)
     trained = checkpoint.read_run(workdir) is not None
     if not trained and not source.has_scalar_head(decoder):
         raise UserError(
@@ -96,16 +90,13 @@ def score_file(
         params, _ = checkpoint.restore_params(workdir, abstract)
     else:
         params = weights.read(source, decoder, abstract)
-    row_length = config.data.row_length or config.data.max_length
-    scored = packing.scored_budget(
-        dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
+    stream = BatchStream(
+        dataset, batch_size=batch_size, budget=data_lib.budget_of(config, dataset, mesh)
     )
-    budget = Budget(row_length, scored, sharding.batch_shards(mesh))
-    stream = BatchStream(dataset, batch_size=batch_size, budget=budget)
-    score = _make_score(decoder)
+    rewards_of = _rewards_of(decoder)
     with sharding.use(mesh), progress(f"scoring {len(dataset):,} prompts", "done") as tell:
         rewards = reference.precompute(
-            lambda batch: score(params, sharding.put_batch(mesh, batch)),
+            lambda batch: rewards_of(params, sharding.put_batch(mesh, batch)),
             stream.once(),
             len(dataset),
             tell,
@@ -141,12 +132,17 @@ def _config(model: str | Path, max_length: int) -> ConfigDict:
     return config
 
 
-def _make_score(
-    model: Decoder,
+def _rewards_of(
+    decoder: Decoder,
 ) -> Callable[[Any, PackedBatch], Float[Array, "groups responses"]]:
-    return jax.jit(
-        lambda params, batch: response_scalars(model, params, jax.tree.map(lambda x: x[0], batch))
-    )
+    model = packed(decoder)
+
+    @jax.jit
+    def rewards(params: Any, batch: PackedBatch) -> Float[Array, "groups responses"]:
+        whole = jax.tree.map(lambda x: x[0], batch)
+        return response_scalars(model(params, whole), whole)
+
+    return rewards
 
 
 def _line(example: Example, rewards: Float[np.ndarray, " _"]) -> dict[str, Any]:

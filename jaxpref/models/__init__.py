@@ -11,13 +11,17 @@ from jaxpref.models.huggingface import (
     save_pretrained,
 )
 from jaxpref.models.params import abstract_params, init_params
+from jaxpref.models.protocol import Model, ModelOutput, ScalarHead, packed
 
 __all__ = [
     "Cache",
     "Decoder",
     "DecoderConfig",
     "Lora",
+    "Model",
+    "ModelOutput",
     "Rope",
+    "ScalarHead",
     "abstract_params",
     "as_scalar",
     "build",
@@ -28,6 +32,7 @@ __all__ = [
     "lora",
     "make_rope",
     "merge_adapters",
+    "packed",
     "padding_beside_adapters",
     "save_adapters",
     "save_pretrained",

@@ -1,28 +1,18 @@
-"""The frozen reference: which model it is, or its log-probs, computed once.
+"""Another policy as the reference: what `reference.init_from` names."""
 
-It is the policy that training starts from, or another one that `reference.init_from` names.
-"""
-
-import io
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, data, models, sharding, weights
+from jaxpref import checkpoint, config as config_lib, data, models, weights
 from jaxpref.errors import UserError
-from jaxpref.metrics import console
 from jaxpref.models import Decoder, huggingface, without_adapters
-from jaxpref.packing import PackedBatch
-from jaxpref.trainable import as_abstract, partition, store_frozen
+from jaxpref.terminal import console
+from jaxpref.trainable import as_abstract, store_frozen
 
-_TABLE = "reference_logps.npz"
 # In a workdir: what describes the model of a reference that is another policy.
 _ANOTHER = "reference_model"
 
@@ -139,112 +129,3 @@ def _config_of_another(config: ConfigDict) -> ConfigDict:
         other.data[name] = config.data[name]
     other.model.init_from = config.reference.init_from
     return other
-
-
-def has_adapted(params: Any) -> bool:
-    """Whether adapters say anything: fresh ones, whose second factor is 0, do not."""
-    factors, _ = partition(params, r"_lora_b$")
-    return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(factors))
-
-
-def precompute(
-    logps: Callable[[PackedBatch], Float[Array, "groups responses"]],
-    batches: Iterable[PackedBatch],
-    examples: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Float[np.ndarray, "examples responses"]:
-    """Log-probs of every response under the reference, in the data's order.
-
-    Args:
-      logps: summed log-probs of a batch's responses.
-      batches: every example once, in order.
-      examples: how many there are; what comes after them is filling.
-      progress: called with the number of examples done so far.
-    """
-    parts: list[np.ndarray] = []
-    for batch in batches:
-        parts.append(np.asarray(sharding.fetch(logps(batch))))
-        progress(min(sum(map(len, parts)), examples))
-    return np.concatenate(parts)[:examples]
-
-
-def digest(params: Any) -> str:
-    """A fingerprint of parameters, bit for bit, computed where they lie."""
-
-    @jax.jit
-    def sums(params: Any) -> list[jax.Array]:
-        return [_sum_of_bits(x) for x in jax.tree.leaves(params)]
-
-    return "".join(f"{int(x):08x}" for x in sums(params))
-
-
-def _sum_of_bits(x: jax.Array) -> jax.Array:
-    # Weighted by position, so that a permutation shows; integers wrap, whatever the order.
-    bits = jax.lax.bitcast_convert_type(x.ravel(), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    weights = 2 * jnp.arange(x.size, dtype=jnp.uint32) + 1
-    return (bits.astype(jnp.uint32) * weights).sum(dtype=jnp.uint32)
-
-
-def save_table(
-    workdir: Path,
-    tables: dict[str, Float[np.ndarray, "_ _"]],
-    data_fingerprint: str,
-    reference_digest: str,
-) -> None:
-    """Stores precomputed log-probs with what they were computed from."""
-    if jax.process_index():
-        return
-    temporary = workdir / f"tmp.{_TABLE}"
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            **tables,
-            data_fingerprint=np.asarray(data_fingerprint),
-            reference_digest=np.asarray(reference_digest),
-        )
-    temporary.replace(workdir / _TABLE)
-
-
-def load_table(
-    workdir: Path, data_fingerprint: str, reference_digest: str | None
-) -> dict[str, Float[np.ndarray, "_ _"]] | None:
-    """Reads what `save_table` stored.
-
-    Args:
-      workdir: where.
-      data_fingerprint: of the data that the log-probs are needed for.
-      reference_digest: of the reference; None for a run that resumes, whose reference is
-        the one that the table was computed from.
-
-    Returns:
-      The tables, or None if there are none.
-
-    Raises:
-      UserError: they belong to other data or to another reference, or are damaged.
-    """
-    path = workdir / _TABLE
-    if not path.exists():
-        return None
-    try:
-        # The format has a check sum of each array, which is compared as it is read.
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            tables = dict(stored)
-    except Exception as error:  # A damaged archive may raise anything.
-        raise UserError(
-            f"{path}: the reference's log-probs are damaged ({error}). Put a copy of the file "
-            "back; or, if no checkpoint was saved yet, remove it to compute them anew."
-        ) from error
-    wanted = {"data_fingerprint": data_fingerprint, "reference_digest": reference_digest}
-    for name, value in wanted.items():
-        if value is not None and (there := str(tables.get(name))) != value:
-            advice = (
-                "Remove the file to compute the reference's log-probs anew, or give another "
-                "--workdir."
-                if reference_digest
-                else "Put back the held-out data that the run began with."
-            )
-            raise UserError(
-                f"{path}: {name.replace('_', ' ')} {there}, but this run's is {value}. {advice}"
-            )
-    return {name: table for name, table in tables.items() if name not in wanted}

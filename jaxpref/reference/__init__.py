@@ -1,0 +1,27 @@
+"""The frozen reference: how each mode starts, gives log-probs, and moves after an update."""
+
+from jaxpref.reference.another import Another, find_another
+from jaxpref.reference.modes import COLUMN, Free, Live, Mode, Precomputed, Reference, Synced
+from jaxpref.reference.start import Start, describe, has_adapted, moves, start
+from jaxpref.reference.table import digest, load_table, precompute, save_table
+
+__all__ = [
+    "COLUMN",
+    "Another",
+    "Free",
+    "Live",
+    "Mode",
+    "Precomputed",
+    "Reference",
+    "Start",
+    "Synced",
+    "describe",
+    "digest",
+    "find_another",
+    "has_adapted",
+    "load_table",
+    "moves",
+    "precompute",
+    "save_table",
+    "start",
+]

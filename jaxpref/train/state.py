@@ -1,0 +1,158 @@
+"""The train state: what each role has trained so far, and what moves along with it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxpref import models, sharding
+from jaxpref.checkpoint import POLICY
+from jaxpref.errors import UserError
+from jaxpref.measurements import Metric
+from jaxpref.models import Decoder
+from jaxpref.trainable import partition, path_of
+
+
+class Trained(NamedTuple):
+    """What a role has trained: parameters, and the optimizer's state for them."""
+
+    params: Any
+    optimizer_state: Any
+
+
+class State(NamedTuple):
+    """What a run carries from update to update.
+
+    Attributes:
+      step: updates so far.
+      roles: what is trained, by role.
+      reference: the reference's parameters, where they move with the policy; else {}.
+      running: sums and weights of what the loss reads the mean of, over all steps so far.
+    """
+
+    step: jax.Array
+    roles: Mapping[str, Trained]
+    reference: Any
+    running: dict[str, Metric]
+
+    @property
+    def policy(self) -> Any:
+        """The policy's trained parameters."""
+        return self.roles[POLICY].params
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The trained parameters, by role."""
+        return {role: trained.params for role, trained in self.roles.items()}
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        """All that there is but the parameters, as checkpoints keep it."""
+        parts = {
+            "step": self.step,
+            "optimizer_state": {role: t.optimizer_state for role, t in self.roles.items()},
+            "reference": self.reference,
+            "running": self.running,
+        }
+        return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
+
+    def with_parts(self, params: Mapping[str, Any], rest: Mapping[str, Any]) -> "State":
+        """The state of `params` and `rest`, as a checkpoint gave them back."""
+        rest = dict(rest)
+        moments = rest.pop("optimizer_state", {})
+        roles = {
+            role: Trained(params[role], moments.get(role, trained.optimizer_state))
+            for role, trained in self.roles.items()
+        }
+        return self._replace(roles=roles, **rest)
+
+
+def abstract_state(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trainable: str = "",
+    *,
+    moving_reference: bool = False,
+    running: Sequence[str] = (),
+) -> tuple[State, Any]:
+    """Shapes, dtypes and shardings of the state, without computing anything.
+
+    Like `initial_state` it is called outside `sharding.use`: where parameters go is said
+    by their own shardings, and the rules for activations do not fit one row of tokens.
+
+    Args:
+      model: the policy's.
+      optimizer: its state belongs to what is trained alone.
+      mesh: where the arrays go.
+      trainable: a regular expression for the paths of the parameters that are trained.
+      moving_reference: whether the state has a reference that moves with the policy.
+      running: names of the means that the loss reads.
+
+    Returns:
+      The state, and the parameters that are not trained.
+
+    Raises:
+      UserError: no parameter is trained.
+    """
+
+    def init(key: jax.Array) -> tuple[State, Any]:
+        params, frozen = partition(models.init_params(model, key, boxed=True), trainable)
+        policy = Trained(params, optimizer.init(params))
+        reference = params if moving_reference else {}
+        state = State(jnp.zeros((), jnp.int32), {POLICY: policy}, reference, _zeros(running))
+        return state, frozen
+
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    if not boxed[0].policy:
+        names = sorted({path_of(path) for path, _ in jax.tree.leaves_with_path(boxed[1])})
+        raise UserError(
+            f"train.trainable is {trainable!r}, which is no part of any parameter's path; there "
+            f"are {', '.join(names)}."
+        )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        sharding.shardings(mesh, boxed),
+    )
+
+
+def initial_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    running: Sequence[str] = (),
+    reference: Any = None,
+    abstract: State | None = None,
+) -> State:
+    """The state before the first update.
+
+    Args:
+      params: the policy's trained parameters; the update will take over their buffers.
+      optimizer: its state is made for them.
+      running: names of the means that the loss reads, see `Algorithm.running`.
+      reference: the reference's parameters, where they move with the policy.
+      abstract: says where everything goes; by default JAX decides.
+    """
+    where: State | None = None
+    if abstract is not None:
+        where = jax.tree.map(lambda x: x.sharding, abstract)
+    init = jax.jit(
+        optimizer.init,
+        out_shardings=None if where is None else where.roles[POLICY].optimizer_state,
+    )
+    zeros = jax.jit(
+        lambda: (jnp.zeros((), jnp.int32), _zeros(running)),
+        out_shardings=None if where is None else (where.step, where.running),
+    )
+    step, means = zeros()
+    policy = Trained(params, init(params))
+    return State(step, {POLICY: policy}, {} if reference is None else reference, means)
+
+
+def _zeros(running: Iterable[str]) -> dict[str, Metric]:
+    return {name: Metric(jnp.zeros(()), jnp.zeros(())) for name in running}

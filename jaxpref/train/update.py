@@ -1,0 +1,184 @@
+"""One update of one role, and one look at held-out data: jitted functions of the train state."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpref.algorithms import Algorithm, LossInputs, Objective
+from jaxpref.measurements import Metric, mean, total
+from jaxpref.models.protocol import Model, ModelOutput
+from jaxpref.packing import PackedBatch
+from jaxpref.reference.modes import Free, Mode
+from jaxpref.train.state import POLICY, State, Trained
+from jaxpref.trainable import merge
+
+# (state, frozen, reference, batch) to a new state and its measurements.
+Update = Callable[[State, Any, Any, PackedBatch], tuple[State, dict[str, Metric]]]
+# (state, frozen, reference, batch) to losses and metrics of each example.
+EvalStep = Callable[[State, Any, Any, PackedBatch], Objective]
+
+
+def make_update(
+    algorithm: Algorithm,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Any], Any] = lambda step: 0.0,
+    *,
+    reference: Mode | None = None,
+    seed: int = 0,
+    role: str = POLICY,
+) -> Update:
+    """The jitted update `(state, frozen, reference, batch)` to a new state and measurements.
+
+    The batch has a leading axis of micro-batches. Each measurement is a sum of weighted
+    values and the sum of their weights; the gradient is of the loss's sum, divided once
+    by its weight, so that it does not depend on how the batch was cut. Where that weight is 0
+    nothing but the step moves on. Only the role's parameters have gradients and optimizer
+    state; `frozen` holds the others, `reference` what a reference has of its own, unless it
+    moves. The model's auxiliary losses are added here, so that no method has to.
+
+    Args:
+      algorithm: the method.
+      model: of the role.
+      optimizer: of the role.
+      schedule: what is logged as the learning rate of a step.
+      reference: how the reference gives log-probs and moves; None for none.
+      seed: of dropout.
+      role: whose parameters are trained.
+    """
+    mode = reference or Free()
+
+    def read_reference(state: State, held: Any, frozen: Any, batch: PackedBatch) -> Any:
+        return _read_reference(algorithm, mode, state, held, frozen, batch)
+
+    def weighted_loss(
+        params: Any,
+        state: State,
+        frozen: Any,
+        held: Any,
+        pooled: Mapping[str, jax.Array],
+        batch: PackedBatch,
+        key: jax.Array,
+    ) -> tuple[Any, dict]:
+        running = {name: mean(sums) for name, sums in state.running.items()}
+        inputs = LossInputs(read_reference(state, held, frozen, batch), running, pooled)
+        output = model(merge(params, frozen), batch, key)
+        objective = _with_auxiliary(algorithm.loss(output, batch, inputs), output)
+        sums = {
+            name: total(metric)
+            for name, metric in {"loss": objective.loss, **objective.metrics}.items()
+        }
+        return sums["loss"].values, sums
+
+    def pooled_sums(
+        params: Any, state: State, frozen: Any, held: Any, batch: PackedBatch
+    ) -> dict[str, Metric]:
+        assert algorithm.pooled is not None
+        inputs = LossInputs(read_reference(state, held, frozen, batch))
+        found = algorithm.pooled(model(merge(params, frozen), batch), batch, inputs)
+        return {name: total(metric) for name, metric in found.items()}
+
+    gradient = jax.grad(weighted_loss, has_aux=True)
+
+    def update(
+        state: State, frozen: Any, held: Any, batch: PackedBatch
+    ) -> tuple[State, dict[str, Metric]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params, moments = state.roles[role]
+        pooled: Mapping[str, jax.Array] = {}
+        if algorithm.pooled is not None and batch.tokens.shape[0] > 1:
+            totals = _over_micro_batches(
+                lambda micro, _: pooled_sums(params, state, frozen, held, micro), batch, key
+            )
+            pooled = {name: mean(sums) for name, sums in totals.items()}
+        gradients, sums = _over_micro_batches(
+            lambda micro, key: gradient(params, state, frozen, held, pooled, micro, key),
+            batch,
+            key,
+        )
+        weight = sums["loss"].weights
+        trains = weight > 0
+        gradients = jax.tree.map(
+            lambda g: jnp.where(trains, g / jnp.where(trains, weight, 1), 0), gradients
+        )
+        updates, new_moments = optimizer.update(gradients, moments, params)
+        # A batch without any weight says nothing: moments and weight decay would move all the same.
+        trained = jax.tree.map(
+            lambda new, old: jnp.where(trains, new, old),
+            Trained(optax.apply_updates(params, updates), new_moments),
+            Trained(params, moments),
+        )
+        for name, value, counts in (
+            ("grad_norm", optax.tree.norm(gradients), trains),
+            ("param_norm", optax.tree.norm(trained.params), True),
+            ("learning_rate", schedule(state.step), True),
+        ):
+            sums[name] = Metric(*(jnp.asarray(x, jnp.float32) for x in (value, counts)))
+        step = state.step + 1
+        moved = state.reference
+        if mode.moves:
+            moved = mode.moved(step, trained.params, state.reference)
+        running = {
+            name: jax.tree.map(jnp.add, so_far, sums[name])
+            for name, so_far in state.running.items()
+        }
+        return State(step, {**state.roles, role: trained}, moved, running), sums
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def make_eval_step(
+    algorithm: Algorithm, model: Model, *, reference: Mode | None = None, role: str = POLICY
+) -> EvalStep:
+    """The jitted `(state, frozen, reference, batch)` to per-example losses and metrics.
+
+    The batch has a leading axis of one micro-batch; see `make_update` for the rest.
+    """
+    mode = reference or Free()
+
+    def eval_step(state: State, frozen: Any, held: Any, batch: PackedBatch) -> Objective:
+        batch = jax.tree.map(lambda x: x[0], batch)
+        running = {name: mean(sums) for name, sums in state.running.items()}
+        said = _read_reference(algorithm, mode, state, held, frozen, batch)
+        output = model(merge(state.roles[role].params, frozen), batch)
+        return _with_auxiliary(algorithm.loss(output, batch, LossInputs(said, running)), output)
+
+    return jax.jit(eval_step)
+
+
+def _read_reference(
+    algorithm: Algorithm, mode: Mode, state: State, held: Any, frozen: Any, batch: PackedBatch
+) -> Any:
+    if algorithm.reference_logps is None:
+        return None
+    own = state.reference if mode.moves else held
+    return mode.logps(algorithm.reference_logps, own, frozen, batch)
+
+
+def _with_auxiliary(objective: Objective, output: ModelOutput) -> Objective:
+    """The objective with the model's own losses added to each example's, and logged."""
+    (values, weights), metrics = objective
+    for name, value in output.auxiliary.items():
+        added = Metric(jnp.broadcast_to(value, values.shape), weights)
+        values, metrics = values + added.values, {**metrics, name: added}
+    return Objective(Metric(values, weights), metrics)
+
+
+def _over_micro_batches(
+    function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch, key: jax.Array
+) -> Any:
+    """The sum of `function` over the leading axis."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    count = batch.tokens.shape[0]
+    if count == 1:
+        return function(first, key)
+
+    def add(total: Any, micro: tuple[PackedBatch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*micro)), None
+
+    shapes = jax.eval_shape(function, first, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (batch, jax.random.split(key, count)))[0]
