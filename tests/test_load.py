@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxpref import config as config_lib, data as data_lib
+from jaxpref.data import cache
 from jaxpref.data.examples import Example
 from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
 from jaxpref.errors import UserError
@@ -271,7 +272,7 @@ class _Unused:
         return self._tokenizer(*args, **options)
 
 
-def test_tokenised_data_is_kept_and_found_by_content(tmp_path, mixture):
+def test_tokenised_data_is_kept_and_found_by_content(tmp_path, mixture, monkeypatch):
     def cached(kind="pairs", **changes):
         config = config_lib.default("dpo")
         config.data.update(
@@ -307,6 +308,9 @@ def test_tokenised_data_is_kept_and_found_by_content(tmp_path, mixture):
     assert not cached("sft")[1]
     assert not cached(mixture=({**a, "limit": 3}, b))[1]
     write(tmp_path / "b.jsonl", pairs(7, "e"))
+    assert [cached()[1], cached()[1]] == [False, True]
+    # What another version of the format wrote is not read.
+    monkeypatch.setattr(cache, "_VERSION", cache._VERSION - 1)
     assert not cached()[1]
 
 
