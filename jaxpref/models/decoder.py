@@ -99,7 +99,8 @@ class Decoder(nn.Module):
           positions: position of each token; by default 0, 1, 2, ...; one that the model does
             not know (see `DecoderConfig.max_length`) gives NaN.
           tree: groups and branches of the tokens, which say who sees whom (`batch.tree` of a
-            packed batch); by default a row is one sequence.
+            packed batch; in padded rows, group 1 for tokens and 0 for padding, and branch 0);
+            by default a row is one sequence.
 
         Raises:
           ValueError: without positions, rows longer than the model knows positions.
