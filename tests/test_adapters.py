@@ -170,7 +170,7 @@ def test_only_adapters_are_trained_saved_and_have_optimizer_state(folder, capsys
     state, frozen = train.abstract_state(model, optimizer, mesh, config_lib.trainable(config))
     assert set(state.policy) == {"layers"}
     names = set(state.policy["layers"])
-    assert names == {f"{p}_lora_{ab}" for p in models.decoder.ADAPTABLE for ab in "ab"}
+    assert names == {f"{p}_lora_{ab}" for p in models.config.ADAPTABLE for ab in "ab"}
     trained = sum(x.size for x in jax.tree.leaves(state.policy))
     moments = sum(x.size for x in jax.tree.leaves(state.roles["policy"].optimizer_state) if x.ndim)
     assert moments == 2 * trained

@@ -11,7 +11,8 @@ from conftest import TINY, random_groups
 
 from jaxpref import packing
 from jaxpref.models import Decoder, make_rope
-from jaxpref.models.attention import attention, rotary_angles, rotate
+from jaxpref.models.attention import attention
+from jaxpref.models.rotary import rotary_angles, rotate
 from jaxpref.packing import Seats, Tree, sees
 
 LENGTH, BLOCK = 64, 8

@@ -250,9 +250,9 @@ def test_every_layout_gives_the_same_response_logps(family, float64):
     pads = np.array([LENGTH - len(row) for row in rows])
     index = np.arange(LENGTH)
     positions = np.maximum(index[None] - pads[:, None], 0)
-    real = index[None] >= pads[:, None]
-    mask = (index[:, None] >= index[None])[None] & (real[:, None] == real[:, :, None])
-    logits = model.apply({"params": params}, tokens, positions, mask)
+    real = (index[None] >= pads[:, None]).astype(int)
+    tree = packing.Tree(group=real, branch=np.zeros_like(real))
+    logits = model.apply({"params": params}, tokens, positions, tree)
     each = from_logits(logits[:, :-1], jnp.asarray(tokens[:, 1:]))
     left = [each[i, LENGTH - 1 - len(g.responses[0]) :].sum() for i, g in enumerate(groups)]
     np.testing.assert_allclose(np.stack(left), padded[:, 0], rtol=1e-9, atol=1e-9)

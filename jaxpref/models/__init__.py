@@ -1,8 +1,10 @@
 """Decoders in Flax Linen: pure functions of their parameters."""
 
 from jaxpref.models.adapters import dequantize, merge_adapters, without_adapters
+from jaxpref.models.cache import Cache, empty_cache
 from jaxpref.models.classifiers import as_scalar, padding_beside_adapters, with_scalar_head
-from jaxpref.models.decoder import Cache, Decoder, DecoderConfig, Lora, Rope, empty_cache
+from jaxpref.models.config import DecoderConfig, Lora
+from jaxpref.models.decoder import Decoder
 from jaxpref.models.from_config import build, lora
 from jaxpref.models.huggingface import (
     from_pretrained,
@@ -12,6 +14,7 @@ from jaxpref.models.huggingface import (
 )
 from jaxpref.models.params import abstract_params, init_params
 from jaxpref.models.protocol import Model, ModelOutput, ScalarHead, packed
+from jaxpref.models.rotary import Rope
 
 __all__ = [
     "Cache",

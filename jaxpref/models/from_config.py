@@ -6,7 +6,8 @@ import json
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
-from jaxpref.models.decoder import Decoder, DecoderConfig, Lora
+from jaxpref.models.config import DecoderConfig, Lora
+from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface import Origin, make_rope
 
 

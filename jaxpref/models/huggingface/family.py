@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpref.errors import UserError
-from jaxpref.models.decoder import Rope
 from jaxpref.models.huggingface.rope import make_rope
+from jaxpref.models.rotary import Rope
 
 Fields = dict[str, Any]
 # From the path of one of our parameters, or from the paths of several that share a tensor,

@@ -15,7 +15,8 @@ from jax.sharding import Sharding
 
 from jaxpref.errors import UserError
 from jaxpref.models.adapters import ADAPTERS, without_adapters
-from jaxpref.models.decoder import Decoder, Lora
+from jaxpref.models.config import Lora
+from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface import safetensors
 from jaxpref.models.huggingface.families import SCORE
 from jaxpref.models.huggingface.places import (

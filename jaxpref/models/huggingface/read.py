@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxpref.errors import UserError
 from jaxpref.models.classifiers import SCALAR_HEAD
-from jaxpref.models.decoder import Decoder, DecoderConfig
+from jaxpref.models.config import DecoderConfig
+from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface.families import FAMILIES, SCORE
 from jaxpref.models.huggingface.family import Reader
 from jaxpref.models.huggingface.origin import Origin, locate

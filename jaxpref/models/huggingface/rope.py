@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxpref.errors import UserError
-from jaxpref.models.decoder import Rope
+from jaxpref.models.rotary import Rope
 
 
 def make_rope(
