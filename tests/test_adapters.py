@@ -587,7 +587,10 @@ def test_any_part_can_be_trained_by_a_pattern(folder, tmp_path):
         ({"train__trainable": "no_such"}, "no part of any parameter's path; there are embedding"),
         ({"train__trainable": "("}, "no regular expression"),
         ({"reference__mode": "adapter"}, "give it some with --config.model.lora.rank=16"),
-        ({"model__lora__rank": 2, "model__lora__dropout": 1.0}, "dropout should be from 0 to below 1"),
+        (
+            {"model__lora__rank": 2, "model__lora__dropout": 1.0},
+            "dropout should be from 0 to below 1",
+        ),
         (
             {"model__lora__rank": 2, "reference__mode": "adapter", "train__trainable": "norm"},
             "leave train.trainable empty",
