@@ -144,37 +144,6 @@ def from_logits(
     return _nan_outside(logits.shape[-1], targets, logps)
 
 
-def response_sums(
-    values: Float[Array, "*positions"], response: Int[Array, "*positions"], responses: int
-) -> Float[Array, " responses"]:
-    """Sums per-token values over each response.
-
-    Args:
-      values: one value a scored position.
-      response: the response that each position belongs to. Ids outside
-        `[0, responses)` mark padding and are dropped.
-      responses: how many responses there are.
-
-    Returns:
-      One sum a response; 0 for a response without positions.
-    """
-    # A value at a padded position may be anything, NaN too; it must not reach a gradient.
-    counts = (response >= 0) & (response < responses)
-    return jax.ops.segment_sum(
-        jnp.where(counts, values, 0).ravel(),
-        jnp.where(counts, response, responses).ravel(),
-        num_segments=responses,
-    )
-
-
-def response_means(
-    values: Float[Array, "*positions"], response: Int[Array, "*positions"], responses: int
-) -> Float[Array, " responses"]:
-    """As `response_sums`, divided by each response's number of positions (0 if it has none)."""
-    counts = response_sums(jnp.ones_like(values), response, responses)
-    return response_sums(values, response, responses) / jnp.maximum(counts, 1)
-
-
 def _blockwise(
     hidden: Array, head: LMHead, targets: Array, block_size: int | None, **wanted: bool
 ) -> "_Result":

@@ -77,16 +77,16 @@ def quantize(x: Array) -> Nf4:
 
 def abstract(x: jax.ShapeDtypeStruct) -> Nf4:
     """Shapes, dtypes and shardings of what `quantize` makes of such an array."""
-    where = x.sharding
-    if isinstance(where, NamedSharding):
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
         # The last axis is not split: its parts would have to fall between blocks.
-        spec = (*where.spec, *(None,) * len(x.shape))[: len(x.shape) - 1]
-        where = NamedSharding(where.mesh, PartitionSpec(*spec, None))
+        spec = (*sharding.spec, *(None,) * len(x.shape))[: len(x.shape) - 1]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec, None))
     *axes, last = x.shape
     blocks = last // _block(x.shape)
     return Nf4(
-        jax.ShapeDtypeStruct((*axes, last // 2), jnp.uint8, sharding=where),
-        jax.ShapeDtypeStruct((*axes, blocks), jnp.bfloat16, sharding=where),
+        jax.ShapeDtypeStruct((*axes, last // 2), jnp.uint8, sharding=sharding),
+        jax.ShapeDtypeStruct((*axes, blocks), jnp.bfloat16, sharding=sharding),
     )
 
 

@@ -34,8 +34,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxpref import logprobs
-
 
 class Group(NamedTuple):
     """Token ids of a prompt and its responses.
@@ -245,12 +243,43 @@ def last_places(batch: PackedBatch, passed_over: int) -> Int[Array, "rows scored
     return places.reshape(batch.response.shape)
 
 
+def response_sums(
+    values: Float[Array, "*positions"], response: Int[Array, "*positions"], responses: int
+) -> Float[Array, " responses"]:
+    """Sums per-token values over each response.
+
+    Args:
+      values: one value a scored position.
+      response: the response that each position belongs to. Ids outside
+        `[0, responses)` mark padding and are dropped.
+      responses: how many responses there are.
+
+    Returns:
+      One sum a response; 0 for a response without positions.
+    """
+    # A value at a padded position may be anything, NaN too; it must not reach a gradient.
+    counts = (response >= 0) & (response < responses)
+    return jax.ops.segment_sum(
+        jnp.where(counts, values, 0).ravel(),
+        jnp.where(counts, response, responses).ravel(),
+        num_segments=responses,
+    )
+
+
+def response_means(
+    values: Float[Array, "*positions"], response: Int[Array, "*positions"], responses: int
+) -> Float[Array, " responses"]:
+    """As `response_sums`, divided by each response's number of positions (0 if it has none)."""
+    counts = response_sums(jnp.ones_like(values), response, responses)
+    return response_sums(values, response, responses) / jnp.maximum(counts, 1)
+
+
 def sum_by_response(
     values: Float[Array, "rows scored"], batch: PackedBatch
 ) -> Float[Array, "groups responses"]:
     """Sums per-token values over each response, in batch order."""
     groups, responses = batch.lengths.shape
-    sums = logprobs.response_sums(values, jnp.asarray(batch.response), groups * responses)
+    sums = response_sums(values, jnp.asarray(batch.response), groups * responses)
     return sums.reshape(groups, responses)
 
 

@@ -264,18 +264,3 @@ def test_errors_say_what_does_not_fit():
         logprobs.token_logprobs.__wrapped__(hidden[:, :4], head, targets)
     with pytest.raises(ValueError, match="one target a position"):
         logprobs.from_logits.__wrapped__(hidden, targets[:-1])
-
-
-def test_sums_and_means_per_response():
-    values = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, jnp.nan]])
-    response = jnp.array([[0, 0, 2], [2, 2, 3]])
-    np.testing.assert_array_equal(logprobs.response_sums(values, response, 3), [3, 0, 12])
-    np.testing.assert_array_equal(logprobs.response_means(values, response, 3), [1.5, 0, 4])
-
-
-def test_padding_gets_no_gradient_even_if_it_is_nan():
-    values = jnp.array([1.0, jnp.nan, 2.0])
-    gradient = jax.grad(lambda v: logprobs.response_means(v, jnp.array([0, 1, -1]), 1).sum())(
-        values
-    )
-    np.testing.assert_array_equal(gradient, [1, 0, 0])

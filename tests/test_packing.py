@@ -308,3 +308,16 @@ def test_index_in_response_counts_each_response_from_0(lengths, shards, context_
     last = np.asarray(packing.is_last(batch))
     ends = {int(r[p[-1]]) for g in groups for r, p in zip(g.responses, g.scored, strict=True)}
     assert set(np.asarray(batch.target)[last].tolist()) == ends
+
+
+def test_sums_and_means_per_response():
+    values = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, jnp.nan]])
+    response = jnp.array([[0, 0, 2], [2, 2, 3]])
+    np.testing.assert_array_equal(packing.response_sums(values, response, 3), [3, 0, 12])
+    np.testing.assert_array_equal(packing.response_means(values, response, 3), [1.5, 0, 4])
+
+
+def test_padding_gets_no_gradient_even_if_it_is_nan():
+    values = jnp.array([1.0, jnp.nan, 2.0])
+    gradient = jax.grad(lambda v: packing.response_means(v, jnp.array([0, 1, -1]), 1).sum())(values)
+    np.testing.assert_array_equal(gradient, [1, 0, 0])

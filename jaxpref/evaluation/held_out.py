@@ -30,7 +30,7 @@ class HeldOut(NamedTuple):
 
 
 def evaluate(
-    score: Callable[[PackedBatch], Objective],
+    eval_step: Callable[[PackedBatch], Objective],
     batches: Iterable[PackedBatch],
     true_rewards: Float[np.ndarray, "examples responses"] | None,
     sources: Mapping[str, Int[np.ndarray, " _"]] | None = None,
@@ -38,14 +38,14 @@ def evaluate(
     """Weighted means of the loss and of every metric over all examples.
 
     Args:
-      score: per-example loss and metrics of a batch.
+      eval_step: per-example loss and metrics of a batch.
       batches: every example once, in order; absent groups only at the end.
       true_rewards: of the examples' responses; None if not known. With them the values of
         `reward_recovery` are added.
       sources: the examples of each source, if there are several; their values have the prefix
         `eval/SOURCE/`.
     """
-    objectives = [sharding.fetch(score(batch)) for batch in batches]
+    objectives = [sharding.fetch(eval_step(batch)) for batch in batches]
     named = [{"loss": objective.loss, **objective.metrics} for objective in objectives]
     metrics = {
         name: Metric(

@@ -138,17 +138,13 @@ def initial_state(
       reference: the reference's parameters, where they move with the policy.
       abstract: says where everything goes; by default JAX decides.
     """
-    where: State | None = None
+    of_optimizer, of_zeros = None, None
     if abstract is not None:
-        where = jax.tree.map(lambda x: x.sharding, abstract)
-    init = jax.jit(
-        optimizer.init,
-        out_shardings=None if where is None else where.roles[POLICY].optimizer_state,
-    )
-    zeros = jax.jit(
-        lambda: (jnp.zeros((), jnp.int32), _zeros(running)),
-        out_shardings=None if where is None else (where.step, where.running),
-    )
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        of_optimizer = shardings.roles[POLICY].optimizer_state
+        of_zeros = shardings.step, shardings.running
+    init = jax.jit(optimizer.init, out_shardings=of_optimizer)
+    zeros = jax.jit(lambda: (jnp.zeros((), jnp.int32), _zeros(running)), out_shardings=of_zeros)
     step, means = zeros()
     policy = Trained(params, init(params))
     return State(step, {POLICY: policy}, {} if reference is None else reference, means)
