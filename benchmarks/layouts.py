@@ -104,6 +104,8 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
         train,
         weights,
     )
+    from jaxpref.reference import Live, Precomputed
+    from jaxpref.tokenizer import load_tokenizer
 
     config = config_lib.default("dpo")
     config.reference.mode = case.reference
@@ -117,13 +119,13 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     config.data.update(batch_size=BATCH_SIZE, max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT)
     config_lib.check(config)
 
-    tokenizer = data.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     jax.devices()  # Starts the backend, which is one of the libraries.
     libraries = resident_bytes()
     model = models.build(config.model, len(tokenizer))
-    algorithm = algorithms.build(config, model)
+    algorithm, forward = algorithms.build(config), models.packed(model)
     if case.layout == "padded":
-        algorithm = _with_full_logits(algorithm, model)
+        algorithm, forward = _with_full_logits(algorithm, model)
     dataset = data.load(config, tokenizer, "pairs").train
     tree = case.layout == "tree"
     scored = packing.scored_budget(
@@ -136,15 +138,16 @@ def measure(case: Case, data_path: str, folder: Path, steps: int) -> dict[str, A
     mesh = sharding.make_mesh()
     optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
     abstract, _ = train.abstract_state(model, optimizer, mesh)
-    params = weights.load(config, weights.Source(None, None), model, abstract.params)
-    state = train.initial_state(params, optimizer, abstract)
+    params = weights.load(config, weights.Source(None, None), model, abstract.policy)
+    state = train.initial_state(params, optimizer, abstract=abstract)
     with sharding.use(mesh):
-        reference = jax.tree.map(jnp.copy, state.params)
+        reference, mode = jax.tree.map(jnp.copy, state.policy), Live(forward)
         batches = [stream.batch(step) for step in range(steps)]
         if case.reference == "precomputed":
             # Paid once, before training, and so not part of a step.
-            batches, reference = _with_reference(model, reference, batches), None
-        update = train.make_update(algorithm, optimizer, schedule)
+            batches = _with_reference(forward, reference, batches)
+            reference, mode = {}, Precomputed()
+        update = train.make_update(algorithm, forward, optimizer, schedule, reference=mode)
         put = [sharding.put_batch(mesh, batch) for batch in batches]
         compiled = {}
         for batch in put:
@@ -188,15 +191,17 @@ def _with_reference(model: Any, params: Any, batches: list[Any]) -> list[Any]:
     import numpy as np
 
     from jaxpref.algorithms import response_logps
+    from jaxpref.reference import COLUMN
 
-    logps = jax.jit(lambda b: response_logps(model, params, jax.tree.map(lambda x: x[0], b)))
-    return [
-        dataclasses.replace(b, extras={"reference_logps": np.asarray(logps(b))[None]})
-        for b in batches
-    ]
+    @jax.jit
+    def logps(batch: Any) -> Any:
+        whole = jax.tree.map(lambda x: x[0], batch)
+        return response_logps(model(params, whole), whole)
+
+    return [dataclasses.replace(b, extras={COLUMN: np.asarray(logps(b))[None]}) for b in batches]
 
 
-def _with_full_logits(algorithm: Any, model: Any) -> Any:
+def _with_full_logits(algorithm: Any, decoder: Any) -> tuple[Any, Any]:
     """DPO as it is without this library's log-probs: all logits, then a mask."""
     import jax.numpy as jnp
 
@@ -204,21 +209,26 @@ def _with_full_logits(algorithm: Any, model: Any) -> Any:
     from jaxpref.algorithms import Objective
     from jaxpref.logprobs import from_logits
     from jaxpref.measurements import Metric
+    from jaxpref.models import ModelOutput
 
-    def response_logps(params: Any, batch: Any) -> Any:
-        logits = model.apply({"params": params}, batch.tokens, batch.positions, batch.tree)
+    def model(params: Any, batch: Any, key: Any = None) -> Any:
+        variables = {"params": params}
+        logits = decoder.apply(variables, batch.tokens, batch.positions, batch.tree)
+        # What is called hidden states here are the logits, and no head is left to read them.
+        return ModelOutput(logits, None)
+
+    def response_logps(output: Any, batch: Any) -> Any:
         # Each place's log-prob of the token after it; the last place has none.
-        logps = from_logits(logits[:, :-1], batch.tokens[:, 1:])
+        logps = from_logits(output.hidden[:, :-1], batch.tokens[:, 1:])
         logps = jnp.pad(logps, ((0, 0), (0, 1)))
         return packing.sum_by_response(logps.ravel()[batch.source], batch)
 
-    def loss(params: Any, batch: Any, key: Any) -> Any:
-        policy = response_logps(params, batch)
-        reference = batch.extras["reference_logps"]
+    def loss(output: Any, batch: Any, inputs: Any) -> Any:
+        policy, reference = response_logps(output, batch), inputs.reference
         out = losses.dpo(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])
         return Objective(Metric(out.losses, jnp.ones_like(out.losses)), {})
 
-    return algorithm._replace(reference_logps=response_logps, loss=loss)
+    return algorithm._replace(reference_logps=response_logps, loss=loss), model
 
 
 def _unavoidable_flops(batch: Any, live_reference: bool) -> float:

@@ -28,7 +28,8 @@ def stream_of(data_path: str, folder: Path, batch_size: int, row_length: int) ->
     """The batches of DPO on the file, as a run would make them."""
     import layouts
 
-    from jaxpref import config as config_lib, data, train
+    from jaxpref import config as config_lib, data, sharding
+    from jaxpref.tokenizer import load_tokenizer
 
     config = config_lib.default("dpo")
     config.data.update(
@@ -36,8 +37,9 @@ def stream_of(data_path: str, folder: Path, batch_size: int, row_length: int) ->
     )
     config.data.update(max_length=layouts.MAX_LENGTH, max_prompt_length=layouts.MAX_PROMPT)
     config.data.update(batch_size=batch_size, row_length=row_length)
-    tokenizer = data.load_tokenizer(str(folder))
-    return train.train_stream(config, data.load(config, tokenizer, "pairs"))
+    tokenizer = load_tokenizer(str(folder))
+    loaded = data.load(config, tokenizer, "pairs")
+    return data.stream_of(config, loaded, "train", sharding.make_mesh(), training=True)
 
 
 def speed(data_path: str, folder: Path) -> dict[str, float]:

@@ -128,6 +128,7 @@ def prepare(data_path: str, folder: Path, family: str) -> dict[str, Any]:
 def run_jaxpref(folder: Path) -> dict[str, Any]:
     """The real train loop; also says which pairs its stream puts into every batch."""
     from jaxpref import config as config_lib, data, metrics, packing, train
+    from jaxpref.tokenizer import load_tokenizer
 
     config = config_lib.default("dpo")
     config.seed = SEED
@@ -142,7 +143,7 @@ def run_jaxpref(folder: Path) -> dict[str, Any]:
     config.train.update(steps=STEPS, log_every=1)
     train.run(config, folder / "run")
 
-    tokenizer = data.load_tokenizer(config.model.init_from)
+    tokenizer = load_tokenizer(config.model.init_from)
     dataset = data.load(config, tokenizer, "pairs").train
     if dataset.counts.total():
         raise SystemExit(f"jaxpref cut something: {dict(dataset.counts)}.")

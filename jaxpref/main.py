@@ -3,19 +3,14 @@
 Any value of the recipe can be set after it: `--config.algorithm.beta=0.2`.
 """
 
-import ast
-import runpy
 import sys
-from pathlib import Path
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
 
 from jaxpref import config as config_lib, explain
-from jaxpref.commands import WORKDIR, fail, no_room, quiet
+from jaxpref.commands import CONFIG, WORKDIR, fail, no_room, parse_flags, quiet, recipes
 from jaxpref.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every knob of the recipe, what it does and may be; run nothing."
 )
@@ -36,7 +31,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
     if CONFIG.value is None:
-        print(_recipes())
+        print(recipes())
         sys.exit(2)
     if _EXPLAIN.value:
         print(explain.explain(CONFIG.value))
@@ -75,56 +70,6 @@ def _check_processes() -> None:
         fail(f"--coordinator should be HOST:PORT; got {coordinator!r}.")
     if number >= count:
         fail(f"--process_id should be below --num_processes ({count}); got {number}.")
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; what is wrong with them takes one line, not a traceback."""
-    recipe, keys = None, []
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, given, value = argument.lstrip("-").partition("=")
-        if name == "config" and argument.startswith("-"):
-            recipe = value if given else following
-        elif name.startswith("config.") and argument.startswith("-"):
-            keys.append(name.removeprefix("config."))
-    if recipe:
-        config = _load_recipe(recipe)
-        for key in keys:
-            if message := config_lib.unknown_key(config, key):
-                fail(message)
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        fail(str(error).strip().splitlines()[-1])
-
-
-def _load_recipe(recipe: str) -> ConfigDict:
-    """The config of `path` or `path:argument`, with errors a user can act on."""
-    path, _, argument = recipe.partition(":")
-    if not Path(path).is_file():
-        fail(f"--config={path}: no such recipe.\n{_recipes()}")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            fail(f"--config={path}: a recipe needs a function get_config.")
-        return get_config(argument) if argument else get_config()
-    except Exception as error:  # A recipe is the user's code and may raise anything.
-        fail(f"--config={recipe}: {error}")
-
-
-def _recipes() -> str:
-    lines = [
-        "Run a recipe with",
-        "",
-        "  python -m jaxpref.main --config=configs/RECIPE.py --workdir=DIR",
-        "",
-        "Recipes here:",
-    ]
-    here = Path("configs")
-    configs = here if here.is_dir() else Path(__file__).parent.parent / "configs"
-    for path in sorted(configs.glob("*.py")):
-        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-        lines.append(f"  {path!s:28} {summary}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,13 @@ def partition(params: Any, pattern: str) -> tuple[Any, Any]:
 def merge(one: Any, other: Any) -> Any:
     """Nested dictionaries with the leaves of both, which share none.
 
+    Where one of them is empty the other is given back as it is, whatever kind of tree it is.
+
     >>> merge({"a": {"b": 1}, "d": 3}, {"a": {"c": 2}})
     {'a': {'b': 1, 'c': 2}, 'd': 3}
     """
+    if not one or not other:
+        return one or other
     merged = dict(one)
     for name, part in other.items():
         merged[name] = merge(merged[name], part) if name in merged else part

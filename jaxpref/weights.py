@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, data, models
+from jaxpref import checkpoint, config as config_lib, models
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.models.adapters import ADAPTERS
 from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
 from jaxpref.terminal import console
+from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import merge, partition, path_of
 
 _KEPT = "huggingface"
@@ -82,7 +83,7 @@ def open_run(config: ConfigDict, workdir: Path) -> Opened:
       UserError: see `find`, `data.load_tokenizer` and `build_model`.
     """
     source, name = find(config, workdir), config.tokenizer.name
-    tokenizer = data.load_tokenizer(
+    tokenizer = load_tokenizer(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
     model = build_model(config, source, len(tokenizer))

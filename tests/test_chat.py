@@ -19,11 +19,12 @@ from tokenizers import (
     trainers,
 )
 
-from jaxpref.data.chat import TEMPLATES, Chat, ChatEncoder
+from jaxpref.data.chat import Chat, ChatEncoder
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import read_examples
-from jaxpref.data.tokenize import Limits, begins_with_bos, load_tokenizer, tokenize
+from jaxpref.data.tokenize import Limits, tokenize
 from jaxpref.errors import UserError
+from jaxpref.tokenizer import TEMPLATES, begins_with_bos, load_tokenizer
 
 # How texts fall apart before tokens are merged. GPT-2 leaves one of several spaces or line
 # breaks to the word that follows, so that what is one token at the end of a prompt is two

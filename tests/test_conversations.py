@@ -11,7 +11,7 @@ from conftest import TINY, response_logps
 from test_chat import BAD, CHATML, GOOD, STYLES, SYSTEM, TALK, build_tokenizer, write
 
 from jaxpref import algorithms, config as config_lib, packing
-from jaxpref.data import cache, load_tokenizer
+from jaxpref.data import cache
 from jaxpref.data.chat import Chat
 from jaxpref.data.convert import adapt
 from jaxpref.data.dataset import deduplicate, mismatch
@@ -23,6 +23,7 @@ from jaxpref.errors import UserError
 from jaxpref.logprobs import LMHead
 from jaxpref.models import Decoder
 from jaxpref.packing import Group
+from jaxpref.tokenizer import load_tokenizer
 
 THANKS = {"role": "user", "content": "Thanks! And the plums?"}
 RIPE = {"role": "assistant", "content": "The plums are ripe."}

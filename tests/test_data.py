@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxpref.data import load_tokenizer, synthetic
+from jaxpref.data import synthetic
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import read_examples
 from jaxpref.data.records import fingerprint, read_records
-from jaxpref.data.tokenize import Limits, begins_with_bos, complete, tokenize, truncate
+from jaxpref.data.tokenize import Limits, complete, tokenize, truncate
 from jaxpref.errors import UserError
+from jaxpref.tokenizer import begins_with_bos, load_tokenizer
 
 PAIR = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 

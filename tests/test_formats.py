@@ -14,9 +14,10 @@ from jaxpref.data.convert import KINDS, adapt, kind_of
 from jaxpref.data.dataset import deduplicate, mismatch
 from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import FORMATS, read_examples
-from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
+from jaxpref.data.tokenize import Limits, tokenize
 from jaxpref.errors import UserError
 from jaxpref.knobs import DATA_FORMATS
+from jaxpref.tokenizer import load_tokenizer
 
 ASKED = [{"role": "user", "content": "Which soup?"}]
 ONION = {"role": "assistant", "content": "Onion."}

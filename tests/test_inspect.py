@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxpref import config as config_lib
-from jaxpref.data import Example, inspect, load_tokenizer, statistics, tokenize
+from jaxpref.data import Example, inspect, statistics, tokenize
 from jaxpref.data.tokenize import Limits
 from jaxpref.packing import Budget, materialise, plan
+from jaxpref.tokenizer import load_tokenizer
 
 
 def dataset_of(*examples):

@@ -8,8 +8,9 @@ import pytest
 from jaxpref import config as config_lib, data as data_lib
 from jaxpref.data import cache
 from jaxpref.data.examples import Example
-from jaxpref.data.tokenize import Limits, load_tokenizer, tokenize
+from jaxpref.data.tokenize import Limits, tokenize
 from jaxpref.errors import UserError
+from jaxpref.tokenizer import load_tokenizer
 
 
 def write(path, records):

@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,18 @@ def test_the_train_loop_runs_and_learns(capsys):
     assert float(accuracy) == 1.0
 
 
-def test_the_rooms_are_all_listed_and_exist():
+def test_the_rooms_are_listed_from_top_to_bottom_and_exist():
     house = (ROOT / "docs" / "house.md").read_text()
     rooms = r"^\| `((?:jaxpref|configs|benchmarks|tests|docs)/[^`]*)` \|"
-    listed = set(re.findall(rooms, house, re.MULTILINE))
+    listed = re.findall(rooms, house, re.MULTILINE)
     assert all((ROOT / room).exists() for room in listed)
-    package = {
-        f"jaxpref/{path.name}{'/' if path.is_dir() else ''}"
-        for path in (ROOT / "jaxpref").iterdir()
-        if not path.name.startswith("_") and path.name != "py.typed"
-    }
-    assert package <= listed
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    # `lint-imports` sees to it that these layers are all of the package.
+    layers = [layer.split(" | ") for layer in contracts["contracts"][0]["layers"]]
+    depth = {name: number for number, names in enumerate(layers) for name in names}
+    package = [Path(room).stem for room in listed if room.startswith("jaxpref/")]
+    assert sorted(package) == sorted(depth)
+    assert package == sorted(package, key=depth.__getitem__)
 
 
 def anchors(page):

@@ -6,7 +6,7 @@ from jaxpref.data.examples import Example
 from jaxpref.data.load import Data, check, check_batch_size, load, load_file
 from jaxpref.data.read import read_examples
 from jaxpref.data.stream import BatchStream, budget_of, stream_of
-from jaxpref.data.tokenize import load_tokenizer, tokenize
+from jaxpref.data.tokenize import tokenize
 
 __all__ = [
     "BatchStream",
@@ -18,7 +18,6 @@ __all__ = [
     "check_batch_size",
     "load",
     "load_file",
-    "load_tokenizer",
     "read_examples",
     "stop_ids",
     "stream_of",

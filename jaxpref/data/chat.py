@@ -15,66 +15,17 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
 from jaxpref.errors import UserError
+from jaxpref.tokenizer import TEMPLATES, special_names, special_tokens
 
 Message = Mapping[str, Any]
 # A message of the assistant, or several messages from the assistant's first to its last.
 Turns = Message | tuple[Message, ...]
-
-# Templates for models that come without one. They need no token that a model may lack.
-TEMPLATES: dict[str, str] = {
-    # The form of Stanford Alpaca's instructions. A system message takes the preamble's place.
-    "alpaca": """
-{%- if tools -%}{{- raise_exception('alpaca has no place for tools') -}}{%- endif -%}
-{%- for message in messages -%}
-  {%- if message.content is not string or message.tool_calls -%}
-    {{- raise_exception('alpaca writes messages of text alone') -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if messages[0].role != 'system' -%}
-  {{- 'Below is an instruction that describes a task. Write a response that appropriately '
-      + 'completes the request.\n\n' -}}
-{%- endif -%}
-{%- for message in messages -%}
-  {%- if message.role == 'system' -%}
-    {{- message.content + '\n\n' -}}
-  {%- elif message.role == 'user' -%}
-    {{- '### Instruction:\n' + message.content + '\n\n' -}}
-  {%- elif message.role == 'assistant' -%}
-    {{- '### Response:\n' + message.content | trim -}}
-    {%- if not loop.last -%}{{- (eos_token or '') + '\n\n' -}}{%- endif -%}
-  {%- else -%}
-    {{- raise_exception('alpaca has no role ' + message.role) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '### Response:\n' -}}{%- endif -%}
-""",
-    # The form of the dialogues in Anthropic's HH.
-    "hh": """
-{%- if tools -%}{{- raise_exception('hh has no place for tools') -}}{%- endif -%}
-{%- for message in messages -%}
-  {%- if message.content is not string or message.tool_calls -%}
-    {{- raise_exception('hh writes messages of text alone') -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-  {%- if message.role == 'user' -%}
-    {{- '\n\nHuman: ' + message.content | trim -}}
-  {%- elif message.role == 'assistant' -%}
-    {{- '\n\nAssistant: ' + message.content | trim -}}
-  {%- else -%}
-    {{- raise_exception('hh has no role ' + message.role) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}
-""",
-}
 
 # While the template is rendered, a character from here on (for private use in Unicode) stands for
 # the name of a special token inside a message.
@@ -126,42 +77,6 @@ class _Opened(NamedTuple):
 
     text: str
     ids: list[int]
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The ids of a tokenizer's special tokens by name."""
-    added = tokenizer.added_tokens_decoder.items()
-    # Some tokenizers do not mark EOS and other special tokens among the added ones.
-    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return {token.content: id for id, token in added if token.special} | dict(named)
-
-
-def special_names(tokenizer: Any) -> re.Pattern:
-    """Matches the name of a special token."""
-    names = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, names)))
-
-
-def read_template(name: str) -> str:
-    """The chat template that `tokenizer.chat_template` names.
-
-    Args:
-      name: one of `TEMPLATES`, a file, or the template itself.
-
-    Raises:
-      UserError: it is none of these.
-    """
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if "{" in name:
-        return name
-    try:
-        return Path(name).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"tokenizer.chat_template is {name!r}; it should be one of {', '.join(TEMPLATES)}, a "
-            f"Jinja file, or a template ({error})."
-        ) from error
 
 
 class ChatEncoder:

@@ -16,9 +16,8 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref.commands import OUTPUT, fail, quiet
+from jaxpref.commands import CONFIG, OUTPUT, fail, parse_flags, quiet
 from jaxpref.errors import UserError
-from jaxpref.main import CONFIG, parse_flags
 
 _EXAMPLES = flags.DEFINE_integer("examples", 3, "How many are shown whole.", lower_bound=0)
 # How many batches are packed to see how full the rows are.

@@ -16,8 +16,9 @@ from jaxpref.data.dataset import TokenizedDataset, deduplicate, mismatch
 from jaxpref.data.examples import Example, hold_out, last_turn
 from jaxpref.data.read import open_source, parse, read_examples
 from jaxpref.data.records import check_source
-from jaxpref.data.tokenize import Limits, begins_with_bos, tokenize
+from jaxpref.data.tokenize import Limits, tokenize
 from jaxpref.errors import UserError
+from jaxpref.tokenizer import begins_with_bos
 
 
 class Data(NamedTuple):

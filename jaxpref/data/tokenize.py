@@ -2,78 +2,23 @@
 
 import dataclasses
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxpref.data.chat import Chat, ChatEncoder, read_template, special_names
+from jaxpref.data.chat import Chat, ChatEncoder
 from jaxpref.data.dataset import TokenizedDataset, digest, extras_of, sources_of, true_rewards
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
+from jaxpref.tokenizer import special_names
 
 _TEXTS_AT_A_TIME = 1024
-
-
-def load_tokenizer(name: str, chat_template: str = "") -> Any:
-    """A `transformers` tokenizer.
-
-    Args:
-      name: "bytes" for ByT5's, which needs no files; a directory; or a hub name.
-      chat_template: see `read_template`; empty for the tokenizer's own.
-
-    Raises:
-      UserError: it cannot be loaded, or has no EOS token.
-    """
-    tokenizer = _load_tokenizer(name)
-    if chat_template:
-        tokenizer.chat_template = read_template(chat_template)
-    return tokenizer
-
-
-def _load_tokenizer(name: str) -> Any:
-    # Without this, transformers warns that it lacks torch; only its tokenizers are used here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import transformers
-
-    if name == "bytes":
-        return transformers.ByT5Tokenizer()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # The hub's client raises errors of many classes.
-        where = "in that directory" if Path(name).is_dir() else "of that name on the hub"
-        raise UserError(
-            f"tokenizer.name is {name!r}, and no tokenizer {where} could be loaded: {error}\n"
-            "Without a network, give a local directory, or 'bytes', which needs no files."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {name!r} has no EOS token, which every response ends in.")
-    return tokenizer
-
-
-def begins_with_bos(tokenizer: Any, policy: str) -> int | None:
-    """The id that prompts begin with, or None.
-
-    Args:
-      tokenizer: a `transformers` tokenizer.
-      policy: "auto" (where the tokenizer itself puts BOS before a text), "always" or "never".
-
-    Raises:
-      UserError: "always", and the tokenizer has no BOS.
-    """
-    if policy == "never":
-        return None
-    bos = tokenizer.bos_token_id
-    if policy == "always" and bos is None:
-        raise UserError("tokenizer.bos is 'always', but the tokenizer has no BOS token.")
-    return bos if policy == "always" or tokenizer("a").input_ids[:1] == [bos] else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, data, models, weights
+from jaxpref import checkpoint, config as config_lib, models, weights
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.terminal import console
+from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import as_abstract, store_frozen
 
 # In a workdir: what describes the model of a reference that is another policy.
@@ -100,7 +101,7 @@ def find_another(
         message = str(error).replace("model.init_from", "reference.init_from")
         raise UserError(message) from error
     name = other.tokenizer.name
-    theirs = data.load_tokenizer(source.tokenizer if name == "auto" else name)
+    theirs = load_tokenizer(source.tokenizer if name == "auto" else name)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"reference.init_from={config.reference.init_from}: its tokenizer gives other ids than "
