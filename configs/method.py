@@ -4,7 +4,7 @@
         --config.model.init_from=MODEL --config.data.path=FILE
 
 MODEL is a directory or a hub name, or the workdir of an earlier run; FILE is a file, a
-directory or a hub name, whose columns tell how it is read (the README has the table). The
+directory or a hub name, whose columns tell how it is read (docs/data.md has the table). The
 methods are those of `algorithm.name`. `METHOD,lora` trains low-rank adapters alone, with the
 base as the reference, so that neither a second copy nor its optimizer state is kept.
 

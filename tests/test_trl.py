@@ -141,8 +141,8 @@ def test_losses_are_trls_live():
 
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
-def test_trls_defaults_are_those_that_the_readme_tells_of():
-    """Its table of methods whose defaults differ; the forms of the losses are compared above."""
+def test_trls_defaults_are_those_that_the_docs_tell_of():
+    """The table of methods whose defaults differ; the forms of the losses are compared above."""
     trl = pytest.importorskip("trl")
     from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
