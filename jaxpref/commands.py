@@ -3,6 +3,7 @@
 import ast
 import errno
 import logging as python_logging
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -24,6 +25,15 @@ def fail(message: str) -> NoReturn:
     """Ends a command with a message and the exit status of wrong usage."""
     print(f"jaxpref: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def show(text: str) -> None:
+    """Prints a long text, of which the reader of a pipe may not want to see the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Else Python would try again as it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def quiet() -> None:

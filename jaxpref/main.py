@@ -8,7 +8,7 @@ import sys
 from absl import app, flags
 
 from jaxpref import config as config_lib, explain
-from jaxpref.commands import CONFIG, WORKDIR, fail, no_room, parse_flags, quiet, recipes
+from jaxpref.commands import CONFIG, WORKDIR, fail, no_room, parse_flags, quiet, recipes, show
 from jaxpref.errors import UserError
 
 _EXPLAIN = flags.DEFINE_bool(
@@ -31,10 +31,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
     if CONFIG.value is None:
-        print(recipes())
+        show(recipes())
         sys.exit(2)
     if _EXPLAIN.value:
-        print(explain.explain(CONFIG.value))
+        show(explain.explain(CONFIG.value))
         return
     workdir = WORKDIR.value
     if not workdir:

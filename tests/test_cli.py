@@ -107,6 +107,22 @@ def test_answers_within_3_seconds_in_a_line_or_two(case):
     assert result.returncode == code
 
 
+def test_a_recipe_is_explained_also_to_a_reader_who_stops_early():
+    command_line = " ".join(command("--config=configs/dpo.py", "--config.algorithm.beta=0.3"))
+    for pipe, lines in (("", 100), (" | head -2", 2)):
+        said = subprocess.run(
+            f"{command_line} --explain{pipe}",
+            shell=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stderr == ""
+        assert len(said.stdout.splitlines()) >= lines
+        assert ("--config.algorithm.beta=0.3   (default 0.1)" in said.stdout) == (not pipe)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
