@@ -75,8 +75,8 @@ def quantize(x: Array) -> Nf4:
     return Nf4(codes[..., ::2] | codes[..., 1::2] << 4, scales.astype(jnp.bfloat16))
 
 
-def abstract(x: jax.ShapeDtypeStruct) -> Nf4:
-    """Shapes, dtypes and shardings of what `quantize` makes of such an array."""
+def abstract(x: Array | jax.ShapeDtypeStruct) -> Nf4:
+    """Shapes, dtypes and shardings of what `quantize` makes of an array of this shape."""
     sharding = x.sharding
     if isinstance(sharding, NamedSharding):
         # The last axis is not split: its parts would have to fall between blocks.

@@ -79,8 +79,8 @@ def as_array(x: jax.Array, dtype: str) -> Any:
     return nf4.quantize(x) if dtype == "nf4" else x.astype(dtype)
 
 
-def as_abstract(x: jax.ShapeDtypeStruct, dtype: str) -> Any:
-    """What `as_array` makes of such an array, with its sharding."""
+def as_abstract(x: jax.Array | jax.ShapeDtypeStruct, dtype: str) -> Any:
+    """What `as_array` makes of an array, or of an abstract one: shape, dtype and sharding."""
     if dtype == "nf4":
         return nf4.abstract(x)
     return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)

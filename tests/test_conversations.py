@@ -21,7 +21,7 @@ from jaxpref.data.read import read_examples
 from jaxpref.data.tokenize import Limits, tokenize
 from jaxpref.errors import UserError
 from jaxpref.logprobs import LMHead
-from jaxpref.models import Decoder
+from jaxpref.models import Decoder, packed
 from jaxpref.packing import Group
 from jaxpref.tokenizer import load_tokenizer
 
@@ -302,8 +302,8 @@ def logps_of(model, params, groups, **options):
 
 def test_packed_equals_one_conversation_a_row(exact):
     groups = dialogues()
-    packed = logps_of(*exact, groups, scored_length=ROW // 2)
-    for (g, k), value in np.ndenumerate(packed):
+    together = logps_of(*exact, groups, scored_length=ROW // 2)
+    for (g, k), value in np.ndenumerate(together):
         group = groups[g]
         alone = Group(group.prompt, [group.responses[k]], [group.context[k]])
         np.testing.assert_allclose(logps_of(*exact, [alone])[0, 0], value, rtol=1e-9)
@@ -365,14 +365,14 @@ def test_the_gradient_of_all_turns_is_the_sum_of_the_last_turns(exact):
         turns = edges.reshape(-1, 2).tolist()
         prefixes += [Group(whole[:start], [whole[start:end]]) for start, end in turns]
     assert len(prefixes) == 3 * len(groups)
-    sft = algorithms.build(config_lib.default("sft"), model)
+    sft, forward = algorithms.build(config_lib.default("sft")), packed(model)
 
     def gradient(groups):
         batch = packing.pack(groups, row_length=ROW)
 
         def total(params):
             # Its loss is per token, weighted by tokens.
-            loss = sft.loss(params, batch, None).loss
+            loss = sft.loss(forward(params, batch), batch, algorithms.LossInputs()).loss
             return jnp.sum(loss.values * loss.weights)
 
         return jax.jit(jax.grad(total))(params)
