@@ -44,7 +44,8 @@ _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
 POLICY = "policy"
 _ABSENT = "(no such key)"
 _DIGEST = "sha256"
-# What an error says, through however many libraries, where there is no room left.
+# An error that means that there is no room left has one of these in its text, whichever library
+# raised it.
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 
@@ -148,10 +149,10 @@ class Checkpoints:
             params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
         )
         size = sum(x.nbytes for x in jax.tree.leaves((params, rest)))
-        # One for each save, since one that has failed is of no more use.
+        # Each save has a checkpointer of its own: one that has failed is of no more use.
         checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
-            # Tried at all only where it may fit: what is written is compressed, but not to half.
+            # A save is tried only where it may fit: Orbax compresses what it writes, but not to half.
             if sharding.in_first(lambda: shutil.disk_usage(self._workdir).free < size / 2):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             checkpointer.save(self._place(step, _SAVING), args=args, force=True)
@@ -366,7 +367,7 @@ def _restore(folder: Path, params: Any, what: str) -> Any:
 
 def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
     """What makes a run this run, as flat JSON: the config, and fingerprints by name."""
-    # As JSON gives it back, where a tuple is a list.
+    # The values are those that JSON gives back: a tuple becomes a list.
     return json.loads(json.dumps({**dict(config_lib.flatten(config)), **fingerprints}))
 
 

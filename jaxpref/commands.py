@@ -32,7 +32,7 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Else Python would try again as it ends, and complain.
+        # Python would otherwise try to write the rest as it ends, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -42,7 +42,7 @@ def quiet() -> None:
         return
     # Orbax tells every step of every save at the level of information.
     logging.set_verbosity(logging.WARNING)
-    # What fails in its threads it raises too, and that is told in a sentence.
+    # Orbax also raises what fails in its threads, and a sentence tells of it then.
     python_logging.getLogger("absl").addFilter(
         lambda record: "orbax" not in record.pathname or record.exc_info is None
     )

@@ -20,7 +20,7 @@ from jaxpref.methods import METHODS, Method
 # How the names of data files end.
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
-# What an entry of data.mixture may say, and of which type.
+# The keys that an entry of data.mixture may have, and the types of their values.
 _MIXTURE_KEYS: dict[str, type | tuple[type, ...]] = {
     "path": str,
     "format": str,

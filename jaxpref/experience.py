@@ -10,7 +10,7 @@ from typing import Any
 from jaxpref.data import BatchStream
 from jaxpref.packing import PackedBatch
 
-# Of the number of a step, from 1, and the train state before it.
+# A function of the number of a step, which counts from 1, and of the train state before it.
 Source = Callable[[int, Any], PackedBatch]
 
 

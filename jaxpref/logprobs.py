@@ -164,7 +164,7 @@ def _blockwise(
         block_size = _BLOCK_ENTRIES // max(targets.size, 1) // _LANES * _LANES
         block_size = max(block_size, _SMALLEST_BLOCK)
     setting = _Setting(min(block_size, vocabulary), head.soft_cap, **wanted)
-    # One flat axis of positions: XLA on CPU is slower at products with several.
+    # The positions lie along one flat axis: XLA on CPU is slower at products with several axes.
     result = _token_logprobs(
         setting, hidden.reshape(-1, width), head.kernel, head.bias, targets.ravel()
     )

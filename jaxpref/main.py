@@ -14,7 +14,7 @@ from jaxpref.errors import UserError
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every knob of the recipe, what it does and may be; run nothing."
 )
-# Of a run in several processes. On a cluster that JAX knows they need not be given.
+# These three are for a run in several processes; on a cluster that JAX knows they are not needed.
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0 of a run in several processes."
 )

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _MANIFEST = "manifest.json"
-# Digests are computed without Python's lock, and storage is read ahead.
+# Several threads help: digests are computed without Python's lock, and storage is read ahead.
 _THREADS = 4
 
 

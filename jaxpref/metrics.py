@@ -17,11 +17,11 @@ from jaxpref.measurements import Mean, Metric
 from jaxpref.packing import PackedBatch
 from jaxpref.terminal import console
 
-# Steps from the start with a gradient of exactly zero before the run is told of it, and stopped at
-# the latest: a few may have nothing to learn.
+# After so many first steps with a gradient of exactly zero the user is told of it, and after so many
+# the run stops at the latest: a few steps may have nothing to learn.
 _ZERO_TOLD, _ZERO_STOPPED = 3, 100
 
-# What the terminal's line shows, in this order, of what a run measures.
+# The measurements that the terminal's line shows, in this order.
 _SHOWN = (
     *("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin"),
     *("grad_norm", "perf/pairs_per_second"),
@@ -48,7 +48,7 @@ class Writer:
         # Without a checkpoint even step 0 is measured again.
         kept = start if start else -1
         _drop_after(self._path, kept)
-        # Unbuffered: what a full disk does not take is known, and is written later.
+        # Without a buffer it is known what a full disk did not take, which is written later.
         self._file = self._path.open("ab", buffering=0)
         self._unwritten, self._told = b"", False
         self._board: _Board | None = _Board(workdir / "tensorboard", kept + 1)
@@ -58,7 +58,7 @@ class Writer:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[rate]}"),
-            # Last, since a narrow terminal cuts the end.
+            # This column is the last, since a narrow terminal cuts the end.
             TextColumn("{task.fields[shown]}"),
             console=console,
             disable=not console.is_terminal,

@@ -28,7 +28,7 @@ def build(config: ConfigDict, steps: int) -> tuple[optax.GradientTransformation,
     if config.name == "adamw":
         scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     else:
-        # As PyTorch defines it: epsilon outside the root, no bias correction.
+        # PyTorch's RMSprop: epsilon is outside the root, and there is no bias correction.
         scale = optax.chain(
             optax.scale_by_rms(decay=config.b2, eps=config.epsilon, eps_in_sqrt=False),
             optax.trace(config.b1) if config.b1 else optax.identity(),

@@ -310,7 +310,8 @@ Plan = list[list[Part]]
 Lengths = Sequence[Sequence[int]]
 
 
-# Of prompt lengths, response lengths, the budget, and the scored tokens of each response.
+# A function of prompt lengths, response lengths, the budget, and the scored tokens of each
+# response.
 Planner = Callable[[Sequence[int], Lengths, Budget, Lengths | None], Plan]
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-# In a log file, of what takes long before the first step.
+# How often a log file is told of what takes long before the first step.
 _SECONDS_BETWEEN_LINES = 30
 
 # A log file has no width to wrap at.

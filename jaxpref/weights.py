@@ -25,7 +25,7 @@ from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import merge, partition, path_of
 
 _KEPT = "huggingface"
-# What a config says of a model with random weights; any other has its own.
+# These knobs shape a model with random weights; any other model has a shape of its own.
 _SHAPE = (
     *("vocabulary_size", "width", "layers", "heads", "kv_heads", "head_dim", "feed_forward"),
     *("rope_theta", "norm_epsilon", "tied_head"),
@@ -143,7 +143,7 @@ def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
     pretrained = kept if kept.is_dir() else None
     shape = [] if pretrained else [f"model.{name}" for name in _SHAPE]
     if there.get("model.lora.rank"):
-        # Its adapters go on, or are merged beforehand by exporting.
+        # The adapters of that run are trained on here; exporting it first would merge them.
         shape += ["model.lora.rank", "model.lora.alpha", "model.lora.targets"]
     ours = checkpoint.describe_run(config)
     for key in ["tokenizer.name", *shape]:
@@ -261,7 +261,7 @@ def base_of(workdir: Path) -> str:
         raise UserError(f"{workdir}: its adapters belong to random weights; {merged}")
     there = checkpoint.read_run(Path(begun))
     if there is not None and there.get("model.lora.rank"):
-        # Its adapters went on, and their base with them.
+        # The adapters of that run were trained on here, on the same base.
         return base_of(Path(begun))
     if there is not None:
         raise UserError(

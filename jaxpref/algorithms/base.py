@@ -104,7 +104,7 @@ def read_logps(
         logps = token_logprobs(hidden, output.head, target)
     summed = weighted = packing.sum_by_response(logps, batch)
     if token_weights is not None:
-        # Not a product, which a NaN in padding would survive.
+        # A NaN in padding would survive a product with zeros.
         logps = jnp.where(jnp.asarray(batch.response) < batch.lengths.size, logps, 0)
         weighted = packing.sum_by_response(logps * token_weights, batch)
     return ResponseLogps(summed, weighted, means)
@@ -126,7 +126,7 @@ def response_scalars(output: ModelOutput, batch: PackedBatch) -> Float[Array, "g
         places = packing.last_places(batch, output.head.pad_token_id)
         batch = dataclasses.replace(batch, place=places)
     values = output.head.scalars(packing.gather_places(output.hidden, batch))
-    # Not a product with the mask, which a NaN in padding would survive.
+    # A NaN in padding would survive a product with the mask.
     return packing.sum_by_response(jnp.where(packing.is_last(batch), values, 0), batch)
 
 

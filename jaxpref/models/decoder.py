@@ -61,7 +61,7 @@ class Decoder(nn.Module):
             self.project_in = param(self, "project_in", normal, axes_in, narrow, config.width)
             self.project_out = param(self, "project_out", normal, axes_out, config.width, narrow)
         if config.scalar_head:
-            # As in Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1.
+            # This is the initial scale of Stiennon et al. 2020 (arXiv 2009.01325), appendix B.1.
             initializer = nn.initializers.normal((narrow + 1) ** -0.5)
             self.score = param(self, "score", initializer, ("scalar", "width"), 1, narrow)
         elif not config.tied_head:

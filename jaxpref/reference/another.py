@@ -14,7 +14,7 @@ from jaxpref.terminal import console
 from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import as_abstract, store_frozen
 
-# In a workdir: what describes the model of a reference that is another policy.
+# The folder of a workdir that describes the model of a reference that is another policy.
 _ANOTHER = "reference_model"
 
 
@@ -97,7 +97,7 @@ def find_another(
         source = weights.find(other, workdir / _ANOTHER)
         model = weights.build_model(other, source, len(tokenizer))
     except UserError as error:
-        # There it is the first policy that is looked for.
+        # These functions look for the first policy, so their messages name its knob.
         message = str(error).replace("model.init_from", "reference.init_from")
         raise UserError(message) from error
     name = other.tokenizer.name

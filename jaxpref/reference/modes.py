@@ -19,7 +19,7 @@ from jaxpref.trainable import merge
 
 # The name of precomputed log-probs among the values that a batch has of its examples.
 COLUMN = "reference_logps"
-# What a method reads of a model's output: a log-prob of every response.
+# A method reads a log-prob of every response in a model's output.
 ReadLogps = Callable[[ModelOutput, PackedBatch], Float[Array, "groups responses"]]
 
 

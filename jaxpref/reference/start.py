@@ -28,7 +28,8 @@ from jaxpref.reference.modes import Free, Live, Precomputed, Reference, Synced
 from jaxpref.terminal import progress
 from jaxpref.trainable import as_abstract, merge, partition
 
-# In `run.json`: whether the reference has parameters of its own, beside those that are frozen.
+# The key of `run.json` that says whether the reference has parameters of its own, beside those
+# that are frozen.
 _OWN = "reference.own_parameters"
 
 
@@ -100,7 +101,7 @@ def _live(given: Start) -> Reference:
         params = another.load(given.mesh, dtype)
         another.keep(given.workdir)
     else:
-        # A copy, since the update takes over the policy's buffers.
+        # This is a copy, since the update takes over the policy's buffers.
         params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), given.policy)
     checkpoint.save_reference(given.workdir, params)
     return Reference(mode, params)
@@ -112,7 +113,7 @@ def _adapter(given: Start) -> Reference:
         adapted = (checkpoint.read_run(given.workdir) or {}).get(_OWN, False)
     else:
         adapted = has_adapted(given.policy)
-    # Else all that it needs is the base, which the policy shares with it.
+    # A reference without adapters needs the base alone, which the policy shares with it.
     return _live(given) if adapted else Reference(Live(packed(without_adapters(given.decoder))))
 
 
@@ -123,13 +124,13 @@ def _synced(given: Start) -> Reference:
         return Reference(mode)
     if given.another is not None:
         return Reference(mode, moving=given.another.load(given.mesh, "float32"))
-    # A copy, since the update takes over the policy's buffers.
+    # This is a copy, since the update takes over the policy's buffers.
     return Reference(mode, moving=jax.tree.map(jnp.copy, given.policy))
 
 
 def _precomputed(given: Start) -> Reference:
     config, data, another = given.config, given.data, given.another
-    # How the reference's sums are made, beside its parameters.
+    # The sums also depend on these, beside the reference's parameters.
     settings = f"{given.decoder.config}, {config.algorithm.get('length_alpha', 1.0)}"
     sides = [side for side in (data.train, data.held_out) if side is not None]
     parts = [side.fingerprint() for side in sides]

@@ -49,7 +49,7 @@ def digest(params: Any) -> str:
 
 
 def _sum_of_bits(x: jax.Array) -> jax.Array:
-    # Weighted by position, so that a permutation shows; integers wrap, whatever the order.
+    # The weights are positions, so that a permutation shows; integers wrap, whatever the order.
     bits = jax.lax.bitcast_convert_type(x.ravel(), jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     weights = 2 * jnp.arange(x.size, dtype=jnp.uint32) + 1
     return (bits.astype(jnp.uint32) * weights).sum(dtype=jnp.uint32)

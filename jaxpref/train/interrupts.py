@@ -24,7 +24,7 @@ def interrupts() -> Iterator[Callable[[int], bool]]:
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)
-        # Not print: the handler may run in the middle of another write.
+        # This is not print, since the handler may run in the middle of another write.
         os.write(2, b"\ninterrupted: saving after this step (once more to stop at once)\n")
         restore()
         if together:

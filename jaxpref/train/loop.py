@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     config_lib.check(config)
     data_lib.check(config)
-    # Of several processes the first speaks, and writes what is not an array.
+    # Where several processes train, the first one alone speaks and writes what is not an array.
     console.quiet = jax.process_index() > 0
     with checkpoint.hold(workdir):
         checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
@@ -72,7 +72,7 @@ def _loop(
             batch = training.put(batch)
             state, measured = training.update(state, frozen, reference, batch)
             log.dispatched(step, measured)
-            # Asked once a step: what is saved and what stops must agree.
+            # This is asked once a step, so that what is saved and what stops agree.
             last, stop = step == steps, interrupted(step)
             if last or _due(step, config.train.eval_every):
                 log.settle()
@@ -87,7 +87,7 @@ def _loop(
                 checkpoints.save(step, state.params, state.rest)
                 log.pause()
             if last or stop:
-                # Awaited here, where a second signal does not kill the save.
+                # The save is awaited here, where a second signal does not kill it.
                 checkpoints.wait()
             if stop and not last:
                 raise KeyboardInterrupt(

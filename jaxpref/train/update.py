@@ -15,9 +15,9 @@ from jaxpref.reference.modes import Free, Mode
 from jaxpref.train.state import POLICY, State, Trained
 from jaxpref.trainable import merge
 
-# (state, frozen, reference, batch) to a new state and its measurements.
+# A function (state, frozen, reference, batch) to a new state and its measurements.
 Update = Callable[[State, Any, Any, PackedBatch], tuple[State, dict[str, Metric]]]
-# (state, frozen, reference, batch) to losses and metrics of each example.
+# A function (state, frozen, reference, batch) to losses and metrics of each example.
 EvalStep = Callable[[State, Any, Any, PackedBatch], Objective]
 
 
