@@ -17,8 +17,8 @@ from jaxpref.measurements import Mean, Metric
 from jaxpref.packing import PackedBatch
 from jaxpref.terminal import console
 
-# After so many first steps with a gradient of exactly zero the user is told of it, and after so many
-# the run stops at the latest: a few steps may have nothing to learn.
+# After so many first steps with a gradient of exactly zero the user is told of it, and after so
+# many the run stops at the latest: a few steps may have nothing to learn.
 _ZERO_TOLD, _ZERO_STOPPED = 3, 100
 
 # The measurements that the terminal's line shows, in this order.

@@ -107,7 +107,16 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         checkpoint.save_frozen(workdir, frozen)
     reference = reference_lib.start(
         reference_lib.Start(
-            config, workdir, mesh, opened.model, another, algorithm, data, params, frozen, start > 0
+            config=config,
+            workdir=workdir,
+            mesh=mesh,
+            decoder=opened.model,
+            another=another,
+            algorithm=algorithm,
+            data=data,
+            policy=params,
+            frozen=frozen,
+            resuming=start > 0,
         )
     )
     if not start:
@@ -131,19 +140,19 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
             checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
         model = models.packed(opened.model)
         return Training(
-            mesh,
-            data,
-            start,
-            steps,
-            state,
-            frozen,
-            reference.params,
-            experience.offline(train_stream, start, steps),
-            None if data.held_out is None else stream("held_out", training=False),
-            make_update(
+            mesh=mesh,
+            data=data,
+            start=start,
+            steps=steps,
+            state=state,
+            frozen=frozen,
+            reference=reference.params,
+            source=experience.offline(train_stream, start, steps),
+            held_out=None if data.held_out is None else stream("held_out", training=False),
+            update=make_update(
                 algorithm, model, optimizer, schedule, reference=reference.mode, seed=config.seed
             ),
-            make_eval_step(algorithm, model, reference=reference.mode),
+            eval_step=make_eval_step(algorithm, model, reference=reference.mode),
         )
 
 
