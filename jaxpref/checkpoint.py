@@ -152,7 +152,7 @@ class Checkpoints:
         # Each save has a checkpointer of its own: one that has failed is of no more use.
         checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
-            # A save is tried only where it may fit: what Orbax writes is compressed, but not to half.
+            # A save is tried only where it may fit; what Orbax writes is compressed, not to half.
             if sharding.in_first(lambda: shutil.disk_usage(self._workdir).free < size / 2):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             checkpointer.save(self._place(step, _SAVING), args=args, force=True)

@@ -88,7 +88,7 @@ def run(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output}: is not empty; give a new directory.")
     config = config_lib.from_flat(described)
-    _, _, source, tokenizer, model = weights.open_run(config, workdir)
+    source, tokenizer, model = weights.open_run(config, workdir)
     if adapters:
         base = base or weights.base_of(workdir)
     mesh = sharding.make_mesh(data=1, fsdp=-1)

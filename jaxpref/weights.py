@@ -62,15 +62,11 @@ class Opened(NamedTuple):
     """A run's model and tokenizer, before any weights or data are read.
 
     Attributes:
-      config: the run's, checked.
-      workdir: the run's.
       source: where the first weights come from.
       tokenizer: a `transformers` tokenizer.
       model: the policy's or the reward model's.
     """
 
-    config: ConfigDict
-    workdir: Path
     source: Source
     tokenizer: Any
     model: Decoder
@@ -80,14 +76,14 @@ def open_run(config: ConfigDict, workdir: Path) -> Opened:
     """Opens a run, whether it begins, has begun, or is over.
 
     Raises:
-      UserError: see `find`, `data.load_tokenizer` and `build_model`.
+      UserError: see `find`, `load_tokenizer` and `build_model`.
     """
     source, name = find(config, workdir), config.tokenizer.name
     tokenizer = load_tokenizer(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
     model = build_model(config, source, len(tokenizer))
-    return Opened(config, workdir, source, tokenizer, model)
+    return Opened(source, tokenizer, model)
 
 
 def find(config: ConfigDict, workdir: Path) -> Source:

@@ -74,7 +74,7 @@ def score_file(
     config = _config(model, max_length)
     config.tokenizer.chat_template = chat_template or config.tokenizer.chat_template
     workdir = Path(model)
-    _, _, source, tokenizer, decoder = weights.open_run(config, workdir)
+    source, tokenizer, decoder = weights.open_run(config, workdir)
     trained = checkpoint.read_run(workdir) is not None
     if not trained and not source.has_scalar_head(decoder):
         raise UserError(

@@ -103,7 +103,7 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         state = abstract.with_parts(*checkpoints.restore(start, abstract.params, abstract.rest))
         params, frozen = state.policy, _restore_frozen(config, workdir, abstract_frozen)
     else:
-        params, frozen = _first_weights(opened, abstract, abstract_frozen)
+        params, frozen = _first_weights(config, opened, abstract, abstract_frozen)
         checkpoint.save_frozen(workdir, frozen)
     reference = reference_lib.start(
         reference_lib.Start(
@@ -170,10 +170,9 @@ def _restore_frozen(config: ConfigDict, workdir: Path, abstract: Any) -> Any:
 
 
 def _first_weights(
-    opened: weights.Opened, abstract: State, abstract_frozen: Any
+    config: ConfigDict, opened: weights.Opened, abstract: State, abstract_frozen: Any
 ) -> tuple[Any, Any]:
     """The first parameters: those that are trained, and the others as they are kept."""
-    config = opened.config
     dtype = config.model.frozen_dtype
     read_as = "float32" if dtype == "float32" else "bfloat16"
     whole = merge(abstract.policy, store_frozen(abstract_frozen, read_as, convert=as_abstract))
