@@ -9,38 +9,50 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpref import (
+        advantages,
         algorithms,
         checkpoint,
         config,
         data,
         errors,
         evaluation,
+        knobs,
         logprobs,
         losses,
+        measurements,
+        methods,
         metrics,
         models,
         optimizer,
         packing,
+        reference,
         sharding,
+        tokenizer,
         train,
     )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "advantages",
     "algorithms",
     "checkpoint",
     "config",
     "data",
     "errors",
     "evaluation",
+    "knobs",
     "logprobs",
     "losses",
+    "measurements",
+    "methods",
     "metrics",
     "models",
     "optimizer",
     "packing",
+    "reference",
     "sharding",
+    "tokenizer",
     "train",
 ]
 

@@ -11,6 +11,9 @@ from jaxpref import config as config_lib
 from jaxpref.commands import OUTPUT, WORKDIR, fail, no_room, quiet
 from jaxpref.errors import UserError
 
+# --help shows these two as well.
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("output")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,

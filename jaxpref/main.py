@@ -11,6 +11,9 @@ from jaxpref import config as config_lib, explain
 from jaxpref.commands import CONFIG, WORKDIR, fail, no_room, parse_flags, quiet, recipes, show
 from jaxpref.errors import UserError
 
+# --help shows these two as well.
+flags.declare_key_flag("config")
+flags.declare_key_flag("workdir")
 _EXPLAIN = flags.DEFINE_bool(
     "explain", False, "Print every knob of the recipe, what it does and may be; run nothing."
 )

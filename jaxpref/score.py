@@ -13,6 +13,8 @@ from jaxpref.commands import OUTPUT, fail, no_room, quiet
 from jaxpref.errors import UserError
 from jaxpref.knobs import DATA_FORMATS
 
+# --help shows this one as well.
+flags.declare_key_flag("output")
 _MODEL = flags.DEFINE_string("model", None, "A reward model's workdir, directory or hub name.")
 _INPUT = flags.DEFINE_string("input", None, "File, or hub name, with prompts and responses.")
 _FORMAT = flags.DEFINE_enum(

@@ -181,7 +181,23 @@ def live(name):
     return run(name, "live")[0]
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
+# A mode does not know the method: these are one of each family, and of each kind of state.
+EVERY_MODE = ("dpo", "bco", "aot", "kto", "plackett_luce_dpo")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(
+            name,
+            mode,
+            marks=[pytest.mark.long]
+            if mode in ("adapter", "synced") and name not in EVERY_MODE
+            else [],
+        )
+        for name, mode in CASES
+    ],
+)
 def test_every_method_learns_in_every_mode(name, mode):
     found = live(name) if mode == "live" else run(name, mode)[0]
     assert all(np.isfinite(list(step.values())).all() for step in found)

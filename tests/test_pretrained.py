@@ -24,6 +24,8 @@ FAMILY_CASES = [
     *("gpt2", "gptj", "pythia", "opt", "opt_post_norm", "llama3", "mistral", "qwen2_windows"),
     *("qwen3", "gemma2", "gemma3", "phi3_long", "qwen3_moe", "mixtral"),
 ]
+# Families whose parts are those of others.
+ALIKE = ("opt", "mistral", "qwen2_windows", "qwen3", "mixtral")
 LENGTH = pretrained.LENGTH
 
 
@@ -31,7 +33,13 @@ def read(directory, **options):
     return models.from_pretrained(directory, max_length=LENGTH, **options)
 
 
-@pytest.fixture(scope="module", params=FAMILY_CASES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.long] if name in ALIKE else [])
+        for name in FAMILY_CASES
+    ],
+)
 def family(request):
     return in_float64(*read(pretrained.FIXTURES / request.param))
 

@@ -19,6 +19,9 @@ from jaxpref import config as config_lib
 from jaxpref.commands import CONFIG, OUTPUT, fail, parse_flags, quiet
 from jaxpref.errors import UserError
 
+# --help shows these two as well.
+flags.declare_key_flag("config")
+flags.declare_key_flag("output")
 _EXAMPLES = flags.DEFINE_integer("examples", 3, "How many are shown whole.", lower_bound=0)
 # How many batches are packed to see how full the rows are.
 _BATCHES = 20

@@ -3,6 +3,15 @@
 from jaxpref.losses import divergences, weighting
 from jaxpref.losses.language_modeling import nll
 from jaxpref.losses.mixture import mpo
+from jaxpref.losses.policy_gradient import (
+    PolicyOutput,
+    ValueOutput,
+    cispo,
+    clipped_value,
+    gspo,
+    ppo,
+    reinforce,
+)
 from jaxpref.losses.preference import (
     PreferenceOutput,
     aot,
@@ -36,9 +45,11 @@ from jaxpref.losses.unpaired import (
 )
 
 __all__ = [
+    "PolicyOutput",
     "PreferenceOutput",
     "RankedOutput",
     "UnpairedOutput",
+    "ValueOutput",
     "all_pairs",
     "aot",
     "aot_unpaired",
@@ -47,6 +58,8 @@ __all__ = [
     "bco",
     "bco_unpaired",
     "bradley_terry",
+    "cispo",
+    "clipped_value",
     "cpo",
     "discopop",
     "divergences",
@@ -54,6 +67,7 @@ __all__ = [
     "ensemble_mean",
     "ensemble_uncertainty",
     "exo",
+    "gspo",
     "hinge",
     "ipo",
     "kto",
@@ -64,6 +78,8 @@ __all__ = [
     "orpo",
     "plackett_luce",
     "plackett_luce_dpo",
+    "ppo",
+    "reinforce",
     "robust_dpo",
     "rrhf",
     "simpo",
