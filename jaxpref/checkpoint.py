@@ -44,6 +44,8 @@ _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
 POLICY = "policy"
 _ABSENT = "(no such key)"
 _DIGEST = "sha256"
+# The layout of a workdir, as `run.json` says it; another one cannot be read.
+_LAYOUT, _THIS_LAYOUT = "layout", 2
 # An error that means that there is no room left has one of these in its text, whichever library
 # raised it.
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
@@ -375,7 +377,7 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
     """The description that `write_run` left, or None.
 
     Raises:
-      UserError: it is damaged.
+      UserError: it is damaged, or of a workdir with another layout.
     """
     path = workdir / _RUN
     try:
@@ -384,6 +386,12 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not valid JSON ({error}); not a jaxpref workdir?") from error
     if run is not None and run.pop(_DIGEST, None) != _digest(run):
         raise UserError(f"{path}: is not what jaxpref wrote; put a copy of the file back.")
+    if run is not None and (layout := run.pop(_LAYOUT, 1)) != _THIS_LAYOUT:
+        raise UserError(
+            f"{path}: another version of jaxpref wrote this workdir (layout {layout}; this version "
+            f"reads {_THIS_LAYOUT}). Export its model with that version and begin with the export, "
+            "or give another --workdir."
+        )
     return run
 
 
@@ -391,6 +399,7 @@ def write_run(workdir: Path, run: dict[str, Any]) -> None:
     """Writes the description so that it is there whole or not at all."""
     if jax.process_index() == 0:
         temporary = workdir / f"{_RUN}.tmp"
+        run = {**run, _LAYOUT: _THIS_LAYOUT}
         temporary.write_text(json.dumps({**run, _DIGEST: _digest(run)}, indent=1))
         os.replace(temporary, workdir / _RUN)
 

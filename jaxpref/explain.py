@@ -20,7 +20,7 @@ _REFERENCE = {"none": "none", "optional": "any", "needed": "any but free"}
 def explain(config: ConfigDict) -> str:
     """Every knob of a recipe: its value, what it does, and what it may be."""
     name = config.algorithm.name
-    method = config_lib.method_of(name)
+    method, defaults = config_lib.method_of(name), config_lib.default(name)
     lines = [
         f"{name}: {method.summary}",
         f"It trains on data of kind {method.data!r}; reference: {_REFERENCE[method.reference]}.",
@@ -30,8 +30,8 @@ def explain(config: ConfigDict) -> str:
         if key.partition(".")[0] != group:
             group = key.partition(".")[0]
             lines.append("")
-        value = config_lib.get(config, key)
-        default = "" if value == knob.default else f"   (default {knob.default!r})"
+        value, usual = config_lib.get(config, key), config_lib.get(defaults, key)
+        default = "" if value == usual else f"   (default {usual!r})"
         lines.append(f"--config.{key}={_shown(value)}{default}")
         lines += textwrap.wrap(
             _sentence(knob), _WIDTH, initial_indent="    ", subsequent_indent="    "

@@ -316,7 +316,8 @@ KNOBS: dict[str, Knob] = {
         "live",
         "where the reference's log-probs come from: a frozen copy of the first policy; its "
         "log-probs, computed once; the policy's base, with the adapters that it starts with where "
-        "they are trained; a copy that is mixed with the policy now and then (TR-DPO); or none",
+        "they are trained; a copy that is mixed with the policy now and then (TR-DPO); or none, "
+        "which is the default of methods without a reference",
         choices=("live", "precomputed", "adapter", "synced", "free"),
     ),
     "reference.init_from": Knob(
@@ -404,6 +405,10 @@ KNOBS: dict[str, Knob] = {
         resumable=True,
     ),
     "eval.max_examples": Knob(
-        0, "held-out groups that are used, the first ones; 0: all", at_least=0, resumable=True
+        0,
+        "held-out groups that are used, the first ones; 0: all. With reference.mode precomputed "
+        "it stays what it was when a run is resumed",
+        at_least=0,
+        resumable=True,
     ),
 }

@@ -8,8 +8,9 @@ import sys
 from absl import app, flags
 
 from jaxpref import config as config_lib, explain
-from jaxpref.commands import CONFIG, WORKDIR, fail, no_room, parse_flags, quiet, recipes, show
+from jaxpref.commands import WORKDIR, fail, no_room, quiet, show
 from jaxpref.errors import UserError
+from jaxpref.recipes import CONFIG, listed, parse_flags
 
 # --help shows these two as well.
 flags.declare_key_flag("config")
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
     if CONFIG.value is None:
-        show(recipes())
+        show(listed())
         sys.exit(2)
     if _EXPLAIN.value:
         show(explain.explain(CONFIG.value))

@@ -50,8 +50,10 @@ def merge(one: Any, other: Any) -> Any:
     >>> merge({"a": {"b": 1}, "d": 3}, {"a": {"c": 2}})
     {'a': {'b': 1, 'c': 2}, 'd': 3}
     """
-    if not one or not other:
-        return one or other
+    if isinstance(other, dict) and not other:
+        return one
+    if isinstance(one, dict) and not one:
+        return other
     merged = dict(one)
     for name, part in other.items():
         merged[name] = merge(merged[name], part) if name in merged else part

@@ -151,6 +151,19 @@ def test_a_changed_run_json_is_refused(tmp_path):
         path.write_bytes(whole)
 
 
+def test_a_workdir_of_another_version_is_told(tmp_path):
+    """It has no layout, or another one; what is in it would be read as what it is not."""
+    checkpoint.write_run(tmp_path, {"model.lora.alpha": 16.0})
+    path = tmp_path / "run.json"
+    written = json.loads(path.read_text())
+    for layout in (None, 1, 3):
+        run = {k: v for k, v in written.items() if k not in ("layout", "sha256")}
+        run |= {} if layout is None else {"layout": layout}
+        path.write_text(json.dumps({**run, "sha256": checkpoint._digest(run)}))
+        with pytest.raises(UserError, match=rf"another version .*layout {layout or 1}; .*reads 2"):
+            checkpoint.read_run(tmp_path)
+
+
 def test_no_flipped_bit_of_precomputed_log_probs_passes(tmp_path):
     table = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
     reference.save_table(tmp_path, {"train": table}, "data", "reference")

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxpref import algorithms, config as config_lib, reference, train
+from jaxpref.methods import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "own_model.md"
 
@@ -32,15 +33,17 @@ def test_the_page_trains_its_model(page):
         np.testing.assert_array_equal(kept, first)
 
 
-@pytest.mark.parametrize("name", ["sft", "simpo", "rrhf"])
+@pytest.mark.parametrize("name", ["sft", "simpo", "rrhf", "bco"])
 def test_every_family_trains_it(name, page):
     algorithm, optimizer = algorithms.build(config_lib.default(name)), optax.adam(3e-3)
-    update = train.make_update(algorithm, page["model"], optimizer)
+    compared = METHODS[name].reference != "none"
+    mode = reference.Live(page["model"]) if compared else None
+    update = train.make_update(algorithm, page["model"], optimizer, reference=mode)
     params = jax.tree.map(lambda x: x.copy(), page["frozen_copy"])
     state = train.initial_state(params, optimizer, running=algorithm.running)
     found = []
     for _ in range(5):
-        state, measured = update(state, {}, {}, page["batch"])
+        state, measured = update(state, {}, page["frozen_copy"] if compared else {}, page["batch"])
         found.append(float(measured["loss"].values / measured["loss"].weights))
     assert found[-1] < found[0]
 

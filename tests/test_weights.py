@@ -13,6 +13,7 @@ import transformers
 
 from jaxpref import checkpoint, config as config_lib, evaluation, export, metrics, models, train
 from jaxpref.errors import UserError
+from jaxpref.evaluation import rewards
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
 
@@ -330,6 +331,15 @@ def test_an_output_that_is_not_empty_is_left_alone(folder, tmp_path):
     (tmp_path / "mine").write_text("")
     with pytest.raises(UserError, match="is not empty"):
         export.run(folder / "dpo", tmp_path)
+
+
+def test_rows_that_are_scored_do_not_depend_on_how_those_of_training_were(tmp_path):
+    config = small("reward", "", data__row_length=200, data__scored_length=24)
+    checkpoint.write_run(tmp_path, checkpoint.describe_run(config))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    for max_length, row_length in ((0, 200), (64, 0)):
+        found = rewards._config(tmp_path, max_length)
+        assert (found.data.scored_length, found.data.row_length) == (0, row_length)
 
 
 @pytest.mark.parametrize("begin", ["hf", "sft"])

@@ -16,8 +16,9 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref.commands import CONFIG, OUTPUT, fail, parse_flags, quiet
+from jaxpref.commands import OUTPUT, fail, quiet
 from jaxpref.errors import UserError
+from jaxpref.recipes import CONFIG, parse_flags
 
 # --help shows these two as well.
 flags.declare_key_flag("config")

@@ -127,6 +127,8 @@ def _config(model: str | Path, max_length: int) -> ConfigDict:
         config.data.max_length = max_length
         config.data.max_prompt_length = max_length // 2
         config.data.row_length = 0
+    # What a row has to hold follows from the file that is scored.
+    config.data.scored_length = 0
     # Every record gets its rewards.
     config.data.on_long_prompt = "truncate"
     return config

@@ -52,6 +52,6 @@ def mpo(
     )
     preference = dpo(*logps, beta=beta)
     quality = bco(*logps, shift=shift, beta=beta)
-    likelihood = nll(policy_chosen_logps) / jnp.maximum(chosen_lengths, 1)
+    likelihood = nll_weight * nll(policy_chosen_logps) / jnp.maximum(chosen_lengths, 1)
     total = dpo_weight * preference.losses + bco_weight * quality.losses
-    return preference._replace(losses=total + nll_weight * likelihood)
+    return preference._replace(losses=total + likelihood)

@@ -12,8 +12,9 @@ from jaxpref.models.huggingface import (
     save_adapters,
     save_pretrained,
 )
+from jaxpref.models.packed import packed
 from jaxpref.models.params import abstract_params, init_params
-from jaxpref.models.protocol import Model, ModelOutput, ScalarHead, packed
+from jaxpref.models.protocol import Model, ModelOutput, ScalarHead
 from jaxpref.models.rotary import Rope
 
 __all__ = [

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.logprobs import LMHead
-from jaxpref.losses.inputs import in_float32
 from jaxpref.models.cache import Cache, slot_seats
 from jaxpref.models.config import REMAT_POLICIES, DecoderConfig
 from jaxpref.models.layers import Block, Norm, OfLayer, OfRows, Seen, param
+from jaxpref.models.protocol import ScalarHead
 from jaxpref.packing import Seats, Tree
 
 
@@ -128,11 +128,11 @@ class Decoder(nn.Module):
         tree: Tree | None = None,
     ) -> Float[Array, "rows length"]:
         """What a scalar head says at each token, in float32 (float64 stays float64)."""
-        return self.scalars_of(self.hidden_states(tokens, positions, tree))
+        return self.scalar_head().scalars(self.hidden_states(tokens, positions, tree))
 
-    def scalars_of(self, hidden: Float[Array, "*batch features"]) -> Float[Array, "*batch"]:
-        """What a scalar head says of hidden states, in float32 (float64 stays float64)."""
-        return in_float32(hidden) @ in_float32(self.score[0])
+    def scalar_head(self) -> ScalarHead:
+        """The head of a reward or value model: `model.apply(variables, method="scalar_head")`."""
+        return ScalarHead(self.score[0], self.config.pad_token_id)
 
     def extend(
         self,

@@ -12,13 +12,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxpref.logprobs import LMHead
 from jaxpref.losses.inputs import in_float32
-from jaxpref.models.decoder import Decoder
-from jaxpref.models.experts import load_balancing_loss
 from jaxpref.packing import PackedBatch
 
 
@@ -62,33 +59,3 @@ class Model(Protocol):
 
     def __call__(self, params: Any, batch: PackedBatch, key: Array | None = None) -> ModelOutput:
         """What it says of a batch without micro-batches; the key, if not None, is for dropout."""
-
-
-def packed(decoder: Decoder) -> Model:
-    """A decoder as a function of a packed batch."""
-    config = decoder.config
-
-    def model(params: Any, batch: PackedBatch, key: Array | None = None) -> ModelOutput:
-        hidden, sown = decoder.apply(
-            {"params": params},
-            jnp.asarray(batch.tokens),
-            jnp.asarray(batch.positions),
-            batch.tree,
-            method="hidden_states",
-            mutable=["intermediates"],
-            rngs=None if key is None else {"dropout": key},
-        )
-        auxiliary = {}
-        if config.router_loss:
-            (router_logits,) = sown["intermediates"]["router_logits"]
-            real = jnp.asarray(batch.group).ravel() > 0
-            balance = load_balancing_loss(router_logits, real, config.experts_per_token)
-            auxiliary["router_loss"] = config.router_loss * balance
-        if config.scalar_head:
-            return ModelOutput(
-                hidden, ScalarHead(params["score"][0], config.pad_token_id), auxiliary
-            )
-        head = decoder.apply({"params": params}, method="lm_head")
-        return ModelOutput(hidden, head, auxiliary)
-
-    return model

@@ -25,7 +25,7 @@ def make_update(
     algorithm: Algorithm,
     model: Model,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[Any], Any] = lambda step: 0.0,
+    schedule: Callable[[Any], Any] | None = None,
     *,
     reference: Mode | None = None,
     seed: int = 0,
@@ -44,7 +44,7 @@ def make_update(
       algorithm: the method.
       model: of the role.
       optimizer: of the role.
-      schedule: what is logged as the learning rate of a step.
+      schedule: the learning rate by step, for the log; None leaves it out.
       reference: how the reference gives log-probs and moves; None for none.
       seed: of dropout.
       role: whose parameters are trained.
@@ -111,16 +111,16 @@ def make_update(
             Trained(optax.apply_updates(params, updates), new_moments),
             Trained(params, moments),
         )
-        for name, value, counts in (
-            ("grad_norm", optax.tree.norm(gradients), trains),
-            ("param_norm", optax.tree.norm(trained.params), True),
-            ("learning_rate", schedule(state.step), True),
-        ):
+        more = {
+            "grad_norm": (optax.tree.norm(gradients), trains),
+            "param_norm": (optax.tree.norm(trained.params), True),
+        }
+        if schedule is not None:
+            more["learning_rate"] = (schedule(state.step), True)
+        for name, (value, counts) in more.items():
             sums[name] = Metric(*(jnp.asarray(x, jnp.float32) for x in (value, counts)))
         step = state.step + 1
-        moved = state.reference
-        if mode.moves:
-            moved = mode.moved(step, trained.params, state.reference)
+        moved = mode.moved(step, trained.params, state.reference)
         running = {
             name: jax.tree.map(jnp.add, so_far, sums[name])
             for name, so_far in state.running.items()
@@ -135,7 +135,8 @@ def make_eval_step(
 ) -> EvalStep:
     """The jitted `(state, frozen, reference, batch)` to per-example losses and metrics.
 
-    The batch has a leading axis of one micro-batch; see `make_update` for the rest.
+    Of the batch's leading axis of micro-batches only the first one is read; see `make_update` for
+    the rest.
     """
     mode = reference or Free()
 

@@ -1,0 +1,64 @@
+"""Recipes on the command line: the flag `--config`, and what can be wrong with it."""
+
+import ast
+import runpy
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jaxpref import config as config_lib
+from jaxpref.commands import fail
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Path of the recipe, see configs/.")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; what is wrong with them takes one line, not a traceback."""
+    recipe, keys = None, []
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, given, value = argument.lstrip("-").partition("=")
+        if name == "config" and argument.startswith("-"):
+            recipe = value if given else following
+        elif name.startswith("config.") and argument.startswith("-"):
+            keys.append(name.removeprefix("config."))
+    if recipe:
+        config = _load_recipe(recipe)
+        for key in keys:
+            if message := config_lib.unknown_key(config, key):
+                fail(message)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(str(error).strip().splitlines()[-1])
+
+
+def _load_recipe(recipe: str) -> ConfigDict:
+    """The config of `path` or `path:argument`, with errors a user can act on."""
+    path, _, argument = recipe.partition(":")
+    if not Path(path).is_file():
+        fail(f"--config={path}: no such recipe.\n{listed()}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            fail(f"--config={path}: a recipe needs a function get_config.")
+        return get_config(argument) if argument else get_config()
+    except Exception as error:  # A recipe is the user's code and may raise anything.
+        fail(f"--config={recipe}: {error}")
+
+
+def listed() -> str:
+    """How to run a recipe, and which there are."""
+    lines = [
+        "Run a recipe with",
+        "",
+        "  python -m jaxpref.main --config=configs/RECIPE.py --workdir=DIR",
+        "",
+        "Recipes here:",
+    ]
+    here = Path("configs")
+    configs = here if here.is_dir() else Path(__file__).parent.parent / "configs"
+    for path in sorted(configs.glob("*.py")):
+        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+        lines.append(f"  {path!s:28} {summary}")
+    return "\n".join(lines)
