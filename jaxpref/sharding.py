@@ -21,7 +21,8 @@ from jaxpref.packing import ROW_FIELDS, PackedBatch
 
 AXES = ("data", "fsdp", "tensor")
 
-RULES: tuple[tuple[str, Any], ...] = (
+Rules = tuple[tuple[str, Any], ...]
+RULES: Rules = (
     ("rows", ("data", "fsdp")),
     ("length", None),
     ("activation", None),
@@ -40,6 +41,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     ("scalar", None),
     ("layers", None),
 )
+
+# For decoding, weights are whole along their width: a gather for every token would cost more than
+# what it reads.
+GENERATION_RULES: Rules = tuple((name, None if name == "width" else axis) for name, axis in RULES)
 
 
 def join(
@@ -130,19 +135,20 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes the mesh and the rules known to what is traced inside."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield
 
 
-def shardings(mesh: Mesh, abstract: Any) -> Any:
+def shardings(mesh: Mesh, abstract: Any, rules: Rules = RULES) -> Any:
     """Where each array of a tree goes.
 
     Args:
       mesh: the mesh.
       abstract: shapes, boxed with logical axis names as Linen's `init` gives them
         under `jax.eval_shape`; what carries no names is replicated.
+      rules: which axis of an array lies along which axis of the mesh.
 
     Returns:
       The tree, unboxed, of `NamedSharding`. An axis that its mesh axes do not divide
@@ -152,9 +158,9 @@ def shardings(mesh: Mesh, abstract: Any) -> Any:
     def place(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        rules = dict(RULES)
+        axes = dict(rules)
         spec = [
-            rules[name] if size % _ways(mesh, rules[name]) == 0 else None
+            axes[name] if size % _ways(mesh, axes[name]) == 0 else None
             for name, size in zip(leaf.names, leaf.value.shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -164,16 +170,22 @@ def shardings(mesh: Mesh, abstract: Any) -> Any:
 
 def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
     """Puts a batch of micro-batches (a leading axis) on the devices: rows split, tables whole."""
-
-    def put(x: Any, spec: PartitionSpec) -> jax.Array:
-        # Every process has the whole batch, and hands over what its own devices hold of it.
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
-
     by_row, whole = PartitionSpec(None, ("data", "fsdp")), PartitionSpec()
-    rows: dict[str, Any] = {name: put(getattr(batch, name), by_row) for name in ROW_FIELDS}
-    extras = {name: put(x, whole) for name, x in batch.extras.items()}
-    return dataclasses.replace(batch, **rows, lengths=put(batch.lengths, whole), extras=extras)
+    rows: dict[str, Any] = {name: _put(mesh, getattr(batch, name), by_row) for name in ROW_FIELDS}
+    extras = {name: _put(mesh, x, whole) for name, x in batch.extras.items()}
+    lengths = _put(mesh, batch.lengths, whole)
+    return dataclasses.replace(batch, **rows, lengths=lengths, extras=extras)
+
+
+def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Puts an array on the devices, split along its first axis as rows are."""
+    return _put(mesh, array, PartitionSpec(("data", "fsdp")))
+
+
+def _put(mesh: Mesh, x: Any, spec: PartitionSpec) -> jax.Array:
+    # Every process has the whole array, and hands over what its own devices hold of it.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
 
 
 def fetch(tree: Any) -> Any:

@@ -1,7 +1,6 @@
 """Attention through seats is attention under the mask of all pairs, which never exists."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,24 +79,6 @@ def test_attention_by_seats_equals_attention_under_the_mask(batch, window, soft_
     )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-
-
-def test_keys_may_lie_in_any_slots(batch, float64):
-    """What a query sees hangs on the seats alone: some queries, and all keys in another order."""
-    query, key, value, _ = draw(batch)
-    seats = seats_of(batch)
-    attend = jax.jit(partial(attention, block_size=16))
-    whole = attend(query, key, value, seats)
-    start, end = 11, 42
-    slots = np.random.default_rng(0).permutation(LENGTH)
-    part = attend(
-        query[:, start:end],
-        key[:, slots],
-        value[:, slots],
-        seats.between(start, end),
-        jax.tree.map(lambda x: x[..., slots], seats),
-    )
-    np.testing.assert_allclose(part, whole[:, start:end], rtol=1e-9, atol=1e-9)
 
 
 def test_one_group_without_responses_is_a_row_without_a_tree():

@@ -272,33 +272,38 @@ def test_every_layout_gives_the_same_response_logps(family, float64):
 
 
 def test_step_by_step_decoding_gives_the_full_forward_pass(family, float64):
-    """Prompts padded left and right, then one token at a time, through the cache."""
+    """Prompts padded left and right, then one token at a time in two branches of each."""
     model, params = family
-    variables = {"params": params}
     rng = np.random.default_rng(4)
-    tokens = rng.integers(3, 40, (2, LENGTH), dtype=np.int32)
-    full = model.apply(variables, tokens)
-    head = model.apply(variables, method="lm_head")
-    extend = jax.jit(
-        lambda tokens, cache, real: model.apply(
-            variables, tokens, cache, real=real, method="extend"
+    tokens = rng.integers(3, 40, (2, 2, LENGTH), dtype=np.int32)
+    # Prompt 0 has 5 tokens after 3 places of padding, prompt 1 has 6 before 2.
+    start = np.array([5, 6])
+    for prompt, length in enumerate(start):
+        tokens[prompt, 1, :length] = tokens[prompt, 0, :length]
+    flat = tokens.reshape(4, LENGTH)
+    full = model.apply({"params": params}, flat).reshape(2, 2, LENGTH, -1)
+    prompts = np.zeros((2, 8), np.int32)
+    prompts[0, 3:], prompts[1, :6] = tokens[0, 0, :5], tokens[1, 0, :6]
+    real = np.stack([np.arange(8) >= 3, np.arange(8) < 6])
+    unrolled, weights = models.unroll(model, params)
+    variables = {"params": weights}
+    hidden, kept = unrolled.apply(variables, prompts, real, method="prefill")
+    head = unrolled.apply(variables, method="lm_head")
+    both = np.arange(2)
+    np.testing.assert_allclose(head.logits(hidden), full[both, 0, start - 1], atol=1e-9)
+    cache = models.branch(kept, jnp.asarray(real), branches=2, slots=LENGTH - 6)
+    step = jax.jit(
+        lambda tokens, positions, cache: unrolled.apply(
+            variables, tokens, positions, cache, method="step"
         )
     )
-    # Row 0 has a prompt of 5 after 3 places of padding, row 1 one of 6 before 2.
-    prompts, start = np.zeros((2, 8), np.int32), np.array([5, 6])
-    prompts[0, 3:], prompts[1, :6] = tokens[0, :5], tokens[1, :6]
-    real = np.stack([np.arange(8) >= 3, np.arange(8) < 6])
-    cache = models.empty_cache(model.config, 2, 8 + LENGTH)
-    hidden, cache = extend(prompts, cache, real)
-    logits = head.logits(hidden)
-    np.testing.assert_allclose(logits[0, 3:], full[0, :5], atol=1e-9)
-    np.testing.assert_allclose(logits[1, :6], full[1, :6], atol=1e-9)
-    for step in range(LENGTH - 6):
-        place = start + step
-        hidden, cache = extend(tokens[[0, 1], place][:, None], cache, np.ones((2, 1), bool))
-        logits = head.logits(hidden)[:, 0]
-        np.testing.assert_allclose(logits, full[[0, 1], place], atol=1e-9)
-    assert int(cache.used) == 8 + LENGTH - 6
+    for number in range(LENGTH - 6):
+        place = start + number
+        positions = jnp.broadcast_to(jnp.asarray(place)[:, None], (2, 2))
+        hidden, cache = step(jnp.asarray(tokens[both, :, place]), positions, cache)
+        logits = head.logits(hidden)
+        np.testing.assert_allclose(logits, full[both, :, place], atol=1e-9)
+    assert int(cache.places.used) == LENGTH - 6
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])

@@ -1,10 +1,10 @@
 """Decoders in Flax Linen: pure functions of their parameters."""
 
 from jaxpref.models.adapters import dequantize, merge_adapters, without_adapters
-from jaxpref.models.cache import Cache, empty_cache
+from jaxpref.models.cache import Cache, branch, widened
 from jaxpref.models.classifiers import as_scalar, padding_beside_adapters, with_scalar_head
 from jaxpref.models.config import DecoderConfig, Lora
-from jaxpref.models.decoder import Decoder
+from jaxpref.models.decoder import Decoder, unroll
 from jaxpref.models.from_config import build, lora
 from jaxpref.models.huggingface import (
     from_pretrained,
@@ -28,9 +28,9 @@ __all__ = [
     "ScalarHead",
     "abstract_params",
     "as_scalar",
+    "branch",
     "build",
     "dequantize",
-    "empty_cache",
     "from_pretrained",
     "init_params",
     "lora",
@@ -40,6 +40,8 @@ __all__ = [
     "padding_beside_adapters",
     "save_adapters",
     "save_pretrained",
+    "unroll",
+    "widened",
     "with_scalar_head",
     "without_adapters",
 ]

@@ -9,12 +9,11 @@ from jaxpref.packing import Seats, sees
 
 def attention(
     query: Float[Array, "rows length heads head_dim"],
-    key: Float[Array, "rows keys kv_heads head_dim"],
-    value: Float[Array, "rows keys kv_heads head_dim"],
-    queries: Seats,
-    keys: Seats | None = None,
+    key: Float[Array, "rows length kv_heads head_dim"],
+    value: Float[Array, "rows length kv_heads head_dim"],
+    seats: Seats,
     *,
-    window: Int[Array, ""] | None = None,
+    window: Int[Array, ""] | int | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     block_size: int = 128,
@@ -30,9 +29,8 @@ def attention(
       query: queries, already rotated.
       key: keys; query head `h` uses key head `h // (heads // kv_heads)`.
       value: values.
-      queries: seats of the queries.
-      keys: seats of the keys. None if they are the queries' own tokens, with an order that
-        rises along the row, so that a block of queries need not compute the keys after it.
+      seats: of the tokens, with an order that rises along the row, so that a block of queries
+        need not compute the keys after it.
       window: see `packing.sees`.
       scale: of the scores; by default `head_dim ** -0.5`.
       soft_cap: bounds the scores to `soft_cap * tanh(score / soft_cap)`; None for none.
@@ -49,7 +47,7 @@ def attention(
         value: Array,
         queries: Seats,
         keys: Seats,
-        window: Array | None,
+        window: Array | int | None,
     ) -> Array:
         # Keeps nothing for the backward pass, where mask and scores are computed again.
         mask = sees(queries, keys, window)
@@ -60,14 +58,13 @@ def attention(
     length, blocks = query.shape[1], []
     for start in range(0, length, block_size):
         end = min(start + block_size, length)
-        seen, seats = (end, queries) if keys is None else (key.shape[1], keys)
         blocks.append(
             attend(
                 query[:, start:end],
-                key[:, :seen],
-                value[:, :seen],
-                queries.between(start, end),
-                seats.between(0, seen),
+                key[:, :end],
+                value[:, :end],
+                seats.between(start, end),
+                seats.between(0, end),
                 window,
             )
         )

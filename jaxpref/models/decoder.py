@@ -4,9 +4,11 @@ Parameters carry logical axis names (`vocabulary`, `width`, `heads`, ...), which
 `jaxpref.sharding` maps to mesh axes. The layers are scanned, so that their parameters
 are stacked along a leading `layers` axis and compile time does not grow with depth.
 What differs from layer to layer (windows, rotary tables) is an array along that axis.
+
+For decoding the layers are written out one after the other instead (`unrolled`), each with
+parameters and memory of its own: a slice of what is stacked would be a copy for every token.
 """
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.logprobs import LMHead
-from jaxpref.models.cache import Cache, slot_seats
+from jaxpref.models.cache import Cache, Held, seated
 from jaxpref.models.config import REMAT_POLICIES, DecoderConfig
-from jaxpref.models.layers import Block, Norm, OfLayer, OfRows, Seen, param
+from jaxpref.models.layers import Block, Norm, OfLayer, OfRows, param
 from jaxpref.models.protocol import ScalarHead
 from jaxpref.packing import Seats, Tree
 
@@ -38,10 +40,12 @@ class Decoder(nn.Module):
     Attributes:
       config: its shape and numerics.
       origin: the `jaxpref.models.huggingface.Origin` that it was read from, if any.
+      unrolled: whether the layers are written out, with parameters as `unroll` gives them.
     """
 
     config: DecoderConfig
     origin: Any = None
+    unrolled: bool = False
 
     def setup(self) -> None:
         """Declares the parameters."""
@@ -70,6 +74,11 @@ class Decoder(nn.Module):
             size = config.vocabulary_size
             zeros = nn.initializers.zeros
             self.head_bias = param(self, "head_bias", zeros, ("vocabulary",), size)
+        if config.final_norm:
+            self.final_norm = Norm(config, config.norm)
+        if self.unrolled:
+            self.layers: Any = [Block(config) for _ in range(config.layers)]
+            return
         block: Any = Block
         policy = REMAT_POLICIES[config.remat]
         if policy is not None:
@@ -83,8 +92,6 @@ class Decoder(nn.Module):
             length=config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config)
-        if config.final_norm:
-            self.final_norm = Norm(config, config.norm)
 
     def hidden_states(
         self,
@@ -116,8 +123,8 @@ class Decoder(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
         seats = Seats(jnp.arange(length), jnp.asarray(positions), jax.tree.map(jnp.asarray, tree))
-        x, seen = self._run(jnp.asarray(tokens), OfRows(None, seats, None, None), None)
-        if seen.router_logits is not None:
+        x, seen = self._run(jnp.asarray(tokens), seats.positions, OfRows(None, seats))
+        if not self.unrolled and seen.router_logits is not None:
             self.sow("intermediates", "router_logits", seen.router_logits)
         return x
 
@@ -134,49 +141,58 @@ class Decoder(nn.Module):
         """The head of a reward or value model: `model.apply(variables, method="scalar_head")`."""
         return ScalarHead(self.score[0], self.config.pad_token_id)
 
-    def extend(
+    def prefill(
         self,
-        tokens: Int[Array | np.ndarray, "rows new"],
-        cache: Cache,
-        positions: Int[Array | np.ndarray, "rows new"] | None = None,
-        real: Bool[Array | np.ndarray, "rows new"] | None = None,
-    ) -> tuple[Float[Array, "rows new features"], Cache]:
-        """Hidden states of tokens that follow what the cache holds, and the longer cache.
-
-        Prompts may be padded on either side: padding takes slots that nobody looks at.
+        tokens: Int[Array | np.ndarray, "prompts length"],
+        real: Bool[Array | np.ndarray, "prompts length"],
+    ) -> tuple[Float[Array, "prompts features"], tuple[tuple[Array, Array], ...]]:
+        """Reads prompts, one a row, for what follows them; of an unrolled model.
 
         Args:
-          tokens: the next tokens of each row.
-          cache: from `empty_cache` or an earlier call; with room for the new tokens.
-          positions: by default, the number of real tokens before.
-          real: False for padding; by default all are real.
+          tokens: token ids; prompts may be padded on either side.
+          real: False for padding.
+
+        Returns:
+          The hidden state of each prompt's last token, and the keys and values of every layer
+          `[prompts, length, kv_heads, head_dim]` (see `jaxpref.models.cache.branch`).
         """
-        rows, new = tokens.shape
-        if real is None:
-            real = jnp.ones((rows, new), bool)
-        if positions is None:
-            before = cache.filled.sum(axis=1, dtype=jnp.int32)
-            positions = before[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-            positions = jnp.maximum(positions, 0)
-        positions = jnp.asarray(positions)
-        start = (jnp.zeros_like(cache.used), cache.used)
-        place = partial(jax.lax.dynamic_update_slice, start_indices=start)
-        filled, all_positions = place(cache.filled, real), place(cache.positions, positions)
-        slots = jnp.arange(filled.shape[1])
-        own = cache.used + jnp.arange(new)
-        seats = slot_seats(own, positions, real), slot_seats(slots, all_positions, filled)
-        shared = OfRows(None, *seats, cache.used)
-        x, seen = self._run(jnp.asarray(tokens), shared, (cache.keys, cache.values))
-        keys, values = seen.cached or (cache.keys, cache.values)
-        return x, Cache(keys, values, all_positions, filled, cache.used + new)
+        real = jnp.asarray(real)
+        positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+        tree = Tree(real.astype(jnp.int32), jnp.zeros_like(positions))
+        seats = Seats(jnp.arange(tokens.shape[1]), positions, tree)
+        x, seen = self._run(jnp.asarray(tokens), positions, OfRows(None, seats, keep=()))
+        last = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+        hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+        return hidden, tuple(layer.kept for layer in seen)
+
+    def step(
+        self,
+        tokens: Int[Array, "prompts branches"],
+        positions: Int[Array, "prompts branches"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "prompts branches features"], Cache]:
+        """Hidden states of one more token in every branch, and what is remembered then.
+
+        Args:
+          tokens: the next token of each branch.
+          positions: of these tokens in their sequences.
+          cache: from `jaxpref.models.cache.branch` or an earlier step; of an unrolled model.
+        """
+        rows = OfRows(None, None, cache.places, positions)
+        x, seen = self._run(tokens.reshape(-1, 1), positions.reshape(-1, 1), rows, cache.layers)
+        layers = tuple(layer.held for layer in seen)
+        return x.reshape(*tokens.shape, -1), Cache(layers, seated(cache.places, positions))
 
     def _run(
-        self, tokens: Array, rows: OfRows, cached: tuple[Array, Array] | None
-    ) -> tuple[Array, Seen]:
-        """Embeds, runs the layers, norms."""
+        self,
+        tokens: Array,
+        positions: Array,
+        rows: OfRows,
+        held: tuple[Held, ...] | None = None,
+    ) -> tuple[Array, Any]:
+        """Embeds, runs the layers, norms; what layers have seen is stacked, or in a list."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        positions = rows.queries.positions
         x = jnp.take(self._gathered(self.embedding), tokens, axis=0)
         if config.embedding_scale != 1:
             x *= jnp.asarray(config.embedding_scale, dtype)
@@ -190,17 +206,30 @@ class Decoder(nn.Module):
             angles = [rope.angles(positions) for rope in config.rope]
             cos, sin = (jnp.stack(parts) for parts in zip(*angles, strict=True))
             rows = rows._replace(angles=(cos, sin))
-        layer = OfLayer(
-            window=jnp.asarray(config.windows, jnp.int32) if any(config.windows) else None,
-            rope=jnp.asarray(config.layer_rope, jnp.int32) if config.layer_rope else None,
-            cached=cached,
-        )
-        x, seen = self.layers(x, layer, rows)
+        if self.unrolled:
+            seen: Any = []
+            for number, block in enumerate(self.layers):
+                x, of_layer = block(x, self._layer(number, held), rows)
+                seen.append(of_layer)
+        else:
+            layer = OfLayer(
+                window=jnp.asarray(config.windows, jnp.int32) if any(config.windows) else None,
+                rope=jnp.asarray(config.layer_rope, jnp.int32) if config.layer_rope else None,
+            )
+            x, seen = self.layers(x, layer, rows)
         if config.final_norm:
             x = self.final_norm(x)
         if config.embedding_width:
             x @= self.project_out.astype(dtype)
         return x, seen
+
+    def _layer(self, number: int, held: tuple[Held, ...] | None) -> OfLayer:
+        config = self.config
+        return OfLayer(
+            window=(config.windows[number] or None) if config.windows else None,
+            rope=config.layer_rope[number] if config.layer_rope else None,
+            held=None if held is None else held[number],
+        )
 
     def lm_head(self) -> LMHead:
         """The head in the compute dtype: `model.apply(variables, method="lm_head")`."""
@@ -229,3 +258,22 @@ class Decoder(nn.Module):
         """Logits in float32, for callers who want them all; training does not."""
         hidden = self.hidden_states(tokens, positions, tree)
         return self.lm_head().logits(hidden)
+
+
+def unroll(model: Decoder, params: Any) -> tuple[Decoder, Any]:
+    """The same function with its layers written out, for decoding.
+
+    Args:
+      model: with scanned layers.
+      params: of the model.
+
+    Returns:
+      The model, and its parameters: those of layer i under `layers_i`.
+    """
+    stacked = params["layers"]
+    rest = {name: part for name, part in params.items() if name != "layers"}
+    layers = {
+        f"layers_{i}": jax.tree.map(lambda x, i=i: x[i], stacked)
+        for i in range(model.config.layers)
+    }
+    return model.clone(unrolled=True), {**rest, **layers}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxpref.losses.inputs import in_float32
 from jaxpref.models.attention import attention
-from jaxpref.models.cache import write_slots
+from jaxpref.models.cache import Held, Places, attend
 from jaxpref.models.config import ACTIVATIONS, DecoderConfig
 from jaxpref.models.experts import mix_experts
 from jaxpref.models.rotary import rotate
@@ -22,26 +22,48 @@ from jaxpref.packing import Seats
 
 
 class OfLayer(NamedTuple):
-    """What belongs to one layer: scanned over."""
+    """What belongs to one layer.
 
-    window: Array | None
-    rope: Array | None
-    cached: tuple[Array, Array] | None
+    Attributes:
+      window: see `packing.sees`; None if no layer has one.
+      rope: which rotary table; None for the first.
+      held: what the layer remembers, where tokens follow what it has seen.
+    """
+
+    window: Array | int | None
+    rope: Array | int | None
+    held: Held | None = None
 
 
 class OfRows(NamedTuple):
-    """What all layers share."""
+    """What all layers share.
+
+    Attributes:
+      angles: cosines and sines of each rotary table.
+      seats: of the rows' tokens, where they see each other; None where they follow what is held.
+      places: of what is held.
+      positions: of tokens that follow what is held.
+      keep: `()` where each layer shall give its keys and values; else None.
+    """
 
     angles: tuple[Array, Array] | None
-    queries: Seats
-    keys: Seats | None
-    used: Array | None
+    seats: Seats | None
+    places: Places | None = None
+    positions: Array | None = None
+    keep: tuple[()] | None = None
 
 
 class Seen(NamedTuple):
-    """What a layer gives beside the residual stream."""
+    """What a layer gives beside the residual stream.
 
-    cached: tuple[Array, Array] | None
+    Attributes:
+      held: what it remembers now, where it remembers anything.
+      kept: its keys and values, if asked for.
+      router_logits: of a mixture of experts.
+    """
+
+    held: Held | None
+    kept: tuple[Array, Array] | None
     router_logits: Array | None
 
 
@@ -92,7 +114,7 @@ class Block(nn.Module):
         """Returns the new residual stream, and what the layer has seen."""
         block = self.config.block
         normed = x if block == "post_norm" else self._norm("attention_norm", x)
-        attended, cached = self._attention(normed, layer, rows)
+        attended, held, kept = self._attention(normed, layer, rows)
         if block == "sandwich":
             attended = self._norm("attention_out_norm", attended)
         if block == "parallel":
@@ -111,7 +133,7 @@ class Block(nn.Module):
         x = self._on_rows(x + fed)
         if block == "post_norm":
             x = self._norm("feed_forward_norm", x)
-        return x, Seen(cached, router_logits)
+        return x, Seen(held, kept, router_logits)
 
     def _norm(self, name: str, x: Array) -> Array:
         return Norm(self.config, self.config.norm, name=name)(x)
@@ -121,7 +143,7 @@ class Block(nn.Module):
 
     def _attention(
         self, x: Array, layer: OfLayer, rows: OfRows
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array, Held | None, tuple[Array, Array] | None]:
         config = self.config
         heads, head_dim = config.heads, config.head_dim
         # Products run on one flat axis of tokens: XLA on CPU takes up to twice as long
@@ -144,23 +166,33 @@ class Block(nn.Module):
             cos, sin = (x[0] if layer.rope is None else x[layer.rope] for x in rows.angles)
             turn = partial(rotate, cos=cos, sin=sin, interleaved=config.rope[0].interleaved)
             query, key = turn(query), turn(key)
-        cached = None
-        if layer.cached is not None:
-            key, value = cached = (
-                write_slots(layer.cached[0], key, rows.used),
-                write_slots(layer.cached[1], value, rows.used),
+        shape = {"scale": config.attention_scale, "soft_cap": config.attention_soft_cap}
+        held = None
+        if layer.held is not None:
+            assert rows.places is not None
+            assert rows.positions is not None
+            assert not isinstance(layer.window, Array)
+            attended, held = attend(
+                query,
+                key,
+                value,
+                rows.positions,
+                layer.held,
+                rows.places,
+                window=layer.window,
+                **shape,
             )
-        attended = attention(
-            query,
-            key,
-            value,
-            rows.queries,
-            rows.keys,
-            window=layer.window,
-            scale=config.attention_scale,
-            soft_cap=config.attention_soft_cap,
-            block_size=config.attention_block,
-        )
+        else:
+            assert rows.seats is not None
+            attended = attention(
+                query,
+                key,
+                value,
+                rows.seats,
+                window=layer.window,
+                block_size=config.attention_block,
+                **shape,
+            )
         attended = checkpoint_name(attended, "attended")
         out = self._linear(
             attended.reshape(-1, heads * head_dim),
@@ -172,7 +204,8 @@ class Block(nn.Module):
             # What is added to the residual stream starts smaller the deeper the model (GPT-2).
             depth=2 * config.layers,
         )
-        return out.reshape(x.shape), cached
+        kept = None if rows.keep is None else (key, value)
+        return out.reshape(x.shape), held, kept
 
     def _feed_forward(self, x: Array) -> tuple[Array, Array | None]:
         config = self.config
