@@ -1,7 +1,9 @@
 """Estimators of the policy gradient against the exact one, over all draws of two responses."""
 
 import dataclasses
+import importlib.util
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from conftest import TINY, in_float64, response_logps
 
 from jaxpref import advantages, losses, packing
 from jaxpref.evaluation import enumerable
-from jaxpref.models import Decoder, init_params
+from jaxpref.models import Decoder
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -175,32 +177,30 @@ def test_exact_values_are_means_of_what_follows():
         assert found[row, t] == pytest.approx(mean, rel=1e-9, abs=1e-12)
 
 
-def test_one_group_of_all_responses_is_a_decoders_distribution():
+def test_one_group_of_all_responses_is_a_decoders_distribution(tiny_params):
     """Its exact gradient comes out of one pass, and RLOO's mean is that gradient."""
-    model = Decoder(dataclasses.replace(TINY, vocabulary_size=4, layers=1))
-    params = jax.jit(lambda key: init_params(model, key))(jax.random.key(0))
-    model, params = in_float64(model, params)
+    model = Decoder(dataclasses.replace(TINY, vocabulary_size=4))
     # Away from the almost uniform start.
-    params = jax.tree.map(lambda x: 3 * x, params)
+    params = {**tiny_params, "embedding": 10 * tiny_params["embedding"][:4]}
+    model, params = in_float64(model, params)
     responses = enumerable.list_responses(vocabulary=4, steps=2)
-    rewards = RNG.normal(size=len(responses.tokens))
+    rewards = jnp.asarray(RNG.normal(size=len(responses.tokens)))
     batch = packing.pack([responses.group(np.array([3, 1]))], row_length=32)
 
     @jax.jit
     def logps_of(params):
         return response_logps(model, params, batch)[0]
 
-    def loss(logps, drawn):
-        return losses.reinforce(
-            logps[drawn], advantages.leave_one_out(jnp.asarray(rewards)[drawn])
-        ).mean()
+    def rloo(logps, drawn):
+        return losses.reinforce(logps[drawn], advantages.leave_one_out(rewards[drawn])).mean()
 
     logps, to_params = jax.vjp(logps_of, params)
     assert float(jnp.exp(logps).sum()) == pytest.approx(1, rel=1e-12)
-    found = enumerable.all_gradients(loss, lambda logps: logps, logps, samples=K)
+    assert float(logps.std()) > 0.1
+    found = enumerable.all_gradients(rloo, lambda logps: logps, logps, samples=K)
     assert float(found.chances.sum()) == pytest.approx(1, rel=1e-12)
-    gradient = enumerable.exact_gradient(logps_of, params, logps, rewards, beta=0.0)
     (mean,) = to_params(-found.mean)
+    gradient = enumerable.exact_gradient(logps_of, params, logps, rewards, beta=0.0)
     jax.tree.map(assert_equal, mean, gradient)
 
 
@@ -432,3 +432,20 @@ def test_a_sample_that_is_the_greedy_response_has_no_gradient_in_remax():
     norms = np.abs(found.values).sum(1)
     assert norms[GREEDY] == 0
     assert (np.delete(norms, GREEDY) > 0.01).all()
+
+
+BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "policy_gradients.py"
+
+
+def test_shifted_rewards_raise_the_variance_of_reinforce_alone():
+    """Of its gradient while its baseline has not moved; centred rewards order them otherwise."""
+    spec = importlib.util.spec_from_file_location("policy_gradients", BENCHMARK)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.variances((0.0, 3.0, 10.0), steps=2)
+    plain = found.pop("REINFORCE, baseline not moved")
+    for name, (centred, *shifted) in found.items():
+        assert shifted == pytest.approx([centred] * 2, rel=1e-9), name
+        assert (np.array(plain[1:]) > 2 * centred).all(), name
+    assert plain[0] == pytest.approx(found["REINFORCE, baseline settled"][0], rel=1e-9)
+    assert plain[0] < found["RLOO"][0] < found["ReMax"][0]
