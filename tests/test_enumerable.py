@@ -179,13 +179,12 @@ def test_exact_values_are_means_of_what_follows():
 
 def test_one_group_of_all_responses_is_a_decoders_distribution(tiny_params):
     """Its exact gradient comes out of one pass, and RLOO's mean is that gradient."""
-    model = Decoder(dataclasses.replace(TINY, vocabulary_size=4))
+    model = Decoder(dataclasses.replace(TINY, vocabulary_size=4, attention_block=128))
     # Away from the almost uniform start.
     params = {**tiny_params, "embedding": 10 * tiny_params["embedding"][:4]}
     model, params = in_float64(model, params)
-    responses = enumerable.list_responses(vocabulary=4, steps=2)
-    rewards = jnp.asarray(RNG.normal(size=len(responses.tokens)))
-    batch = packing.pack([responses.group(np.array([3, 1]))], row_length=32)
+    batch = packing.pack([RESPONSES.group(np.array([3, 1]))], row_length=120)
+    rewards = jnp.asarray(REWARDS)
 
     @jax.jit
     def logps_of(params):
@@ -196,7 +195,6 @@ def test_one_group_of_all_responses_is_a_decoders_distribution(tiny_params):
 
     logps, to_params = jax.vjp(logps_of, params)
     assert float(jnp.exp(logps).sum()) == pytest.approx(1, rel=1e-12)
-    assert float(logps.std()) > 0.1
     found = enumerable.all_gradients(rloo, lambda logps: logps, logps, samples=K)
     assert float(found.chances.sum()) == pytest.approx(1, rel=1e-12)
     (mean,) = to_params(-found.mean)
@@ -426,12 +424,13 @@ def test_a_constant_added_to_the_rewards_changes_no_gradient(name):
 
 
 def test_a_sample_that_is_the_greedy_response_has_no_gradient_in_remax():
-    found = enumerable.all_gradients(
-        reinforce(by("remax")), tokens_of, jnp.asarray(LOGITS), samples=1
-    )
-    norms = np.abs(found.values).sum(1)
-    assert norms[GREEDY] == 0
-    assert (np.delete(norms, GREEDY) > 0.01).all()
+    count = len(CHANCES)
+    by_draw = np.asarray(gradients(reinforce(by("remax"))).values).reshape(count, count, -1)
+    assert (by_draw[GREEDY, GREEDY] == 0).all()
+    others = np.delete(np.arange(count), GREEDY)
+    # A draw of the greedy response and another one has half the gradient of the other one twice.
+    assert_equal(by_draw[GREEDY, others], by_draw[others, others] / 2)
+    assert (np.abs(by_draw[others, others]).sum(1) > 0.01).all()
 
 
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "policy_gradients.py"
@@ -442,10 +441,10 @@ def test_shifted_rewards_raise_the_variance_of_reinforce_alone():
     spec = importlib.util.spec_from_file_location("policy_gradients", BENCHMARK)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    found = benchmark.variances((0.0, 3.0, 10.0), steps=2)
+    found = benchmark.variances((0.0, 3.0, 10.0))
     plain = found.pop("REINFORCE, baseline not moved")
     for name, (centred, *shifted) in found.items():
         assert shifted == pytest.approx([centred] * 2, rel=1e-9), name
         assert (np.array(plain[1:]) > 2 * centred).all(), name
     assert plain[0] == pytest.approx(found["REINFORCE, baseline settled"][0], rel=1e-9)
-    assert plain[0] < found["RLOO"][0] < found["ReMax"][0]
+    assert plain[0] < min(found["RLOO"][0], found["ReMax"][0])
