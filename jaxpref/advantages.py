@@ -368,17 +368,15 @@ def kl_estimates(
 
     Source: Schulman 2020, "Approximating KL divergence" (joschu.net/blog/kl-approx.html).
 
-    An unbiased estimate need not have the KL's gradient. What the expected gradient is depends on
-    where the estimate stands:
+    An unbiased estimate need not have the KL's gradient. In a loss the mean gradient is:
 
-    - k1 in the reward: of KL(policy, other), whether per token or per response.
-    - k1 in a loss: 0.
-    - k2 of responses in a loss: of KL(policy, other).
-    - k2 of tokens in a loss: of the tokens' KL(policy, other) with the prefixes as sampled. It is
-      biased, since no token answers for what follows it.
-    - k3 in a loss: the same two with KL(other, policy) in place of KL(policy, other): biased.
-    - k2 in the reward: of the mean of k2, less that of KL(policy, other): biased.
-    - k3 in the reward: of KL(policy, other) less that of KL(other, policy): biased.
+    - k1: 0.
+    - k2: that of KL(policy, other), if the samples are responses. Of tokens it is that of the
+      tokens' KL with the prefixes as sampled: biased, since no token answers for what follows it.
+    - k3: the same with KL(other, policy): biased.
+
+    In the reward it is that of the estimate's mean, less the one in a loss: exact for k1, of tokens
+    and of responses alike, and biased for k2 and k3.
 
     Args:
       policy_logps: of each sample, a token or a response, under the policy that sampled it.

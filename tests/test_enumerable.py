@@ -361,11 +361,7 @@ def kl_of_tokens(logits, forward=True):
     return (often[:, None] * jnp.exp(p) * (p - q)).sum()
 
 
-def mean_of_k2(logits):
-    logps = policy(logits)
-    return (jnp.exp(logps) * jnp.square(logps - REFERENCE.sum(1)) / 2).sum()
-
-
+# The functions whose gradients estimates of the KL have in a loss, in expectation.
 IN_LOSS = {
     "k1 of responses": lambda logits: 0 * logits.sum(),
     "k1 of tokens": lambda logits: 0 * logits.sum(),
@@ -374,40 +370,52 @@ IN_LOSS = {
     "k3 of responses": lambda logits: kl(logits, forward=False),
     "k3 of tokens": lambda logits: kl_of_tokens(logits, forward=False),
 }
-IN_REWARD = {
-    "k1": kl,
-    "k2": lambda logits: mean_of_k2(logits) - kl(logits),
-    "k3": lambda logits: kl(logits) - kl(logits, forward=False),
-}
+
+
+def estimates(name, logps, drawn):
+    """Of the responses that are drawn, at their last tokens, or of their tokens."""
+    field, _, what = name.split()
+    ours, theirs = logps[drawn], jnp.asarray(REFERENCE)[drawn]
+    if what == "tokens":
+        return getattr(advantages.kl_estimates(ours, theirs), field)
+    ours, theirs = ours.sum(1, keepdims=True), theirs.sum(1, keepdims=True)
+    return getattr(advantages.kl_estimates(ours, theirs), field) * jnp.asarray(ENDS)[drawn]
+
+
+def mean_estimate(name, logits):
+    logps = tokens_of(logits)
+    found = estimates(name, logps, jnp.arange(len(logps))).sum(1)
+    return (jnp.exp(logps.sum(1)) * found).sum()
 
 
 @pytest.mark.parametrize("name", IN_LOSS)
 def test_what_an_estimate_of_the_kl_does_in_a_loss(name):
     """Its gradient is that of another function than its mean; see `advantages.kl_estimates`."""
-    field, _, what = name.split()
-
-    def loss(logps, drawn):
-        ours, theirs = logps[drawn], jnp.asarray(REFERENCE)[drawn]
-        if what == "responses":
-            ours, theirs = ours.sum(1, keepdims=True), theirs.sum(1, keepdims=True)
-        return getattr(advantages.kl_estimates(ours, theirs), field).sum(1).mean()
-
-    found, right = np.asarray(gradients(loss).mean), gradient_of(kl)
-    np.testing.assert_allclose(found, gradient_of(IN_LOSS[name]), rtol=1e-9, atol=1e-10)
+    found = gradients(lambda logps, drawn: estimates(name, logps, drawn).sum(1).mean()).mean
+    expected = gradient_of(IN_LOSS[name])
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
     if name != "k2 of responses":
-        assert_biased(found, right)
+        assert_biased(found, gradient_of(kl))
 
 
-@pytest.mark.parametrize("field", IN_REWARD)
-def test_what_an_estimate_of_the_kl_does_in_the_reward(field):
-    def found(logps, drawn):
-        ours, theirs = logps[drawn].sum(1), jnp.asarray(REFERENCE)[drawn].sum(1)
-        return to_go(-getattr(advantages.kl_estimates(ours, theirs), field), drawn)
+@pytest.mark.parametrize("name", IN_LOSS)
+def test_what_an_estimate_of_the_kl_does_in_the_reward(name):
+    """There it has the gradient of its mean, less the one that it has in a loss."""
 
-    mean, right = np.asarray(gradients(reinforce(found)).mean), gradient_of(kl)
-    assert_equal(mean, gradient_of(IN_REWARD[field]))
-    if field != "k1":
-        assert_biased(mean, right)
+    def minus_later(logps, drawn):
+        ends, here = jnp.asarray(ENDS)[drawn], jnp.asarray(HERE)[drawn]
+        return advantages.discounted_returns(-estimates(name, logps, drawn), ends, where=here)
+
+    found = np.asarray(gradients(reinforce(minus_later)).mean)
+    mean = lambda logits: mean_estimate(name, logits)  # noqa: E731
+    assert_equal(found, gradient_of(mean) - gradient_of(IN_LOSS[name]))
+    if name.startswith("k1"):
+        assert_equal(found, gradient_of(kl))
+    else:
+        assert_biased(found, gradient_of(kl))
+    # k1 and k3 are unbiased as values all the same.
+    exact_kl = kl(jnp.asarray(LOGITS))
+    assert name.startswith("k2") != np.isclose(mean(jnp.asarray(LOGITS)), exact_kl, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["remax", "rloo", "grpo", "scaled"])
