@@ -21,8 +21,10 @@ RNG = np.random.default_rng(0)
 TASK = enumerable.default_task()
 RESPONSES, REWARDS, BETA = TASK.responses, TASK.rewards, TASK.beta
 HERE, ENDS, LENGTHS = RESPONSES.here, RESPONSES.ends, RESPONSES.lengths
-# A policy away from the reference.
+# A policy away from the reference, errors of a critic for each prefix, and values of no policy.
 LOGITS = TASK.reference_logits + RNG.normal(scale=0.5, size=TASK.reference_logits.shape)
+ERRORS = RNG.normal(size=RESPONSES.prefix_count)
+VALUES = RNG.normal(size=HERE.shape)
 K = 2
 
 
@@ -34,14 +36,36 @@ def policy(logits):
     return tokens_of(logits).sum(1)
 
 
-# As NumPy has them: the log-probs, their gradients, and how often each response is drawn.
-with jax.enable_x64(True):
-    LOGPS, REFERENCE = (np.asarray(tokens_of(x)) for x in (LOGITS, TASK.reference_logits))
-    SCORES = np.asarray(jax.jacrev(tokens_of)(jnp.asarray(LOGITS)))
-    GREEDY = int(enumerable.greedy(LOGPS, RESPONSES))
-SCORES = SCORES.reshape(*HERE.shape, -1)
-LOG_RATIOS = LOGPS - REFERENCE
-CHANCES = np.exp(LOGPS.sum(1))
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def scores_by_hand():
+    """The gradient of every token's log-prob: 1 at its logit, less the probabilities beside it."""
+    found = np.zeros((*HERE.shape, *LOGITS.shape))
+    for row, t in zip(*np.nonzero(HERE), strict=True):
+        prefix = RESPONSES.prefixes[row, t]
+        found[row, t, prefix] = -np.exp(log_softmax(LOGITS)[prefix])
+        found[row, t, prefix, RESPONSES.tokens[row, t]] += 1
+    return found.reshape(*HERE.shape, -1)
+
+
+def greedy_by_hand():
+    """Token by token, until the response ends."""
+    taken = ()
+    while len(taken) < HERE.shape[1] and 0 not in taken:
+        begins = (RESPONSES.tokens[:, : len(taken)] == taken).all(1) & HERE[:, len(taken)]
+        prefix = RESPONSES.prefixes[begins, len(taken)][0]
+        taken += (int(LOGITS[prefix].argmax()),)
+    return int(np.flatnonzero(begins & (RESPONSES.tokens[:, len(taken) - 1] == taken[-1]))[0])
+
+
+LOGPS, REFERENCE = (
+    np.where(HERE, log_softmax(x)[RESPONSES.prefixes, RESPONSES.tokens], 0)
+    for x in (LOGITS, TASK.reference_logits)
+)
+LOG_RATIOS, CHANCES = LOGPS - REFERENCE, np.exp(LOGPS.sum(1))
+SCORES, GREEDY = scores_by_hand(), greedy_by_hand()
 
 
 def exact(beta=0.0):
@@ -67,12 +91,18 @@ def reinforce(advantages_of, total=lambda losses, here: losses.sum(1).mean()):
     return loss
 
 
-def to_go(scores, drawn, beta=0.0):
-    """Rewards from each token on, of responses with these scores and the tokens' KL as k1."""
+def rewards_of(scores, drawn, beta):
+    """Of the tokens, with the KL as k1; which tokens are last, and which are there."""
     ends, here = jnp.asarray(ENDS)[drawn], jnp.asarray(HERE)[drawn]
     logps, reference = jnp.asarray(LOGPS)[drawn], jnp.asarray(REFERENCE)[drawn]
     scores = jnp.broadcast_to(scores[:, None], here.shape)
     rewards = advantages.token_rewards(scores, logps, reference, ends, beta=beta, where=here)
+    return rewards, ends, here
+
+
+def to_go(scores, drawn, beta=0.0):
+    """Rewards from each token on."""
+    rewards, ends, here = rewards_of(scores, drawn, beta)
     return advantages.discounted_returns(rewards, ends, where=here)
 
 
@@ -81,6 +111,7 @@ BASELINES = {
     "remax": lambda rewards, all_rewards: advantages.against_greedy(rewards, all_rewards[GREEDY]),
     "rloo": lambda rewards, all_rewards: advantages.leave_one_out(rewards),
     "grpo": lambda rewards, all_rewards: advantages.group(rewards, scale="none"),
+    "grpo, scaled": lambda rewards, all_rewards: advantages.group(rewards),
 }
 
 
@@ -155,25 +186,22 @@ def test_no_policy_is_better_than_the_optimum():
 
 
 def test_the_exact_gradient_is_the_mean_of_rewards_times_scores():
+    np.testing.assert_allclose(tokens_of(LOGITS), LOGPS, rtol=1e-12)
     expected = CHANCES * (REWARDS - BETA * LOG_RATIOS.sum(1)) @ SCORES.sum(1)
     assert_equal(exact(BETA), expected)
 
 
 def test_greedy_takes_the_likeliest_token_after_every_prefix():
-    taken = ()
-    while len(taken) < HERE.shape[1] and 0 not in taken:
-        fits = (RESPONSES.tokens[:, : len(taken)] == taken).all(1) & HERE[:, len(taken)]
-        number = RESPONSES.prefixes[fits, len(taken)][0]
-        taken += (int(LOGITS[number].argmax()),)
-    assert tuple(RESPONSES.tokens[GREEDY, : LENGTHS[GREEDY]]) == taken
+    assert int(enumerable.greedy(tokens_of(LOGITS), RESPONSES)) == GREEDY
+    # Of equals the lowest id, which is the stop token's.
+    assert int(enumerable.greedy(tokens_of(0 * LOGITS), RESPONSES)) == 0
 
 
 def test_exact_values_are_means_of_what_follows():
-    returns = RNG.normal(size=HERE.shape)
-    found = np.asarray(enumerable.exact_values(returns, LOGPS, RESPONSES))
+    found = np.asarray(enumerable.exact_values(VALUES, LOGPS, RESPONSES))
     for row, t in np.ndindex(*HERE.shape):
         same = (RESPONSES.prefixes[:, t] == RESPONSES.prefixes[row, t]) & HERE[:, t]
-        mean = np.average(returns[same, t], weights=CHANCES[same]) if HERE[row, t] else 0.0
+        mean = np.average(VALUES[same, t], weights=CHANCES[same]) if HERE[row, t] else 0.0
         assert found[row, t] == pytest.approx(mean, rel=1e-9, abs=1e-12)
 
 
@@ -234,12 +262,7 @@ def with_critic(values, lam):
     """GAE's advantages with the tokens' KL in the reward."""
 
     def found(logps, drawn):
-        ends, here = jnp.asarray(ENDS)[drawn], jnp.asarray(HERE)[drawn]
-        scores = jnp.broadcast_to(jnp.asarray(REWARDS)[drawn][:, None], here.shape)
-        reference = jnp.asarray(REFERENCE)[drawn]
-        rewards = advantages.token_rewards(
-            scores, logps[drawn], reference, ends, beta=BETA, where=here
-        )
+        rewards, ends, here = rewards_of(jnp.asarray(REWARDS)[drawn], drawn, BETA)
         return advantages.gae(rewards, values[drawn], ends, lam=lam, where=here).advantages
 
     return found
@@ -252,8 +275,7 @@ def test_ppos_mean_gradient_is_off_by_the_critics_error_if_lambda_is_below_1(lam
     """Exact with lambda 1 and any critic, and with an exact critic and any lambda."""
     returns = to_go(jnp.asarray(REWARDS), jnp.arange(len(CHANCES)), BETA)
     values = enumerable.exact_values(returns, LOGPS, RESPONSES)
-    errors = np.where(HERE, RNG.normal(size=RESPONSES.prefix_count)[RESPONSES.prefixes], 0)
-    errors *= wrong
+    errors = np.where(HERE & wrong, ERRORS[RESPONSES.prefixes], 0)
     found = gradients(ppo(with_critic(values + errors, lam))).mean
     bias = np.zeros_like(LOGPS)
     for row, t in np.ndindex(*HERE.shape):
@@ -266,7 +288,7 @@ def test_ppos_mean_gradient_is_off_by_the_critics_error_if_lambda_is_below_1(lam
 
 
 def test_ppo_with_one_update_is_reinforce_in_every_draw():
-    found = with_critic(jnp.asarray(RNG.normal(size=HERE.shape)), 0.95)
+    found = with_critic(jnp.asarray(VALUES), 0.95)
     assert_equal(gradients(ppo(found)).values, gradients(reinforce(found)).values)
 
 
@@ -281,20 +303,12 @@ def returns_by_hand(drawn):
     return np.where(HERE[drawn], REWARDS[drawn][:, None] - BETA * later, 0)
 
 
-def scaled(logps, drawn):
-    return to_go(advantages.group(jnp.asarray(REWARDS)[drawn]), drawn)
-
-
 def whitened_rloo(logps, drawn):
     return advantages.whiten(by("rloo")(logps, drawn), where=jnp.asarray(HERE)[drawn])
 
 
 def reinforce_pp(logps, drawn):
-    ends, here = jnp.asarray(ENDS)[drawn], jnp.asarray(HERE)[drawn]
-    scores = jnp.broadcast_to(jnp.asarray(REWARDS)[drawn][:, None], here.shape)
-    rewards = advantages.token_rewards(
-        scores, logps[drawn], jnp.asarray(REFERENCE)[drawn], ends, beta=BETA, where=here
-    )
+    rewards, ends, here = rewards_of(jnp.asarray(REWARDS)[drawn], drawn, BETA)
     return advantages.reinforce_pp(rewards, ends, where=here)
 
 
@@ -305,7 +319,7 @@ def centred(drawn):
 # The loss; REINFORCE's advantages by hand that give the same; what an unbiased one would have.
 BIASED = {
     "std": (
-        reinforce(scaled),
+        reinforce(by("grpo, scaled")),
         lambda drawn: HERE[drawn] * (centred(drawn) / (REWARDS[drawn].std(ddof=1) + 1e-4))[:, None],
         0.0,
     ),
@@ -418,17 +432,12 @@ def test_what_an_estimate_of_the_kl_does_in_the_reward(name):
     assert name.startswith("k2") != np.isclose(mean(jnp.asarray(LOGITS)), exact_kl, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["remax", "rloo", "grpo", "scaled"])
+@pytest.mark.parametrize("name", ["remax", "rloo", "grpo", "grpo, scaled"])
 def test_a_constant_added_to_the_rewards_changes_no_gradient(name):
-    def of(rewards):
-        if name != "scaled":
-            return gradients(reinforce(by(name, rewards=rewards))).values
-        grouped = lambda logps, drawn: to_go(  # noqa: E731
-            advantages.group(jnp.asarray(rewards)[drawn]), drawn
-        )
-        return gradients(reinforce(grouped)).values
-
-    np.testing.assert_allclose(of(REWARDS + 7.0), of(REWARDS), rtol=1e-9, atol=1e-9)
+    plain, shifted = (
+        gradients(reinforce(by(name, rewards=rewards))).values for rewards in (REWARDS, REWARDS + 7)
+    )
+    np.testing.assert_allclose(shifted, plain, rtol=1e-9, atol=1e-9)
 
 
 def test_a_sample_that_is_the_greedy_response_has_no_gradient_in_remax():

@@ -156,7 +156,7 @@ def exact_values(
     return jnp.where(responses.here, means[responses.prefixes], 0)
 
 
-class Objective(NamedTuple):
+class Worth(NamedTuple):
     """What a policy is worth.
 
     Attributes:
@@ -172,7 +172,7 @@ class Objective(NamedTuple):
 
 def objective(
     logps: OfResponses, reference_logps: OfResponses, rewards: OfResponses, *, beta: float
-) -> Objective:
+) -> Worth:
     """The objective of learning from rewards with a KL penalty.
 
     Formula: $J(\\pi) = E_{y \\sim \\pi}[r(y)] - \\beta \\, KL(\\pi, \\pi_{ref})$.
@@ -186,7 +186,7 @@ def objective(
       beta: the coefficient of the KL, at least 0.
 
     Returns:
-      `Objective(value, reward, kl)`; their gradients with respect to `logps` are exact where the
+      `Worth(value, reward, kl)`; their gradients with respect to `logps` are exact where the
       log-probs are those of a policy, whatever its parameters.
 
     Raises:
@@ -197,7 +197,7 @@ def objective(
     chances = jnp.exp(logps)
     reward = (chances * jnp.asarray(rewards)).sum()
     kl = (chances * (logps - reference)).sum()
-    return Objective(reward - beta * kl, reward, kl)
+    return Worth(reward - beta * kl, reward, kl)
 
 
 class Optimum(NamedTuple):
@@ -296,7 +296,8 @@ def all_gradients(
       policy: from parameters to log-probs: of the responses, or of each of their tokens as
         `tabular` gives them.
       params: a pytree.
-      samples: drawn from the policy at a time. There are as many draws as responses to this power.
+      samples: drawn from the policy at a time. There are as many draws as responses to this power,
+        and an array of all draws by all parameters.
     """
     flat, unravel = ravel_pytree(params)
     logps = policy(params)

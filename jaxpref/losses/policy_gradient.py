@@ -56,11 +56,12 @@ def reinforce(
     Source: Williams 1992, REINFORCE; for language models Ahmadian et al. 2024 (arXiv 2402.14740),
     equation 5. With ReMax's advantage (`advantages.against_greedy`) it is ReMax.
 
-    A baseline that the sample does not change moves only the variance. Without one, or while a
+    A baseline that does not depend on the sample changes only the variance. Without one, or while a
     moving average has not followed the rewards yet, the variance grows with the square of their
-    mean; ReMax's and RLOO's does not change with it, and is below from shifts of a few deviations
-    on. Centred rewards may order them otherwise: there the plain estimator has the least, since
-    ReMax's greedy response is better than the mean, and RLOO's baseline has a variance of its own.
+    mean. ReMax's and RLOO's variance does not, and is the smaller one from a mean of a few
+    deviations on. Centred rewards may order them otherwise: then the plain estimator can have the
+    least, since the greedy response's reward is not the mean, and the mean of the other responses
+    is noisy itself.
 
     Args:
       policy_logps: of each token, in nats.
