@@ -17,8 +17,8 @@ test: .venv/installed-test
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.
 ISAS ?= SSE4_2 AVX2
-NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py heads.py \
-	logprobs.py models.py packing.py policy_gradient.py pretrained.py sharding.py)
+NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py enumerable.py \
+	heads.py logprobs.py models.py packing.py policy_gradient.py pretrained.py sharding.py)
 test-isa: .venv/installed-test
 	for isa in $(ISAS); do \
 		rm -rf .jax_cache/$$isa; \

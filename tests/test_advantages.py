@@ -1,13 +1,11 @@
 """Advantages against their definitions, by loops in NumPy, and the identities between them."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpref import advantages, losses
+from jaxpref import advantages
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -22,8 +20,9 @@ def on_arrays(function):
     return call
 
 
-gae, leave_one_out, group, whiten = (
-    on_arrays(getattr(advantages, name)) for name in ("gae", "leave_one_out", "group", "whiten")
+token_rewards, gae, leave_one_out, against_greedy, group, whiten = (
+    on_arrays(getattr(advantages, name))
+    for name in ("token_rewards", "gae", "leave_one_out", "against_greedy", "group", "whiten")
 )
 
 RNG = np.random.default_rng(0)
@@ -90,6 +89,34 @@ def test_a_critic_gets_no_gradient_from_its_advantages():
     np.testing.assert_array_equal(jax.grad(total)(jnp.ones(3)), 0)
 
 
+def test_the_score_is_the_last_tokens_reward_and_the_kl_every_tokens():
+    """Whatever scores stand elsewhere, and whatever the padding holds."""
+    policy, reference = RNG.normal(size=(2, 4, 10))
+    ends, here = (np.broadcast_to(x, REWARDS.shape) for x in (ENDS, HERE))
+    scores = np.where(ends & here, REWARDS, np.nan)
+
+    def of(policy):
+        return token_rewards(scores, policy, padded(reference), ends, beta=0.3, where=here)
+
+    found = of(padded(policy))
+    expected = -0.3 * (policy - reference)
+    for row, t in zip(*np.nonzero(ends & here), strict=True):
+        expected[row, t] += REWARDS[row, t]
+    np.testing.assert_allclose(found, np.where(HERE, expected, 0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(jax.grad(lambda x: of(x).sum())(padded(policy)), 0)
+    with pytest.raises(ValueError, match="token_rewards expected beta at least 0"):
+        token_rewards(*np.zeros((3, 2)), np.ones(2, bool), beta=-0.1)
+
+
+def test_reinforce_pp_whitens_the_returns_of_all_rows_together():
+    ends, here = (jnp.broadcast_to(x, REWARDS.shape) for x in (ENDS, HERE))
+    found = advantages.reinforce_pp(padded(REWARDS), ends, gamma=0.9, where=here)
+    returns = by_hand(REWARDS, 0 * VALUES, 0.9, 1.0)[:, :8]
+    expected = (returns - returns.mean()) / np.sqrt(returns.var(ddof=1) + 1e-8)
+    np.testing.assert_allclose(found[:, :8], expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(found[:, 8:], 0)
+
+
 GROUPS = RNG.normal(size=(5, 4))
 PRESENT = np.array([[1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
 
@@ -103,6 +130,14 @@ def test_leave_one_out_is_its_definition():
         expected[g, k] = GROUPS[g, k] - np.mean(others) if others else 0.0
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(found.sum(-1), 0, atol=1e-12)
+
+
+def test_against_greedy_is_its_definition():
+    greedy = GROUPS.mean(1)
+    found = against_greedy(np.where(PRESENT, GROUPS, np.nan), greedy, where=PRESENT)
+    np.testing.assert_allclose(found, np.where(PRESENT, GROUPS - greedy[:, None], 0), rtol=1e-9)
+    same = against_greedy(np.repeat(greedy[:, None], 4, axis=1), greedy)
+    np.testing.assert_array_equal(same, 0)
 
 
 def test_groups_mean_holds_the_response_itself():
@@ -164,52 +199,6 @@ def test_two_estimates_have_the_kl_as_their_mean_and_two_are_never_negative():
         assert (found.k2 >= 0).all()
         assert (found.k3 >= 0).all()
         assert (found.k1 < 0).any()
-
-
-def test_the_gradient_of_k2_is_that_of_the_kl_and_that_of_k1_is_nothing():
-    """Of the samples' estimates, in expectation; so k1 in a loss does nothing on average."""
-    logits, other = (jnp.asarray(x) for x in np.random.default_rng(3).normal(size=(2, 6)))
-    other = jax.nn.log_softmax(other)
-
-    def kl(logits):
-        policy = jax.nn.log_softmax(logits)
-        return (jnp.exp(policy) * (policy - other)).sum()
-
-    def estimated(name, logits):
-        policy = jax.nn.log_softmax(logits)
-        # Samples are drawn without a gradient.
-        weights = jax.lax.stop_gradient(jnp.exp(policy))
-        return (weights * getattr(advantages.kl_estimates(policy, other), name)).sum()
-
-    gradients = {name: jax.grad(lambda x, n=name: estimated(n, x))(logits) for name in ("k1", "k2")}
-    np.testing.assert_allclose(gradients["k2"], jax.grad(kl)(logits), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(gradients["k1"], 0, atol=1e-12)
-
-
-def test_the_mean_gradient_over_all_samples_is_the_exact_one():
-    """REINFORCE with an independent baseline, and leaving one out, over all pairs of samples."""
-    logits = jnp.asarray(RNG.normal(size=4))
-    rewards = jnp.asarray(RNG.normal(size=4))
-
-    def objective(logits):
-        return (jax.nn.softmax(logits) * rewards).sum()
-
-    exact = -jax.grad(objective)(logits)
-    samples = jnp.asarray(list(itertools.product(range(4), repeat=2)))
-
-    def surrogate(logits, function):
-        logps = jax.nn.log_softmax(logits)[samples]
-        chance = jax.lax.stop_gradient(jnp.exp(logps.sum(-1)))
-        found = losses.reinforce(logps, function(rewards[samples]))
-        return (chance * found.mean(-1)).sum()
-
-    for function, share in (
-        (lambda r: r - 3.0, 1.0),
-        (leave_one_out, 1.0),
-        (lambda r: group(r, scale="none"), 0.5),
-    ):
-        found = jax.grad(surrogate)(logits, function)
-        np.testing.assert_allclose(found, share * exact, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gamma", "lam"])

@@ -31,32 +31,77 @@ OLD, NEW, ADVANTAGES = RNG.normal(size=(3, 3, 5))
 OLD, NEW = OLD - 3, OLD - 3 + 0.3 * NEW
 
 
-# A ratio, an advantage; the loss with bounds 0.8 and 1.3; whether a gradient is left.
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "moves"),
-    [
-        (1.0, 2.0, -2.0, True),
-        (1.2, 2.0, -2.4, True),
-        (1.5, 2.0, -2.6, False),
-        (0.5, 2.0, -1.0, True),
-        (1.5, -2.0, 3.0, True),
-        (0.9, -2.0, 1.8, True),
-        (0.5, -2.0, 1.6, False),
-        (7.0, 0.0, 0.0, False),
-    ],
-)
-def test_ppo_by_hand(ratio, advantage, loss, moves):
-    def of(logp):
-        return ppo(logp, jnp.log(0.1), jnp.float64(advantage), clip=0.2, clip_high=0.3)
-
+def by_hand(loss, ratio, advantage, value, gradient, clipped):
+    """Compares a loss of log-probs with its values by hand, at this ratio to the old policy."""
     logp = jnp.log(0.1 * jnp.float64(ratio))
-    out = of(logp)
-    assert float(out.losses) == pytest.approx(loss, rel=1e-9)
+    out = loss(logp, jnp.log(0.1), jnp.float64(advantage))
+    assert float(out.losses) == pytest.approx(value, rel=1e-9, abs=1e-12)
+    assert bool(out.clipped) == clipped
+    found = jax.grad(lambda x: loss(x, jnp.log(0.1), jnp.float64(advantage)).losses)(logp)
+    assert float(found) == pytest.approx(gradient, rel=1e-9, abs=1e-12)
+    return out
+
+
+# A ratio just inside and outside each bound, 0.8 and 1.3, or far from both; the sign of the
+# advantage; the ratio that the loss takes, and whether it is clipped, so that no gradient is left.
+SIDES = [
+    (1.0, +1, 1.0, False),
+    (1.299, +1, 1.299, False),
+    (1.301, +1, 1.3, True),
+    (0.801, +1, 0.801, False),
+    (0.799, +1, 0.799, False),
+    (0.2, +1, 0.2, False),
+    (1.299, -1, 1.299, False),
+    (1.301, -1, 1.301, False),
+    (9.0, -1, 9.0, False),
+    (0.801, -1, 0.801, False),
+    (0.799, -1, 0.8, True),
+    (7.0, 0, 7.0, False),
+]
+
+
+@pytest.mark.parametrize(("ratio", "sign", "taken", "clipped"), SIDES)
+def test_ppo_on_both_sides_of_its_bounds(ratio, sign, taken, clipped):
+    advantage = 2.0 * sign
+    out = by_hand(
+        lambda *x: ppo(*x, clip=0.2, clip_high=0.3),
+        ratio,
+        advantage,
+        value=-advantage * taken,
+        gradient=0.0 if clipped else -advantage * ratio,
+        clipped=clipped,
+    )
     assert float(out.ratios) == pytest.approx(ratio, rel=1e-9)
-    gradient = jax.grad(lambda x: of(x).losses)(logp)
-    expected = -advantage * ratio if moves else 0.0
-    assert float(gradient) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert bool(out.clipped) == (not moves and advantage != 0)
+
+
+@pytest.mark.parametrize(("ratio", "sign", "taken", "clipped"), SIDES)
+def test_gspo_on_both_sides_of_its_bounds(ratio, sign, taken, clipped):
+    """Of three tokens: the response's own ratio is the third power, the gradient a third."""
+    advantage = 2.0 * sign
+    out = by_hand(
+        lambda logps, old, a: gspo(logps, old, jnp.array(3), a, clip=0.2, clip_high=0.3),
+        ratio**3,
+        advantage,
+        value=-advantage * taken,
+        gradient=0.0 if clipped else -advantage * ratio / 3,
+        clipped=clipped,
+    )
+    assert float(out.ratios) == pytest.approx(ratio, rel=1e-9)
+
+
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+@pytest.mark.parametrize("ratio", [0.001, 1.0, 4.999, 5.001, 9.9])
+def test_cispo_on_both_sides_of_its_bound(ratio, advantage):
+    """The weight is bounded above alone, and every token keeps its gradient."""
+    weight = min(ratio, 5.0) * advantage
+    by_hand(
+        lambda *x: cispo(*x, largest=5.0),
+        ratio,
+        advantage,
+        value=-weight * np.log(0.1 * ratio),
+        gradient=-weight,
+        clipped=ratio > 5,
+    )
 
 
 def test_at_the_old_policy_ppo_and_cispo_are_reinforce():
@@ -85,40 +130,61 @@ def test_a_sequences_ratio_is_the_geometric_mean_of_its_tokens():
     np.testing.assert_allclose(one.losses, token.losses, rtol=1e-9)
 
 
-def test_cispos_weight_is_bounded_and_keeps_every_tokens_gradient():
-    logps = jnp.log(jnp.array([0.9, 0.2]))
-    old = jnp.log(jnp.array([0.1, 0.2]))
-
-    def loss(x):
-        return cispo(x, old, jnp.array([2.0, 2.0]), largest=5.0)
-
-    np.testing.assert_allclose(jax.grad(lambda x: loss(x).losses.sum())(logps), [-10, -2])
-    assert loss(logps).clipped.tolist() == [True, False]
-
-
+# The old value is 1, the bounds are 0.8 and 1.2: a value just inside and outside each, or far from
+# it; the return; the value that the loss takes, and whether it is clipped.
 @pytest.mark.parametrize(
-    ("value", "returned", "loss", "moves"),
+    ("value", "returned", "taken", "clipped"),
     [
-        # The old value is 1, and the bounds are 0.8 and 1.2.
-        (1.1, 3.0, 1.9**2 / 2, True),
-        (1.5, 3.0, 1.8**2 / 2, False),
-        (1.5, 0.0, 1.5**2 / 2, True),
-        (0.5, 0.0, 0.8**2 / 2, False),
+        (1.199, 3.0, 1.199, False),
+        (1.201, 3.0, 1.2, True),
+        (0.801, 3.0, 0.801, False),
+        (0.799, 3.0, 0.799, False),
+        (1.199, 0.0, 1.199, False),
+        (1.201, 0.0, 1.201, False),
+        (0.801, 0.0, 0.801, False),
+        (0.799, 0.0, 0.8, True),
+        (1.5, 0.0, 1.5, False),
+        (-2.0, 0.0, -2.0, False),
     ],
 )
-def test_a_clipped_value_by_hand(value, returned, loss, moves):
-    def of(x):
-        return clipped_value(x, jnp.float64(1), jnp.float64(returned), clip=0.2)
+def test_clipped_value_on_both_sides_of_its_bounds(value, returned, taken, clipped):
+    def of(x, clip=0.2):
+        return clipped_value(x, jnp.float64(1), jnp.float64(returned), clip=clip)
 
-    out = of(jnp.float64(value))
-    assert float(out.losses) == pytest.approx(loss, rel=1e-9)
-    assert bool(out.clipped) != moves
-    gradient = float(jax.grad(lambda x: of(x).losses)(jnp.float64(value)))
-    assert gradient == pytest.approx(value - returned if moves else 0.0, rel=1e-9)
-    plain = clipped_value(
-        jnp.float64(value), jnp.float64(1), jnp.float64(returned), clip=float("inf")
+    value = jnp.float64(value)
+    out = of(value)
+    assert float(out.losses) == pytest.approx((taken - returned) ** 2 / 2, rel=1e-9)
+    assert bool(out.clipped) == clipped
+    gradient = float(jax.grad(lambda x: of(x).losses)(value))
+    assert gradient == pytest.approx(0.0 if clipped else float(value) - returned, rel=1e-9)
+    plain = of(value, clip=float("inf")).losses
+    assert float(plain) == pytest.approx((float(value) - returned) ** 2 / 2, rel=1e-9)
+
+
+def test_a_samplers_weight_is_the_ratio_up_to_its_cap():
+    """Below the cap the mean of what is sampled, times its weight, is that under the policy."""
+    policy, sampler = jax.nn.log_softmax(jnp.asarray(RNG.normal(size=(2, 6))))
+    values = RNG.normal(size=6)
+
+    def mean(largest):
+        weights = losses.weighting.truncated_importance(policy, sampler, largest=largest)
+        return weights, float((jnp.exp(sampler) * weights * values).sum())
+
+    ratios = np.exp(np.asarray(policy - sampler))
+    weights, found = mean(ratios.max() + 1)
+    np.testing.assert_allclose(weights, ratios, rtol=1e-9)
+    assert found == pytest.approx(float((jnp.exp(policy) * values).sum()), rel=1e-9)
+    for largest in (float(np.sort(ratios)[3]) + 1e-3, float(np.sort(ratios)[3]) - 1e-3):
+        np.testing.assert_allclose(mean(largest)[0], np.minimum(ratios, largest), rtol=1e-9)
+    here = np.arange(6) < 4
+    masked = on_arrays(losses.weighting.truncated_importance)(
+        np.where(here, policy, np.nan), sampler, where=here
     )
-    assert float(plain.losses) == pytest.approx((value - returned) ** 2 / 2, rel=1e-9)
+    np.testing.assert_allclose(masked, np.where(here, np.minimum(ratios, 2), 0), rtol=1e-9)
+    total = lambda *logps: losses.weighting.truncated_importance(*logps).sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(total, argnums=(0, 1))(policy, sampler), 0)
+    with pytest.raises(ValueError, match="truncated_importance expected largest above 0"):
+        losses.weighting.truncated_importance(policy, sampler, largest=0.0)
 
 
 EACH = {

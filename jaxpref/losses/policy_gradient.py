@@ -1,8 +1,11 @@
 """Policy gradients: losses of what a policy has sampled, and of the critic beside it.
 
 One value for each token (`gspo`: for each response), no reduction: how tokens are weighed against
-each other is the caller's choice, and part of the method. What `where` leaves out may hold
-anything, NaN too: its loss is 0 and no gradient reaches it.
+each other is the caller's choice, and part of the method. The gradient of the objective is that of
+the sum over a response's tokens, averaged over responses. Dividing each response's sum by its
+length (GRPO), or the batch's by all of its tokens (DAPO), biases it; a constant divisor (Dr. GRPO)
+only scales it. What `where` leaves out may hold anything, NaN too: its loss is 0 and no gradient
+reaches it.
 """
 
 from typing import NamedTuple
@@ -51,7 +54,14 @@ def reinforce(
     Formula: $L = -A \\log \\pi_\\theta(y_t | x, y_{<t})$.
 
     Source: Williams 1992, REINFORCE; for language models Ahmadian et al. 2024 (arXiv 2402.14740),
-    equation 5. With ReMax's advantage (Li et al. 2023, arXiv 2310.10505, equation 5) it is ReMax.
+    equation 5. With ReMax's advantage (`advantages.against_greedy`) it is ReMax.
+
+    A baseline that does not depend on the sample changes only the variance. Without one, or while a
+    moving average has not followed the rewards yet, the variance grows with the square of their
+    mean. ReMax's and RLOO's variance does not, and is the smaller one from a mean of a few
+    deviations on. Centred rewards may order them otherwise: then the plain estimator can have the
+    least, since the greedy response's reward is not the mean, and the mean of the other responses
+    is noisy itself.
 
     Args:
       policy_logps: of each token, in nats.
