@@ -81,6 +81,13 @@ def method_of(name: str) -> Method:
     return METHODS[name]
 
 
+def data_kind(config: ConfigDict) -> str:
+    """The kind of examples that a config's method trains on, see `jaxpref.data.convert`."""
+    method = method_of(config.algorithm.name)
+    others = (kind for kind, where in method.data_where.items() if where.holds(config))
+    return next(others, method.data)
+
+
 def knobs_of(name: str) -> dict[str, Knob]:
     """Every knob of a config with this method, by its dotted key."""
     own = method_of(name).knobs
