@@ -419,7 +419,6 @@ REWARD_KNOBS: dict[str, Knob] = {
         "",
         "a reward model: the workdir of a run of algorithm reward, or a Hugging Face directory or "
         "hub name with a sequence classifier of one label",
-        resumable=True,
     ),
     "reward.function": Knob(
         "",
@@ -439,7 +438,10 @@ REWARD_KNOBS: dict[str, Knob] = {
         at_least=0,
     ),
     "reward.batch_size": Knob(
-        16, "rows of tokens that a reward model scores at a time", at_least=1, resumable=True
+        16, "rows of tokens that a reward model scores at a time", at_least=1
+    ),
+    "reward.dtype": Knob(
+        "float32", "dtype of a reward model's parameters", choices=("float32", "bfloat16")
     ),
     "reward.normalize": Knob(
         False,

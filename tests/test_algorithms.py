@@ -422,9 +422,9 @@ def test_a_reward_model_of_labels_is_a_logistic_regression():
         for name, metric in objective.metrics.items()
     }
     assert metrics["accuracy"] == np.mean((chance > 0.5) == (labels > 0))
-    for name, label in (("chosen", 1), ("rejected", 0)):
+    for name, label in (("good", 1), ("bad", 0)):
         expected = np.mean(np.asarray(rewards)[labels == label])
-        assert metrics[f"rewards/{name}"] == pytest.approx(expected, rel=1e-9)
+        assert metrics[f"{name}_reward"] == pytest.approx(expected, rel=1e-9)
     assert metrics["mean_reward"] == pytest.approx(float(rewards.mean()), rel=1e-9)
 
 

@@ -16,7 +16,7 @@ from jaxpref.errors import UserError
 from jaxpref.knobs import REWARD_KNOBS
 from jaxpref.models import ModelOutput, ScalarHead
 from jaxpref.packing import Budget, Group
-from jaxpref.rewards import Sampled, shaping
+from jaxpref.rewards import Sampled, model as reward_model, shaping
 from jaxpref.rewards.model import same_tokens
 from jaxpref.tokenizer import TEMPLATES, load_tokenizer
 
@@ -63,7 +63,7 @@ def test_what_was_generated_is_scored_and_its_best_response_trained_on(classifie
     done = evaluation.score_file(classifier, generated, scored, max_length=64)
     lines = read_lines(scored)
     assert done.prompts == 2
-    assert not +data_lib_counts(done)
+    assert not any(done.counts.values())
     for given, line in zip(SAMPLED, lines, strict=True):
         assert given.items() <= line.items()
         assert len(line["scores"]) == len(given["responses"])
@@ -90,10 +90,21 @@ def test_what_was_generated_is_scored_and_its_best_response_trained_on(classifie
         assert [ids.tolist() for ids in data.group(index).responses] == [expected]
 
 
-def data_lib_counts(done):
-    from collections import Counter
-
-    return Counter(done.counts)
+def test_a_sampled_turn_may_say_nothing_or_be_cut_before_its_end(tmp_path):
+    """In a conversation too: EOS alone, or no token that ends the turn."""
+    line = {
+        "prompt": ASKED,
+        "responses": ["Leek", "Leek", ""],
+        "finish": ["stop", "length", "stop"],
+    }
+    tokenizer = load_tokenizer("bytes", "alpaca")
+    config = config_lib.default("reward")
+    path = write_lines(tmp_path / "x.jsonl", [line])
+    (example,), dataset, _ = data_lib.load_file(config, tokenizer, path)
+    leek, eos = tokenizer("Leek", add_special_tokens=False).input_ids, tokenizer.eos_token_id
+    found = [ids.tolist() for ids in dataset.group(0).responses]
+    assert found == [[*leek, eos], leek, [eos]]
+    assert example.record == line
 
 
 def last_token(params, batch, key=None):
@@ -113,9 +124,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_the_score_is_read_at_the_last_token_whatever_it_is(rows):
+@pytest.mark.parametrize(("rows", "window"), [(1, 256), (2, 3), (8, 256)])
+def test_the_score_is_read_at_the_last_token_whatever_it_is(rows, window, monkeypatch):
     """In blocks of any number of rows, of one shape, with several responses to a prompt."""
+    monkeypatch.setattr(reward_model, "_WINDOW", window)
     cases = [(np.asarray(p), [np.asarray(r)]) for p, r in ENDS.values()]
     cases.append((np.asarray([3]), [np.asarray([EOS]), np.asarray([4, 4, TURN]), np.asarray([9])]))
     groups = [Group(prompt, responses) for prompt, responses in cases]
@@ -178,6 +190,9 @@ def test_a_reward_model_gives_the_same_by_token_ids_and_through_text(classifier,
     np.testing.assert_array_equal(ids.total, ids.by_name["classifier"])
     assert ids.total.dtype == np.float32
     assert np.ptp(ids.total) > 1e-3
+    # In half the memory it says nearly the same.
+    half = rewards.build(group_of(path=str(classifier), dtype="bfloat16"), policy, max_length=32)
+    np.testing.assert_allclose(half(sampled_by(policy)).total, ids.total, atol=0.1)
 
 
 def test_a_reward_model_that_cannot_read_conversations_is_refused_with_both_names(classifier):

@@ -48,8 +48,8 @@ def _of_labels(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> O
     weights = here[:, 0].astype(rewards.dtype)
     metrics = {
         "accuracy": Metric((1 + jnp.sign(jnp.where(good, values, -values))) / 2, weights),
-        "rewards/chosen": Metric(values, jnp.where(good, weights, 0)),
-        "rewards/rejected": Metric(values, jnp.where(good, 0, weights)),
+        "good_reward": Metric(values, jnp.where(good, weights, 0)),
+        "bad_reward": Metric(values, jnp.where(good, 0, weights)),
         **_levels(rewards, here),
     }
     return Objective(Metric(losses.binary_reward(values, good), weights), metrics)

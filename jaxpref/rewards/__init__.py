@@ -145,7 +145,7 @@ def build(
     parts = {
         name: from_function(f"the reward function {name!r}", functions[name])
         if name in functions
-        else from_model(models[name], tokenizer, rows=reward.batch_size)
+        else from_model(models[name], tokenizer, rows=reward.batch_size, dtype=reward.dtype)
         for name in (source["name"] for source in sources)
     }
     weights = {source["name"]: float(source["weight"]) for source in sources}

@@ -29,6 +29,7 @@ from jaxpref.packing import Budget, Group, PackedBatch
 from jaxpref.rewards.base import Reward, Sampled, shown
 from jaxpref.terminal import console
 from jaxpref.tokenizer import special_tokens
+from jaxpref.trainable import as_abstract
 
 # Prompts whose rows are planned together.
 _WINDOW = 256
@@ -95,12 +96,17 @@ class RewardModel:
         same = not conversations or not template or template == tokenizer.chat_template
         return same and same_tokens(tokenizer, self.tokenizer)
 
-    def load(self) -> Any:
-        """Its parameters."""
+    def load(self, dtype: str = "float32") -> Any:
+        """Its parameters in a dtype, but for those that its run keeps in four bits."""
         abstract = huggingface.abstract_params(self._decoder, self._mesh)
-        if self._trained:
-            return checkpoint.restore_params(self._workdir, abstract)[0]
-        return weights.read(self._source, self._decoder, abstract)
+        abstract = jax.tree.map(lambda x: as_abstract(x, dtype), abstract)
+        if not self._trained:
+            return weights.read(self._source, self._decoder, abstract)
+        params, _ = checkpoint.restore_params(self._workdir, abstract)
+        if dtype == "float32" or self.config.model.frozen_dtype == "nf4":
+            return params
+        # What the run does not train it may keep in another dtype.
+        return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def score(
         self,
@@ -209,7 +215,7 @@ def same_tokens(policy: Any, other: Any) -> bool:
     )
 
 
-def from_model(model: RewardModel, tokenizer: Any, *, rows: int) -> Reward:
+def from_model(model: RewardModel, tokenizer: Any, *, rows: int, dtype: str = "float32") -> Reward:
     """The reward that a model gives, which is loaded here.
 
     It sees the very token ids that the policy has sampled where `RewardModel.reads_ids` says so.
@@ -220,8 +226,9 @@ def from_model(model: RewardModel, tokenizer: Any, *, rows: int) -> Reward:
       model: opened.
       tokenizer: the policy's.
       rows: how many are scored at a time, at most.
+      dtype: of the model's parameters.
     """
-    params, told = model.load(), Counter[str]()
+    params, told = model.load(dtype), Counter[str]()
     reads_ids = {kind: model.reads_ids(tokenizer, kind) for kind in (False, True)}
 
     def groups(sampled: Sampled) -> list[Group]:
