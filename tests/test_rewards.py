@@ -202,12 +202,32 @@ def test_a_reward_model_that_cannot_read_conversations_is_refused_with_both_name
         rewards.build(group_of(path=str(classifier)), other, max_length=32, conversations=True)
 
 
-def test_a_padding_token_more_makes_no_other_tokenizer():
+def test_a_reward_model_that_would_not_see_all_of_a_response_is_refused(classifier):
+    reward = group_of(path=str(classifier), max_length=16)
+    with pytest.raises(UserError, match=r"reward.max_length is 16, .* may have 32 tokens"):
+        rewards.build(reward, load_tokenizer("bytes"), max_length=32)
+
+
+def test_a_reward_model_that_gives_nan_writes_nothing(classifier, tmp_path, monkeypatch):
+    nan = np.asarray([1.0, np.nan, 1.0, 1.0], np.float32)
+    monkeypatch.setattr(rewards.RewardModel, "score", lambda *_, **options: nan)
+    path = write_lines(tmp_path / "x.jsonl", SAMPLED)
+    with pytest.raises(UserError, match=r"x.jsonl:1: the reward model gives 1.0, nan, 1.0, which"):
+        evaluation.score_file(classifier, path, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_padding_token_more_makes_no_other_tokenizer(monkeypatch):
     policy, padded, renamed = (tokenizer_that_pads("eos") for _ in range(3))
     padded.add_special_tokens({"pad_token": "<|pad|>"})
     assert same_tokens(policy, padded)
     assert not same_tokens(padded, policy)
     renamed.eos_token = "<pad>"
+    assert not same_tokens(policy, renamed)
+    ids = policy.get_vocab()
+    swapped = {**ids, "a": ids["b"], "b": ids["a"]}
+    monkeypatch.setattr(renamed, "get_vocab", lambda: swapped)
+    renamed.eos_token = policy.eos_token
     assert not same_tokens(policy, renamed)
 
 
