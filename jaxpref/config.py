@@ -31,6 +31,14 @@ _MIXTURE_KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str,
 }
 
+# The same of an entry of reward.mixture.
+_REWARD_KEYS: dict[str, type | tuple[type, ...]] = {
+    "path": str,
+    "function": str,
+    "weight": (int, float),
+    "name": str,
+}
+
 # Data is known by the fingerprints that a run has of it, not by where it lies.
 _PATHS = ("data.path", "data.eval_path", "data.mixture")
 FINGERPRINTS = ("data_fingerprint", "held_out_fingerprint")
@@ -71,6 +79,13 @@ def method_of(name: str) -> Method:
     if name not in METHODS:
         raise UserError(one_of("algorithm.name", name, METHODS))
     return METHODS[name]
+
+
+def data_kind(config: ConfigDict) -> str:
+    """The kind of examples that a config's method trains on, see `jaxpref.data.convert`."""
+    method = method_of(config.algorithm.name)
+    others = (kind for kind, where in method.data_where.items() if where.holds(config))
+    return next(others, method.data)
 
 
 def knobs_of(name: str) -> dict[str, Knob]:
@@ -311,6 +326,60 @@ def _check_entry(entry: Any, where: str) -> None:
     if not entry["path"] or not entry.get("name", "x") or "/" in entry.get("name", ""):
         raise UserError(
             f"{where}: 'path' and 'name' should not be empty, and a name has no '/'; got {entry!r}."
+        )
+
+
+def reward_sources(reward: ConfigDict) -> list[dict[str, Any]]:
+    """The rewards of a config, each with a path or a function, its weight, and its name.
+
+    Args:
+      reward: the group `reward` of a config.
+
+    Raises:
+      UserError: there is none, or one is given twice or cannot be one.
+    """
+    single = {key: reward[key] for key in ("path", "function") if reward[key]}
+    if len(single) + bool(reward.mixture) != 1:
+        given = [*single, *(["mixture"] if reward.mixture else [])]
+        raise UserError(
+            f"{' and '.join(f'reward.{key}' for key in given) or 'no reward'} given: give one of "
+            "reward.path (a reward model), reward.function (module:function) and reward.mixture "
+            "(several of them)."
+        )
+    entries = []
+    for number, given in enumerate(reward.mixture or [single]):
+        where = f"reward.mixture[{number}]" if reward.mixture else "reward"
+        _check_reward(given, where)
+        source = given.get("path") or given["function"]
+        name = source.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+        entries.append({"path": "", "function": "", "weight": 1.0, "name": name, **given})
+    names = [entry["name"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"reward.mixture has two rewards of the same name ({', '.join(names)}); give each a "
+            "'name' of its own."
+        )
+    return entries
+
+
+def _check_reward(entry: Any, where: str) -> None:
+    """Refuses an entry of reward.mixture that cannot be one."""
+    if not isinstance(entry, dict) or len(entry.keys() & {"path", "function"}) != 1:
+        raise UserError(f"{where} should be a dict with a 'path' or a 'function'; got {entry!r}.")
+    for key, value in entry.items():
+        if key not in _REWARD_KEYS:
+            raise UserError(one_of(f"a key of {where}", key, _REWARD_KEYS))
+        if isinstance(value, bool) or not isinstance(value, _REWARD_KEYS[key]) or value == "":
+            raise UserError(f"{where}: {key!r} cannot be {value!r}.")
+    if not math.isfinite(weight := entry.get("weight", 1.0)) or not weight:
+        raise UserError(f"{where}: 'weight' should be a finite number other than 0; got {weight}.")
+    if "/" in entry.get("name", ""):
+        raise UserError(f"{where}: 'name' should have no '/'; got {entry['name']!r}.")
+    module, colon, function = entry.get("function", "m:f").partition(":")
+    if not (module and colon and function) or ":" in function:
+        raise UserError(
+            f"{where}: the function is {entry['function']!r}; it should be module:function, such "
+            "as my_rewards:politeness."
         )
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.knobs import KNOBS, Knob
-from jaxpref.methods import METHODS
+from jaxpref.methods import METHODS, Method
 
 _WIDTH = 96
 _REFERENCE = {"none": "none", "optional": "any", "needed": "any but free"}
@@ -23,7 +23,8 @@ def explain(config: ConfigDict) -> str:
     method, defaults = config_lib.method_of(name), config_lib.default(name)
     lines = [
         f"{name}: {method.summary}",
-        f"It trains on data of kind {method.data!r}; reference: {_REFERENCE[method.reference]}.",
+        f"It trains on data of kind {config_lib.data_kind(config)!r}; reference: "
+        f"{_REFERENCE[method.reference]}.",
     ]
     group = ""
     for key, knob in config_lib.knobs_of(name).items():
@@ -46,7 +47,7 @@ def pages() -> dict[str, str]:
 
 def _methods_page() -> str:
     rows = [
-        [f"[`{name}`](#{name})", method.summary, method.data, _REFERENCE[method.reference]]
+        [f"[`{name}`](#{name})", method.summary, _data(method), _REFERENCE[method.reference]]
         for name, method in METHODS.items()
     ]
     table = _table(["`algorithm.name`", "what it is", "data", "reference"], rows)
@@ -66,6 +67,11 @@ def _methods_page() -> str:
         else:
             parts.append("It has no knobs of its own.")
     return "\n\n".join(parts) + "\n"
+
+
+def _data(method: Method) -> str:
+    others = (f"{kind} where {where.condition}" for kind, where in method.data_where.items())
+    return "; ".join([method.data, *others])
 
 
 def _knobs_page() -> str:

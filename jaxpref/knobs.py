@@ -412,3 +412,49 @@ KNOBS: dict[str, Knob] = {
         resumable=True,
     ),
 }
+
+# Knobs of methods that sample responses: what these are rewarded by.
+REWARD_KNOBS: dict[str, Knob] = {
+    "reward.path": Knob(
+        "",
+        "a reward model: the workdir of a run of algorithm reward, or a Hugging Face directory or "
+        "hub name with a sequence classifier of one label",
+    ),
+    "reward.function": Knob(
+        "",
+        "a Python function as module:function, called as TRL calls its reward functions (see "
+        "jaxpref.rewards.from_function)",
+    ),
+    "reward.mixture": Knob(
+        (),
+        "several rewards in place of reward.path and reward.function: dicts with a path or a "
+        "function, and if need be weight (its factor in the sum; else 1) and name (in metrics; "
+        "else the path's or the function's)",
+    ),
+    "reward.max_length": Knob(
+        0,
+        "tokens of a prompt plus a response that a reward model reads; what is longer is cut. 0: "
+        "as many as its run did, or as the responses may have if that is more",
+        at_least=0,
+    ),
+    "reward.batch_size": Knob(
+        16, "rows of tokens that a reward model scores at a time", at_least=1
+    ),
+    "reward.dtype": Knob(
+        "float32", "dtype of a reward model's parameters", choices=("float32", "bfloat16")
+    ),
+    "reward.normalize": Knob(
+        False,
+        "subtract the mean of all rewards so far and divide by their standard deviation, before "
+        "anything is clipped or subtracted",
+    ),
+    "reward.clip": Knob(0.0, "largest size of a reward, before penalties; 0: any", at_least=0),
+    "reward.length_penalty": Knob(
+        0.0, "what is subtracted from a response's reward for each of its tokens", at_least=0
+    ),
+    "reward.truncation_penalty": Knob(
+        0.0,
+        "what is subtracted from the reward of a response that was cut by length",
+        at_least=0,
+    ),
+}

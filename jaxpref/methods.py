@@ -18,6 +18,7 @@ class Method:
       summary: what it is, in a phrase, with its paper.
       family: the module of `jaxpref.algorithms` that builds it.
       data: the kind of examples that it trains on, see `jaxpref.data.convert`.
+      data_where: other kinds, and where it trains on them; `config.data_kind` chooses.
       reference: whether it compares the policy with a reference: "needed"; "optional" where the
         loss reads differences of log-ratios alone, so that a reference may be left out; "none".
       knobs: its own knobs by name, beside `algorithm.name`. There are no others, so that a knob
@@ -38,7 +39,11 @@ class Method:
     reads: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
     whole_batch: bool = False
+    data_where: Mapping[str, Effect] = dataclasses.field(default_factory=dict)
 
+
+_BINARY = Effect("algorithm.ranking is 'binary'", lambda c: c.algorithm.ranking == "binary")
+_COMPARED = Effect("algorithm.ranking is not 'binary'", lambda c: c.algorithm.ranking != "binary")
 
 # The running mean that BCO's shift is.
 MEAN_REWARD = "rewards/mean"
@@ -272,21 +277,26 @@ METHODS: dict[str, Method] = {
         "DPO on rankings, as the mean over all their pairs", "ranked", "ranked", "optional", _BETA
     ),
     "reward": Method(
-        "a Bradley-Terry or Plackett-Luce reward model, with margins and centering",
+        "a reward model: Bradley-Terry or Plackett-Luce with margins and centering, or of labels",
         "reward",
         "ranked",
         "none",
         {
             "ranking": Knob(
                 "all_pairs",
-                "what is maximised for more than two responses: the likelihood of all their pairs "
-                "(Bradley-Terry), or of the ranking",
-                choices=("all_pairs", "plackett_luce"),
+                "whose likelihood is maximised: that of all pairs of responses (Bradley-Terry), of "
+                "the ranking, or of labels of single responses (binary, with the reward as their "
+                "log-odds)",
+                choices=("all_pairs", "plackett_luce", "binary"),
             ),
             "center_coefficient": Knob(
-                0.0, "pull of the rewards to 0 on average; TRL advises 0.01", at_least=0
+                0.0,
+                "pull of the rewards to 0 on average; TRL advises 0.01",
+                at_least=0,
+                effect=_COMPARED,
             ),
         },
-        reads=("margins",),
+        reads=("margins", "labels"),
+        data_where={"unpaired": _BINARY},
     ),
 }

@@ -4,7 +4,8 @@
 
 W is the workdir of a run of algorithm `reward`, or a Hugging Face directory or hub name with a
 sequence classifier that has one label. The input is read like `data.path`. Each line of the
-output has the place of a record, its prompt, its responses and their rewards.
+output is a record with all that it had, and with its prompt, its responses and their scores; so
+what was scored is a ranking to train on.
 """
 
 from absl import app, flags
@@ -23,7 +24,9 @@ _FORMAT = flags.DEFINE_enum(
     [name for name in DATA_FORMATS if name != "synthetic"],
     "See data.format; auto goes by the columns.",
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Prompts scored at a time.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 16, "Rows of tokens scored at a time.", lower_bound=1
+)
 _CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template", "", "See tokenizer.chat_template. Empty: the run's, or the tokenizer's own."
 )

@@ -377,7 +377,7 @@ def test_a_reward_models_adapters_score_and_train_on(folder, tmp_path):
 
     def rewards(model):
         evaluation.score_file(model, str(tmp_path / "pairs.jsonl"), tmp_path / "scored")
-        return json.loads((tmp_path / "scored").read_text())["rewards"]
+        return json.loads((tmp_path / "scored").read_text())["scores"]
 
     here = rewards(tmp_path / "reward")
     np.testing.assert_allclose(rewards(tmp_path / "adapters"), here, atol=1e-5)

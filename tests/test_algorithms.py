@@ -128,7 +128,7 @@ def run(name, mode, steps=STEPS, micro_batches=1, **knobs):
     config = config_of(name, mode, **knobs)
     model, params = model_for(name), params_of(mode == "adapter")
     algorithm = algorithms.build(config)
-    batch = batch_of(METHODS[name].data, micro_batches=micro_batches)
+    batch = batch_of(config_lib.data_kind(config), micro_batches=micro_batches)
     trained, frozen = partition(params, config_lib.trainable(config))
     optimizer = optax.adam(3e-2)
     update = train.make_update(algorithm, model, optimizer, reference=mode_of(config, model))
@@ -241,7 +241,7 @@ VARIANTS = {
     "ipo": [{"per_token": True}],
     "cpo": [{"nll_per_token": True}],
     "orpo": [{"nll_per_token": True}],
-    "reward": [{"ranking": "plackett_luce"}, {"center_coefficient": 0.01}],
+    "reward": [{"ranking": "plackett_luce"}, {"ranking": "binary"}, {"center_coefficient": 0.01}],
 }
 
 
@@ -403,6 +403,29 @@ def test_all_pairs_of_a_ranking_count_in_a_reward_models_measurements():
     np.testing.assert_allclose(metrics["margin"].values, expected, rtol=1e-9)
     expected = (1 + np.sign(expected)) / 2
     assert metrics["accuracy"].values.tolist() == expected.tolist()
+
+
+def test_a_reward_model_of_labels_is_a_logistic_regression():
+    """Its loss is the cross-entropy of the rewards, and its gradient what they are off by."""
+    batch = whole(batch_of("unpaired"))
+    labels = np.asarray(batch.extras["labels"])
+    params = params_of()
+    rewards = algorithms.response_scalars(bigram_with_rewards(params, batch), batch)[:, 0]
+    objective = loss_of("reward", batch, params, ranking="binary")
+    chance = 1 / (1 + np.exp(-np.asarray(rewards)))
+    expected = -np.log(np.where(labels > 0, chance, 1 - chance))
+    np.testing.assert_allclose(objective.loss.values, expected, rtol=1e-9)
+    gradient = jax.grad(lambda r: losses.binary_reward(r, jnp.asarray(labels > 0)).sum())(rewards)
+    np.testing.assert_allclose(gradient, chance - labels, rtol=1e-9)
+    metrics = {
+        name: np.average(metric.values, weights=metric.weights)
+        for name, metric in objective.metrics.items()
+    }
+    assert metrics["accuracy"] == np.mean((chance > 0.5) == (labels > 0))
+    for name, label in (("good", 1), ("bad", 0)):
+        expected = np.mean(np.asarray(rewards)[labels == label])
+        assert metrics[f"{name}_reward"] == pytest.approx(expected, rel=1e-9)
+    assert metrics["mean_reward"] == pytest.approx(float(rewards.mean()), rel=1e-9)
 
 
 def test_plackett_luce_has_no_place_for_margins():

@@ -48,7 +48,7 @@ def write_pairs(path, count=20):
 
 def ours(model, path, output):
     evaluation.score_file(model, str(path), output)
-    return np.array([json.loads(line)["rewards"] for line in output.read_text().splitlines()])
+    return np.array([json.loads(line)["scores"] for line in output.read_text().splitlines()])
 
 
 def theirs(directory, pairs, model=None):

@@ -77,6 +77,18 @@ def test_configs_are_locked():
         config_lib.default("dpo").data.pth = "x"
 
 
+def test_a_reward_model_of_labels_trains_on_labels_and_centres_nothing():
+    config = config_lib.default("reward")
+    config.data.path = "a.jsonl"
+    assert config_lib.data_kind(config) == "ranked"
+    config.algorithm.ranking = "binary"
+    config_lib.check(config)
+    assert config_lib.data_kind(config) == "unpaired"
+    config.algorithm.center_coefficient = 0.01
+    with pytest.raises(UserError, match=r"only where algorithm.ranking is not"):
+        config_lib.check(config)
+
+
 def valid(**changes):
     config = config_lib.default("dpo")
     config.data.path = "a.jsonl"

@@ -430,3 +430,24 @@ def test_synthetic_rewards_are_those_of_the_text():
                 response.strip(" .").replace(",", "").replace(" and", "").split()
             )
             assert reward == synthetic.true_reward(tuple(words), described == dish)
+        prompts = [example.prompt] * 2
+        assert synthetic.true_rewards(prompts, example.responses) == [*example.true_rewards]
+
+
+def test_a_text_that_describes_no_dish_has_the_lowest_of_all_true_rewards():
+    prompt = "Guest 7: how is the tea?"
+    coldest = synthetic.true_rewards([prompt], [" The pie is dreadful, stale and bitter."])
+    others = (
+        "",
+        " The tea",
+        " The tea is superb, superb and superb.",
+        " The tea is superb, lovely and tasty. ",
+        " The tea is superb, lovely and tasty. It is.",
+        "The tea is superb, lovely and tasty.",
+        " The sea is superb, lovely and tasty.",
+    )
+    lowest = synthetic.true_rewards([prompt] * len(others), others, answer=[None] * len(others))
+    assert set(lowest) == {synthetic.LOWEST_REWARD}
+    assert coldest[0] > synthetic.LOWEST_REWARD
+    with pytest.raises(ValueError, match="should ask how a dish is; got 'Why"):
+        synthetic.true_rewards(["Why tea?"], [""])

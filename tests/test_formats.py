@@ -90,10 +90,25 @@ RECORDS = {
         {"prompt": ASKED, "responses": [[STONE], LEEK, [ONION]], "scores": [0, 1, 1]},
         Example(CHAT, (STONE, LEEK, ONION), (0.0, 1.0, 1.0), ordered=False),
     ),
+    "ranked, one response": (
+        "ranked",
+        {"prompt": "p", "responses": ["a"], "scores": [1]},
+        Example("p", ("a",), (1.0,), ordered=False),
+    ),
     "responses": (
         "responses",
         {"prompt": "p", "responses": ["a"]},
         Example("p", ("a",), ordered=False),
+    ),
+    "responses that were sampled": (
+        "responses",
+        {"prompt": ASKED, "responses": [STONE["content"], ""], "finish": ["length", "stop"]},
+        Example(
+            CHAT,
+            (STONE, {"role": "assistant", "content": ""}),
+            ordered=False,
+            finished=(False, True),
+        ),
     ),
     "sft": ("sft", {"prompt": "p", "completion": "a"}, Example("p", ("a",))),
     "sft, messages": ("sft", {"prompt": ASKED, "completion": [LEEK]}, Example(CHAT, (LEEK,))),
@@ -211,9 +226,13 @@ BAD = {
     ),
     "label is text": ({**UNPAIRED, "label": "yes"}, "true or false .or 1 or 0.; got 'yes'"),
     "label is 2": ({**UNPAIRED, "label": 2}, "true or false .or 1 or 0.; got 2"),
-    "one response": (
-        {**RANKED, "responses": ["a"], "scores": [1]},
-        "should have two responses or more; got 1",
+    "a response without an end": (
+        {**RANKED, "finish": ["stop"]},
+        "'finish' should say 'stop' or 'length' of each of the 2 responses; got .'stop'.",
+    ),
+    "another end": (
+        {**RANKED, "finish": ["stop", "eos"]},
+        "'finish' should say 'stop' or 'length' of each of the 2 responses; got .'stop', 'eos'.",
     ),
     "a score too few": ({**RANKED, "scores": [1]}, "there are 2 responses and 1 scores"),
     "responses is text": ({**RANKED, "responses": "ab"}, "'responses' should be a list; got str"),

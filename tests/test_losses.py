@@ -367,6 +367,12 @@ CASES = {
         lambda a, b: -log_sigmoid(a - b - 0.25) + 0.01 * (a + b) ** 2,
         inputs=2,
     ),
+    "binary reward": Case(
+        lambda a: losses.binary_reward(a, jnp.asarray(LABELS)[: len(a)]),
+        lambda a: -log_sigmoid(np.where(LABELS, a, -a)),
+        inputs=1,
+        trained=1,
+    ),
     "nll": Case(losses.nll, lambda a: -a, inputs=1, trained=1),
     "rrhf": Case(
         lambda a: (

@@ -13,9 +13,9 @@ import transformers
 
 from jaxpref import checkpoint, config as config_lib, evaluation, export, metrics, models, train
 from jaxpref.errors import UserError
-from jaxpref.evaluation import rewards
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
+from jaxpref.rewards import model as reward_model
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -338,7 +338,7 @@ def test_rows_that_are_scored_do_not_depend_on_how_those_of_training_were(tmp_pa
     checkpoint.write_run(tmp_path, checkpoint.describe_run(config))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     for max_length, row_length in ((0, 200), (64, 0)):
-        found = rewards._config(tmp_path, max_length)
+        found = reward_model._config(tmp_path, max_length)
         assert (found.data.scored_length, found.data.row_length) == (0, row_length)
 
 
@@ -362,7 +362,7 @@ def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_pat
     scored = score(tmp_path / "reward")
     assert [line["responses"] for line in scored] == [[p["chosen"], p["rejected"]] for p in pairs]
     # The same response to the same prompt has the same reward, whatever is beside it.
-    yes, no = np.array([line["rewards"] for line in scored]).T
+    yes, no = np.array([line["scores"] for line in scored]).T
     np.testing.assert_allclose(no, no[0], rtol=1e-5, atol=1e-5)
     assert np.diff(np.sort(yes)).min() > 1e-4
     with pytest.raises(UserError, match="is a run of sft, not of a reward model"):
@@ -374,7 +374,7 @@ def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_pat
     assert described["architectures"] == ["Qwen3ForSequenceClassification"]
     export.run(tmp_path / "reward", tmp_path / "float32", "float32")
     for ours, exported in zip(scored, score(tmp_path / "float32"), strict=True):
-        np.testing.assert_allclose(ours["rewards"], exported["rewards"], atol=1e-5)
+        np.testing.assert_allclose(ours["scores"], exported["scores"], atol=1e-5)
     if begin == "hf":
         # A reward model is where another run may begin, with its head.
         train.run(small("reward", tmp_path / "out", train__steps=1), tmp_path / "again")

@@ -135,5 +135,10 @@ def present(batch: PackedBatch) -> Bool[Array, "groups responses"]:
     return jnp.asarray(batch.lengths) > 0
 
 
+def desirable(batch: PackedBatch) -> Bool[Array, " groups"]:
+    """Which groups have a response that is labelled good."""
+    return jnp.asarray(batch.extras["labels"]) > 0
+
+
 def _kind(output: ModelOutput) -> str:
     return type(output.head).__name__

@@ -5,7 +5,14 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from jaxpref import losses
-from jaxpref.algorithms.base import Algorithm, LossInputs, Objective, present, response_logps
+from jaxpref.algorithms.base import (
+    Algorithm,
+    LossInputs,
+    Objective,
+    desirable,
+    present,
+    response_logps,
+)
 from jaxpref.losses import UnpairedOutput
 from jaxpref.measurements import Metric
 from jaxpref.methods import MEAN_REWARD, METHODS
@@ -29,7 +36,7 @@ def _kto(knobs: ConfigDict) -> Algorithm:
             kl = jnp.maximum(inputs.pooled["kl"], 0)
         else:
             kl = losses.kto_kl(policy[:, 1], reference[:, 1], where=present(batch)[:, 1])
-        found = losses.kto(policy[:, 0], reference[:, 0], _desirable(batch), kl, **options)
+        found = losses.kto(policy[:, 0], reference[:, 0], desirable(batch), kl, **options)
         objective = _objective(found, policy[:, 0], batch)
         objective.metrics["kl"] = Metric(
             jnp.broadcast_to(kl, policy[:, 0].shape), objective.loss.weights
@@ -53,7 +60,7 @@ def _bco(knobs: ConfigDict) -> Algorithm:
         found = losses.bco_unpaired(
             policy[:, 0],
             reference[:, 0],
-            _desirable(batch),
+            desirable(batch),
             shift=inputs.running[MEAN_REWARD],
             beta=knobs.beta,
         )
@@ -64,14 +71,10 @@ def _bco(knobs: ConfigDict) -> Algorithm:
     return Algorithm(loss, response_logps, METHODS[knobs.name].running)
 
 
-def _desirable(batch: PackedBatch) -> Array:
-    return jnp.asarray(batch.extras["labels"]) > 0
-
-
 def _objective(output: UnpairedOutput, logps: Array, batch: PackedBatch) -> Objective:
     weights = present(batch)[:, 0].astype(logps.dtype)
-    desirable = _desirable(batch)
-    chosen, rejected = (jnp.where(side, weights, 0) for side in (desirable, ~desirable))
+    good = desirable(batch)
+    chosen, rejected = (jnp.where(side, weights, 0) for side in (good, ~good))
     metrics = {
         "rewards/chosen": Metric(output.rewards, chosen),
         "rewards/rejected": Metric(output.rewards, rejected),

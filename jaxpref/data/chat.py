@@ -71,6 +71,10 @@ class EncodedTurns(NamedTuple):
     ids: list[int]
     context: Bool[np.ndarray, " tokens"]
 
+    def without_end(self) -> "EncodedTurns":
+        """The same turns, with the last one cut before the token that ends it."""
+        return EncodedTurns(self.ids[:-1], self.context[:-1])
+
 
 class _Opened(NamedTuple):
     """A conversation as it is when the model begins to write."""
@@ -178,7 +182,8 @@ class ChatEncoder:
         if not whole.startswith(opened.text):
             raise self._boundary_error(opened.text, whole, "text", where)
         said = whole[len(opened.text) :]
-        if not (self._parse or self._special_names.sub("", said).strip()):
+        silent = message == {"role": "assistant", "content": ""}
+        if not (silent or self._parse or self._special_names.sub("", said).strip()):
             raise UserError(
                 f"{where}: the chat template shows nothing of the response (it has "
                 f"{', '.join(sorted(message))}); use a template that does."

@@ -136,6 +136,7 @@ def conversations(
     where: str,
     *,
     given: int = 0,
+    sampled: bool = False,
 ) -> Example:
     """An example of one or several dialogues.
 
@@ -148,6 +149,7 @@ def conversations(
       names: what the dialogues are called, for messages.
       where: place of the record, for messages.
       given: how many messages of one dialogue belong to the prompt in any case.
+      sampled: whether a model said the responses; it may say nothing.
 
     Raises:
       DivergentPromptError: the dialogues part in a turn that is not the assistant's.
@@ -175,7 +177,8 @@ def conversations(
         )
     prompt = chat(record, dialogues[0][:cut], where)
     responses = tuple(d[-1] if cut == len(d) - 1 else tuple(d[cut:]) for d in dialogues)
-    return not_empty(Example(prompt, responses, where=where), names)
+    example = Example(prompt, responses, where=where)
+    return example if sampled else not_empty(example, names)
 
 
 def _shared(dialogues: list[list[Message]]) -> int:

@@ -51,11 +51,13 @@ def select(example: Example, places: Sequence[int], **changes: Any) -> Example:
       changes: further fields that change.
     """
     responses, scores, rewards = example.responses, example.scores, example.true_rewards
+    finished = example.finished
     return dataclasses.replace(
         example,
         responses=tuple(responses[k] for k in places),
         scores=None if scores is None else tuple(scores[k] for k in places),
         true_rewards=None if rewards is None else tuple(rewards[k] for k in places),
+        finished=None if finished is None else tuple(finished[k] for k in places),
         **changes,
     )
 
@@ -100,7 +102,13 @@ def to_prompt(example: Example) -> Example:
     """The prompt alone; for a conversation, all that is before its last turn."""
     example = last_turn(example) if len(example.responses) == 1 else example
     return dataclasses.replace(
-        example, responses=(), scores=None, true_rewards=None, label=None, margin=None
+        example,
+        responses=(),
+        scores=None,
+        true_rewards=None,
+        finished=None,
+        label=None,
+        margin=None,
     )
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 from jaxpref.data.chat import Chat, Turns, messages_of
 from jaxpref.errors import UserError
@@ -31,6 +31,9 @@ class Example:
       ordered: whether the responses are ordered, best first; else they are in the record's order.
       true_rewards: the reward of each response from which the order was drawn, where that is
         known. The draw may have put the response with the lower reward first.
+      finished: whether each response came to its end, where it was sampled; one that did not was
+        cut by length, so no end token follows it. None where responses were not sampled: all did.
+      record: all columns that the example was read from, where they are asked for.
     """
 
     prompt: str | Chat | None
@@ -42,6 +45,8 @@ class Example:
     source: str = ""
     ordered: bool = True
     true_rewards: tuple[float, ...] | None = None
+    finished: tuple[bool, ...] | None = None
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
 
 def last_turn(example: Example) -> Example:

@@ -67,11 +67,6 @@ def ranked(record: Mapping, where: str) -> Example:
             f"{where}: there are {len(example.responses)} responses and {len(scores)} scores; each "
             "response should have one."
         )
-    if len(scores) < 2:
-        raise UserError(
-            f"{where}: a ranking should have two responses or more; got {len(scores)}. Give "
-            "single ones as prompt and completion (format sft, or unpaired with a label)."
-        )
     values = [
         columns.as_number(score, f"{where}: column 'scores', place {i}")
         for i, score in enumerate(scores)
@@ -80,13 +75,20 @@ def ranked(record: Mapping, where: str) -> Example:
 
 
 def responses(record: Mapping, where: str) -> Example:
-    """`prompt` and `responses`, of which none is known to be better than another."""
+    """`prompt` and `responses`, of which none is known to be better than another.
+
+    A column `finish`, if it is there, says of each response why a model that said it ended:
+    "stop", or "length" where it was cut. A response that was sampled may be empty. In a
+    conversation, too, a response may be a text: what the assistant says.
+    """
     given = columns.listed(record, "responses", where)
-    named = {f"responses[{i}]": response for i, response in enumerate(given)}
+    said = [_message(one) if isinstance(record.get("prompt"), list) else one for one in given]
+    named = {f"responses[{i}]": response for i, response in enumerate(said)}
     if not named:
         raise UserError(f"{where}: column 'responses' should not be empty.")
-    example = _continued({**record, **named}, tuple(named), where)
-    return dataclasses.replace(example, ordered=False)
+    finished = _finished(record, len(given), where)
+    example = _continued({**record, **named}, tuple(named), where, sampled=finished is not None)
+    return dataclasses.replace(example, ordered=False, finished=finished)
 
 
 def sft(record: Mapping, where: str) -> Example:
@@ -126,18 +128,48 @@ def text(record: Mapping, where: str) -> Example:
     )
 
 
-def _continued(record: Mapping, names: tuple[str, ...], where: str) -> Example:
-    """`prompt` with the responses in the named columns, all texts or all messages."""
+def _finished(record: Mapping, responses: int, where: str) -> tuple[bool, ...] | None:
+    """Which responses came to their end, by the column `finish`; None without it."""
+    if record.get("finish") is None:
+        return None
+    reasons = columns.listed(record, "finish", where)
+    if len(reasons) != responses or not all(reason in ("stop", "length") for reason in reasons):
+        raise UserError(
+            f"{where}: column 'finish' should say 'stop' or 'length' of each of the {responses} "
+            f"responses; got {repr(reasons)[:80]}."
+        )
+    return tuple(reason == "stop" for reason in reasons)
+
+
+def _continued(
+    record: Mapping, names: tuple[str, ...], where: str, *, sampled: bool = False
+) -> Example:
+    """`prompt` with the responses in the named columns.
+
+    Args:
+      record: the record.
+      names: of the columns.
+      where: place of the record, for messages.
+      sampled: whether a model said the responses; it may say nothing.
+    """
     if isinstance(record.get("prompt"), list):
         before = columns.messages(record, "prompt", where)
         after = [_response(record, name, where) for name in names]
         # In some data sets every response repeats the prompt.
         whole = all(len(r) > len(before) and r[: len(before)] == before for r in after)
         dialogues = after if whole else [[*before, *response] for response in after]
-        return columns.conversations(record, dialogues, names, where, given=len(before))
+        return columns.conversations(
+            record, dialogues, names, where, given=len(before), sampled=sampled
+        )
     prompt = columns.text(record, "prompt", where)
     responses = tuple(columns.text(record, name, where) for name in names)
-    return columns.not_empty(Example(prompt, responses, where=where), names)
+    example = Example(prompt, responses, where=where)
+    return example if sampled else columns.not_empty(example, names)
+
+
+def _message(response: Any) -> Any:
+    """A text as a message of the assistant; what is no text stays as it is."""
+    return {"role": "assistant", "content": response} if isinstance(response, str) else response
 
 
 def _response(record: Mapping, name: str, where: str) -> list[Message]:

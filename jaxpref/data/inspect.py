@@ -63,7 +63,7 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     data_lib.check(config)
     tokenizer = weights.open_run(config, Path(".")).tokenizer
     method = config_lib.method_of(config.algorithm.name)
-    kind = method.data
+    kind = config_lib.data_kind(config)
     with progress("tokenising", "examples") as tell:
         data = data_lib.load(config, tokenizer, kind, progress=tell)
     data_lib.check_batch_size(config, data)

@@ -167,7 +167,7 @@ def _tokenized(
     dataset = tokenize(
         examples,
         tokenizer,
-        _limits(config, tokenizer),
+        limits_of(config, tokenizer),
         parse_special_tokens=config.tokenizer.parse_special_tokens,
         processes=config.data.num_proc,
         progress=progress,
@@ -199,7 +199,8 @@ def load_file(
       progress: called with the number of examples tokenised so far.
 
     Returns:
-      The examples in the file's order; tokenised; and what was left out or cut, by reason.
+      The examples in the file's order, each with its record; tokenised; and what was left out or
+      cut, by reason.
 
     Raises:
       UserError: the file cannot be read, or a prompt has no response.
@@ -211,6 +212,7 @@ def load_file(
         on_empty="skip",
         on_assistant_prompt=config.data.on_assistant_prompt,
         min_score_ratio=1.0,
+        keep_records=True,
     )
     # A reward is given to the last turn of a conversation, so all before that turn is the prompt.
     examples = [last_turn(e) if len(e.responses) == 1 else e for e in examples]
@@ -225,7 +227,7 @@ def load_file(
         # Margins and labels change no token, and a file may have them for some examples only.
         [dataclasses.replace(example, margin=None, label=None) for example in examples],
         tokenizer,
-        _limits(config, tokenizer),
+        limits_of(config, tokenizer),
         parse_special_tokens=config.tokenizer.parse_special_tokens,
         processes=config.data.num_proc,
         progress=progress,
@@ -234,7 +236,8 @@ def load_file(
     return examples, dataset, {**counts, **dataset.counts}
 
 
-def _limits(config: ConfigDict, tokenizer: Any) -> Limits:
+def limits_of(config: ConfigDict, tokenizer: Any) -> Limits:
+    """The lengths and special tokens that a config asks for."""
     return Limits(
         max_length=config.data.max_length,
         max_prompt_length=config.data.max_prompt_length,

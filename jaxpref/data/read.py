@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ def parse(
     min_score_ratio: float = 2.0,
     limit: int = 0,
     detected: bool = False,
+    keep_records: bool = False,
 ) -> tuple[list[Example], Counter[str]]:
     """Reads examples from records.
 
@@ -191,6 +193,7 @@ def parse(
       limit: how many examples are kept, the first ones; the records after them are counted. 0
         keeps all.
       detected: whether the format was detected by the columns; error messages then say so.
+      keep_records: whether each example keeps all columns of its record.
 
     Returns:
       The examples in order, and what was dropped, by reason.
@@ -217,7 +220,7 @@ def parse(
             example = last_turn(example) if turns == "last" else example
             if on_assistant_prompt != "continue":
                 _check_turns(example)
-            examples.append(example)
+            examples.append(replace(example, record=record) if keep_records else example)
         except SkippableError as error:
             if policies[error.reason] != "skip":
                 raise

@@ -5,8 +5,12 @@ adjectives. Each adjective has a fixed warmth. The true reward of a response is 
 of its warmths, less a penalty if it describes the wrong dish. Labels are drawn from the
 Bradley-Terry model with this reward, $p(y_1 \\succ y_2) = \\sigma(r(y_1) - r(y_2))$. So some
 labels are wrong on purpose, and no model can be expected to agree with more labels than the
-true reward does.
+true reward does. `true_rewards` knows the reward of any other response, too.
 """
+
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +38,47 @@ WARMTH: dict[str, float] = dict(
 def true_reward(adjectives: tuple[str, ...], right_dish: bool) -> float:
     """The reward of a response with these adjectives."""
     return sum(WARMTH[word] for word in adjectives) - (0 if right_dish else _WRONG_DISH_PENALTY)
+
+
+# The true reward of a text that is no description of a dish: less than that of any that is one.
+LOWEST_REWARD = _ADJECTIVES_A_RESPONSE * min(WARMTH.values()) - _WRONG_DISH_PENALTY
+
+_ASKED = re.compile(f"how is the ({'|'.join(_DISHES)})\\?\\Z")
+_DESCRIBED = re.compile(
+    r" The ({0}) is ({1}), ({1}) and ({1})\.".format("|".join(_DISHES), "|".join(_ADJECTIVES))
+)
+
+
+def true_rewards(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """The true rewards of any responses to prompts of this task.
+
+    It is a function for `reward.function`: jaxpref.data.synthetic:true_rewards.
+
+    Args:
+      prompts: as `generate` makes them, one a response.
+      completions: of the form that `generate` gives its responses, " The tea is superb, fresh and
+        mild." with three different adjectives; any other text gets `LOWEST_REWARD`.
+      columns: whatever else is known; not read.
+
+    Raises:
+      ValueError: a prompt is none of this task.
+
+    >>> true_rewards(["Guest 7: how is the tea?"], [" The tea is superb, fresh and mild."])[0] > 0
+    True
+    """
+    return [_reward_of(*pair) for pair in zip(prompts, completions, strict=True)]
+
+
+def _reward_of(prompt: str, response: str) -> float:
+    asked, described = _ASKED.search(prompt), _DESCRIBED.fullmatch(response)
+    if asked is None:
+        raise ValueError(f"a prompt should ask how a dish is; got {prompt!r}.")
+    if described is None:
+        return LOWEST_REWARD
+    dish, *adjectives = described.groups()
+    if len(set(adjectives)) < len(adjectives):
+        return LOWEST_REWARD
+    return true_reward(tuple(adjectives), right_dish=dish == asked[1])
 
 
 def generate(pairs: int, seed: int) -> list[Example]:

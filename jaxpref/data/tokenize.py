@@ -50,6 +50,8 @@ def complete(
     responses: Sequence[Sequence[int]],
     limits: Limits,
     where: str = "",
+    *,
+    finished: Sequence[bool] | None = None,
 ) -> list[Sequence[int]]:
     """Adds BOS to a prompt and EOS to its responses, unless they have them already.
 
@@ -58,6 +60,7 @@ def complete(
       responses: the same of each response.
       limits: has the special tokens.
       where: place of the example, for messages.
+      finished: which responses end; one that was cut by length gets no EOS. None: all end.
 
     Returns:
       The prompt, then the responses; none is empty.
@@ -73,8 +76,11 @@ def complete(
             "token of the response from. Put something before the response."
         )
     ended = [
-        response if response and response[-1] == limits.eos else [*response, limits.eos]
-        for response in responses
+        # What is empty gets EOS in any case, since a response has a token to score.
+        response
+        if response and (response[-1] == limits.eos or not ends)
+        else [*response, limits.eos]
+        for response, ends in zip(responses, finished or [True] * len(responses), strict=True)
     ]
     return [prompt, *ended]
 
@@ -308,8 +314,13 @@ class _Encoder:
             own.
           chats: encodes an example that is a conversation.
         """
+        finished = example.finished or [True] * len(example.responses)
         if isinstance(example.prompt, Chat):
             prompt, turns = chats.encode(example.prompt, example.responses, example.where)
+            turns = [
+                turn if ends or len(turn.ids) == 1 else turn.without_end()
+                for turn, ends in zip(turns, finished, strict=True)
+            ]
             if not prompt:
                 raise UserError(f"{example.where}: the chat template writes an empty prompt.")
             whole: list[Sequence[int]] = [prompt, *(turn.ids for turn in turns)]
@@ -318,7 +329,7 @@ class _Encoder:
         prompt, *responses = (next(ids) for _ in range(1 + len(example.responses)))
         if example.prompt is None:
             return self._parts_of_text(responses[0], example.where)
-        whole = complete(prompt, responses, self._limits, example.where)
+        whole = complete(prompt, responses, self._limits, example.where, finished=finished)
         context = [np.zeros(len(response), bool) for response in whole[1:]]
         return [_Part(whole, context, digest(whole[0]))]
 

@@ -12,13 +12,18 @@ _TITLES = {
     "eval/rewards/rank_correlation": "rank correlation with the true reward",
     "eval/rewards/chosen": "implicit reward, chosen",
     "eval/rewards/rejected": "implicit reward, rejected",
-    "eval/accuracy": "preference accuracy",
+    "eval/accuracy": "accuracy",
     "eval/margin": "reward margin",
     "eval/mean_reward": "reward",
+    "eval/good_reward": "reward, labelled good",
+    "eval/bad_reward": "reward, labelled bad",
     "eval/calibration_error": "expected calibration error",
     "eval/logps/chosen": "log-prob, chosen (nats)",
     "eval/logps/rejected": "log-prob, rejected (nats)",
 }
+
+# What is measured of a reward model, in one panel of its curves.
+_REWARDS = ("mean_reward", "min_reward", "max_reward", "good_reward", "bad_reward", "margin")
 
 
 def closing_table(lines: list[dict[str, float]]) -> Table | None:
@@ -61,9 +66,9 @@ def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
         panel
         for panel in (
             ("loss (nats)", ("loss",)),
-            ("preference accuracy", ("rewards/accuracies", "rewards/best_accuracy", "accuracy")),
+            ("accuracy", ("rewards/accuracies", "rewards/best_accuracy", "accuracy")),
             ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-            ("reward", ("mean_reward", "min_reward", "max_reward", "margin")),
+            ("reward", _REWARDS),
             ("gradient norm", ("grad_norm",)),
         )
         if any(name in line for line in lines for name in panel[1])

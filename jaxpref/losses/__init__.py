@@ -32,6 +32,7 @@ from jaxpref.losses.preference import (
 from jaxpref.losses.ranked import RankedOutput, all_pairs, plackett_luce_dpo, rrhf
 from jaxpref.losses.reference_free import cpo, orpo, simpo, slic_hf, unlikelihood
 from jaxpref.losses.reward import (
+    binary_reward,
     bradley_terry,
     ensemble_mean,
     ensemble_uncertainty,
@@ -57,6 +58,7 @@ __all__ = [
     "apo_zero",
     "bco",
     "bco_unpaired",
+    "binary_reward",
     "bradley_terry",
     "cispo",
     "clipped_value",

@@ -84,6 +84,37 @@ def plackett_luce(
     return (terms if where is None else jnp.where(where, terms, 0.0)).sum(-1)
 
 
+def binary_reward(
+    rewards: Float[Array, "*batch"], desirable: Bool[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """The negative log-likelihood of labels, good or not, with the reward as their log-odds.
+
+    Formula: $L = -\\log \\sigma(r)$ for a response that is labelled good, and
+    $L = -\\log \\sigma(-r)$ for another one. Unlike `bradley_terry` it determines the level of the
+    rewards: 0 is an even chance.
+
+    Source: logistic regression. Outcome-supervised reward models are trained so (Lightman et al.
+    2023, arXiv 2305.20050, section 2.5).
+
+    Args:
+      rewards: the reward of each response.
+      desirable: the label of each response.
+
+    Returns:
+      The loss of each response in nats, in float32 (float64 stays float64).
+
+    Raises:
+      ValueError: the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> print(binary_reward(jnp.array([0.0]), jnp.array([True])))
+    [0.6931472]
+    """
+    sign = jnp.where(desirable, 1, -1).astype(rewards.dtype)
+    rewards, sign = checked("binary_reward", rewards=rewards, desirable=sign)
+    return -jax.nn.log_sigmoid(sign * rewards)
+
+
 def ensemble_mean(rewards: Float[Array, "members *batch"]) -> Float[Array, "*batch"]:
     """The mean of an ensemble's rewards, in float32."""
     return in_float32(rewards).mean(0)

@@ -157,9 +157,8 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
 
 
 def _load(config: ConfigDict, tokenizer: Any) -> Data:
-    kind = config_lib.method_of(config.algorithm.name).data
     with progress("tokenising", "examples") as tell:
-        data = data_lib.load(config, tokenizer, kind, progress=tell)
+        data = data_lib.load(config, tokenizer, config_lib.data_kind(config), progress=tell)
     data_lib.check_batch_size(config, data)
     return data
 

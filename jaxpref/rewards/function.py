@@ -1,0 +1,97 @@
+"""Rewards that are Python functions, called as TRL calls its reward functions."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxpref.errors import UserError
+from jaxpref.rewards.base import Reward, Sampled, checked, shown
+
+# What a function is given by these names is not a column of the records.
+_OWN = ("prompt", "completion", "prompts", "completions", "completion_ids", "finished")
+
+
+def find(path: str) -> Callable[..., Any]:
+    """The function that `module:function` names.
+
+    Raises:
+      UserError: there is no such module, or nothing in it of that name that can be called.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"reward.function={path}: cannot be imported ({error}). It should be module:function, "
+            "with the module where Python finds it, such as the directory that the command runs in."
+        ) from error
+    if not callable(found):
+        raise UserError(f"reward.function={path}: is of type {type(found).__name__}, no function.")
+    return found
+
+
+def from_function(name: str, function: Callable[..., Any]) -> Reward:
+    """A reward from a function of keyword arguments, which gives one number a response.
+
+    It is called as `function(prompts=, completions=, completion_ids=, finished=, **columns)`, all
+    lists with one entry a response:
+
+    - `prompts`: texts, or lists of messages;
+    - `completions`: texts; to a list of messages a list of one message of the assistant;
+    - `completion_ids`: lists of token ids, with the one that ended the response;
+    - `finished`: False where the response was cut by length;
+    - `columns`: every further column of the prompts' records, None where a record has none.
+
+    A reward function of TRL is such a function. One that does not read all of this takes
+    `**columns`.
+
+    Args:
+      name: for messages.
+      function: may raise, or give what is no reward: the error then says for which prompt.
+    """
+
+    def reward(sampled: Sampled) -> Float[np.ndarray, " responses"]:
+        try:
+            values = function(**_arguments(sampled))
+        except Exception as error:  # Whatever a user's function raises.
+            prompt = _culprit(function, sampled)
+            raise UserError(
+                f"{name} raised {type(error).__name__}: {error} (for {len(sampled.responses)} "
+                f"responses; it does so for one to the prompt {shown(prompt)})."
+            ) from error
+        return checked(name, values, sampled)
+
+    return reward
+
+
+def _arguments(sampled: Sampled) -> dict[str, list]:
+    names = dict.fromkeys(name for record in sampled.records for name in record)
+    columns = {
+        name: [record.get(name) for record in sampled.records] for name in names if name not in _OWN
+    }
+    completions = [
+        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(sampled.prompts, sampled.responses, strict=True)
+    ]
+    return {
+        "prompts": [p if isinstance(p, str) else list(p) for p in sampled.prompts],
+        "completions": completions,
+        "completion_ids": [ids.tolist() for ids in sampled.response_ids],
+        "finished": sampled.finished.tolist(),
+        **columns,
+    }
+
+
+def _culprit(function: Callable[..., Any], sampled: Sampled) -> Any:
+    """The prompt of the first response for which the function raises, else the first prompt."""
+    for index, prompt in enumerate(sampled.prompts):
+        try:
+            function(**_arguments(sampled.take(index, index + 1)))
+        except Exception:
+            return prompt
+    return sampled.prompts[0]

@@ -1,0 +1,345 @@
+"""A trained reward model: a run's workdir, or a sequence classifier in Hugging Face's layout."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from jaxpref import (
+    checkpoint,
+    config as config_lib,
+    data as data_lib,
+    packing,
+    sharding,
+    weights,
+)
+from jaxpref.algorithms import response_scalars
+from jaxpref.data import Example, columns
+from jaxpref.errors import UserError
+from jaxpref.models import Model, huggingface, packed
+from jaxpref.packing import Budget, Group, PackedBatch
+from jaxpref.rewards.base import Reward, Sampled, shown
+from jaxpref.terminal import console
+from jaxpref.tokenizer import special_tokens
+from jaxpref.trainable import as_abstract
+
+# Prompts whose rows are planned together.
+_WINDOW = 256
+
+
+class RewardModel:
+    """A reward model whose weights are still to be loaded.
+
+    Attributes:
+      name: what it was opened by.
+      config: its run's, or the defaults; lengths and the tokenizer's settings count.
+      tokenizer: a `transformers` tokenizer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_length: int = 0,
+        at_least: int = 0,
+        chat_template: str = "",
+        mesh: Mesh | None = None,
+    ):
+        """Opens it, before any weights are read.
+
+        Args:
+          path: the workdir of a run of algorithm `reward`, or a Hugging Face directory or hub
+            name with a sequence classifier that has one label.
+          max_length: tokens of a prompt with a response; a prompt that has to be cut keeps half
+            of them. 0: the run's own `data.max_length` and `data.max_prompt_length`; without a
+            run `at_least`, or 1,024.
+          at_least: tokens that a row has to have room for, if `max_length` is 0.
+          chat_template: see `tokenizer.chat_template`; empty for its own.
+          mesh: over which it is sharded; None for the one that its config says.
+
+        Raises:
+          UserError: there is no reward model.
+        """
+        self.name = str(path)
+        self.config = _config(path, max_length, at_least)
+        self.config.tokenizer.chat_template = chat_template or self.config.tokenizer.chat_template
+        self._workdir = Path(path)
+        self._source, self.tokenizer, self._decoder = weights.open_run(self.config, self._workdir)
+        self._trained = checkpoint.read_run(self._workdir) is not None
+        if not self._trained and not self._source.has_scalar_head(self._decoder):
+            raise UserError(
+                f"{path}: has no scalar head ('score.weight'), so it is not a reward model."
+            )
+        self._mesh = mesh or sharding.make_mesh(**self.config.mesh)
+        self._rewards = jax.jit(rewards_of(packed(self._decoder)))
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row, and so of the longest prompt with a response."""
+        return self.config.data.row_length or self.config.data.max_length
+
+    def reads_ids(self, tokenizer: Any, conversations: bool) -> bool:
+        """Whether it is given a policy's token ids as they are.
+
+        That is so where `same_tokens` holds, unless the prompts are conversations and it has
+        another chat template than the policy.
+        """
+        template = self.tokenizer.chat_template
+        same = not conversations or not template or template == tokenizer.chat_template
+        return same and same_tokens(tokenizer, self.tokenizer)
+
+    def load(self, dtype: str = "float32") -> Any:
+        """Its parameters in a dtype, but for those that its run keeps in four bits."""
+        abstract = huggingface.abstract_params(self._decoder, self._mesh)
+        abstract = jax.tree.map(lambda x: as_abstract(x, dtype), abstract)
+        if not self._trained:
+            return weights.read(self._source, self._decoder, abstract)
+        params, _ = checkpoint.restore_params(self._workdir, abstract)
+        if dtype == "float32" or self.config.model.frozen_dtype == "nf4":
+            return params
+        # What the run does not train it may keep in another dtype.
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def score(
+        self,
+        params: Any,
+        groups: Sequence[Group],
+        *,
+        rows: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> Float[np.ndarray, " responses"]:
+        """The rewards of all responses, in the order of groups and of responses in them.
+
+        Args:
+          params: from `load`.
+          groups: prompts with their responses; none longer than a row.
+          rows: how many are scored at a time, at most.
+          progress: called with the number of groups done so far.
+        """
+        budget = Budget(self.row_length, self.row_length, sharding.batch_shards(self._mesh))
+        with sharding.use(self._mesh):
+            return score(
+                lambda batch: self._rewards(params, sharding.put_batch(self._mesh, batch)),
+                groups,
+                budget,
+                rows=rows,
+                progress=progress,
+            )
+
+
+def rewards_of(model: Model) -> Callable[[Any, PackedBatch], Float[Array, "groups responses"]]:
+    """A function of parameters and of a batch of one micro-batch: what its head says at the end."""
+
+    def rewards(params: Any, batch: PackedBatch) -> Float[Array, "groups responses"]:
+        whole = jax.tree.map(lambda x: x[0], batch)
+        return response_scalars(model(params, whole), whole)
+
+    return rewards
+
+
+def score(
+    rewards: Callable[[PackedBatch], Float[Array, "groups responses"]],
+    groups: Sequence[Group],
+    budget: Budget,
+    *,
+    rows: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Float[np.ndarray, " responses"]:
+    """The rewards of all responses, in blocks of rows that all have one shape.
+
+    So `rewards` compiles once for a number of responses, whatever their lengths are.
+
+    Args:
+      rewards: of a batch with one micro-batch.
+      groups: prompts with their responses.
+      budget: the shape of a row; all of its tokens may be scored.
+      rows: of a block, at most.
+      progress: called with the number of groups done so far.
+
+    Returns:
+      One value a response, in the order of groups and of responses in them.
+    """
+    counts = np.asarray([len(group.responses) for group in groups])
+    # A table of rewards is of one size too.
+    size = min(int(counts.sum()), _WINDOW * int(counts.max()))
+    rows = -(-min(rows, int(counts.sum())) // budget.shards) * budget.shards
+    parts = []
+    for start in range(0, len(groups), _WINDOW):
+        window = groups[start : start + _WINDOW]
+        blocks = _blocks(window, budget, rows, size)
+        # A response is in one block alone, and has 0 in the others.
+        found = sum(sharding.fetch([rewards(block) for block in blocks]))
+        parts.append(np.asarray(found)[: counts[start : start + _WINDOW].sum(), 0])
+        progress(start + len(window))
+    return np.concatenate(parts)
+
+
+def _blocks(groups: Sequence[Group], budget: Budget, rows: int, size: int) -> Iterator[PackedBatch]:
+    """Batches of `rows` rows, in whose tables each response is a group of its own."""
+    plan = [row for row in packing.plan(groups, budget._replace(shards=1)) if row]
+    width = max(len(group.responses) for group in groups)
+    # From a place in a table of groups and responses to the number of the response.
+    present = np.arange(width) < np.asarray([len(group.responses) for group in groups])[:, None]
+    number = np.append(np.where(present.ravel(), np.cumsum(present) - 1, size), size)
+    for start in range(0, len(plan), rows):
+        block = plan[start : start + rows]
+        block += [[] for _ in range(rows - len(block))]
+        batch = packing.materialise(block, groups, budget, responses=width)
+        lengths = np.zeros((size, 1), np.int32)
+        lengths[number[:-1][present.ravel()], 0] = batch.lengths[present]
+        response = number[batch.response].astype(np.int32)
+        batch = dataclasses.replace(batch, response=response, lengths=lengths)
+        yield jax.tree.map(lambda x: x[None], batch)
+
+
+def same_tokens(policy: Any, other: Any) -> bool:
+    """Whether another tokenizer gives every token of a policy's tokenizer the same meaning.
+
+    That is: each token of the policy has the same id there, is special there if it is special
+    here, and ends a response (EOS) in both or in neither. The other one may have more tokens, as
+    a reward model's has that was exported with a padding token of its own.
+    """
+    vocabulary, special = other.get_vocab(), special_tokens(other)
+    return (
+        policy.eos_token_id == other.eos_token_id
+        and all(vocabulary.get(name) == id for name, id in policy.get_vocab().items())
+        and all(special.get(name) == id for name, id in special_tokens(policy).items())
+    )
+
+
+def from_model(model: RewardModel, tokenizer: Any, *, rows: int, dtype: str = "float32") -> Reward:
+    """The reward that a model gives, which is loaded here.
+
+    It sees the very token ids that the policy has sampled where `RewardModel.reads_ids` says so.
+    Otherwise it reads the texts with its own tokenizer: its own template, BOS, and after a
+    response that came to its end its own end token.
+
+    Args:
+      model: opened.
+      tokenizer: the policy's.
+      rows: how many are scored at a time, at most.
+      dtype: of the model's parameters.
+    """
+    params, told = model.load(dtype), Counter[str]()
+    reads_ids = {kind: model.reads_ids(tokenizer, kind) for kind in (False, True)}
+
+    def groups(sampled: Sampled) -> list[Group]:
+        if reads_ids[sampled.conversations]:
+            return _groups(sampled)
+        check_template(model, tokenizer, sampled.conversations)
+        dataset = data_lib.tokenize(
+            list(_examples(sampled)),
+            model.tokenizer,
+            data_lib.limits_of(model.config, model.tokenizer),
+            parse_special_tokens=model.config.tokenizer.parse_special_tokens,
+        )
+        _tell(model, dataset.counts, told)
+        return [dataset.group(index) for index in range(len(dataset))]
+
+    def reward(sampled: Sampled) -> Float[np.ndarray, " responses"]:
+        return model.score(params, groups(sampled), rows=rows)
+
+    return reward
+
+
+def check_template(model: RewardModel, tokenizer: Any, conversations: bool) -> None:
+    """Refuses a reward model that cannot read a policy's conversations.
+
+    Args:
+      model: opened.
+      tokenizer: the policy's.
+      conversations: whether any prompt is a list of messages.
+
+    Raises:
+      UserError: with the names of both tokenizers.
+    """
+    readable = model.tokenizer.chat_template or model.reads_ids(tokenizer, conversations)
+    if conversations and not readable:
+        raise UserError(
+            f"{model.name}: the prompts are conversations. The reward model's tokenizer "
+            f"({_named(model.tokenizer)}) is not the policy's ({_named(tokenizer)}) and has no "
+            "chat template, so it cannot read them. Name a reward model with a chat template, or "
+            "one that was trained with the policy's tokenizer."
+        )
+
+
+def _named(tokenizer: Any) -> str:
+    name = tokenizer.name_or_path
+    return f"{type(tokenizer).__name__}{f' of {name}' if name else ''}"
+
+
+def _tell(model: RewardModel, counts: Counter[str], told: Counter[str]) -> None:
+    """Says in the terminal, once for each, that texts are cut for the reward model."""
+    for name in ("prompts_cut", "responses_cut"):
+        if counts[name] and not told[name]:
+            console.print(
+                f"{model.name}: {counts[name]} {name.replace('_', ' ')} to fit its "
+                f"{model.config.data.max_length} tokens (reward.max_length), which is said once"
+            )
+        told[name] += counts[name]
+
+
+def _groups(sampled: Sampled) -> list[Group]:
+    """The token ids; responses to one prompt that follow each other share it."""
+    return [
+        Group(sampled.prompt_ids[run[0]], [sampled.response_ids[row] for row in run])
+        for run in _runs(sampled, lambda row: sampled.prompt_ids[row].tobytes())
+    ]
+
+
+def _examples(sampled: Sampled) -> Iterator[Example]:
+    """The texts; responses to one prompt that follow each other share it."""
+    records: Sequence[Mapping] = sampled.records or [{}] * len(sampled.responses)
+    for run in _runs(sampled, lambda row: (sampled.prompts[row], records[row])):
+        prompt, where = sampled.prompts[run[0]], f"the prompt {shown(sampled.prompts[run[0]])}"
+        yield Example(
+            prompt
+            if isinstance(prompt, str)
+            else columns.chat(records[run[0]], list(prompt), where),
+            tuple(sampled.responses[row] for row in run),
+            where=where,
+            finished=tuple(bool(sampled.finished[row]) for row in run),
+        )
+
+
+def _runs(sampled: Sampled, key: Callable[[int], Any]) -> Iterator[list[int]]:
+    """The responses that follow each other and have one key."""
+    for _, run in groupby(range(len(sampled.responses)), key):
+        yield list(run)
+
+
+def _config(path: str | Path, max_length: int, at_least: int = 0) -> ConfigDict:
+    """The config of a reward model's run, as its texts are to be read."""
+    described = checkpoint.read_run(Path(path))
+    if described is None:
+        config = config_lib.default("reward")
+        config.model.init_from = str(path)
+        max_length = max_length or at_least or 1024
+    else:
+        config = config_lib.from_flat(described)
+        if config.algorithm.name != "reward":
+            raise UserError(f"{path}: is a run of {config.algorithm.name}, not of a reward model.")
+        if checkpoint.latest_step(Path(path)) is None:
+            raise UserError(f"{path}: that run has no complete checkpoint yet.")
+        if at_least > config.data.max_length and not max_length:
+            config.data.max_length = at_least
+            config.data.row_length = 0
+    if max_length == 1:
+        raise UserError("max_length is 1; a prompt and a response need 2 tokens at least.")
+    if max_length:
+        config.data.max_length = max_length
+        config.data.max_prompt_length = max_length // 2
+        config.data.row_length = 0
+    # What a row has to hold follows from what is scored.
+    config.data.scored_length = 0
+    # Every response gets its reward.
+    config.data.on_long_prompt = "truncate"
+    return config
