@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as base
 from jaxpref.knobs import one_of
-from jaxpref.methods import METHODS
+from jaxpref.methods import OFFLINE
 
 # What a method sets otherwise than DPO.
 PAPERS: dict[str, dict[str, Any]] = {
@@ -56,8 +56,8 @@ PAPERS: dict[str, dict[str, Any]] = {
 def get_config(argument: str = "dpo") -> ConfigDict:
     """The recipe of a method, `METHOD` or `METHOD,lora`."""
     method, _, kind = argument.partition(",")
-    if method not in METHODS:
-        raise ValueError(one_of("the recipe's argument", method, METHODS))
+    if method not in OFFLINE:
+        raise ValueError(one_of("the recipe's argument", method, OFFLINE))
     if kind not in ("", "lora"):
         raise ValueError(one_of("what follows the method", kind, ("lora",)))
     config = base.default(method)

@@ -22,14 +22,14 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as base
 from jaxpref.knobs import one_of
-from jaxpref.methods import METHODS
+from jaxpref.methods import OFFLINE
 
 
 def get_config(argument: str = "dpo") -> ConfigDict:
     """The recipe of a method, `METHOD` or `METHOD,paper`."""
     method, _, size = argument.partition(",")
-    if method not in METHODS:
-        raise ValueError(one_of("the recipe's argument", method, METHODS))
+    if method not in OFFLINE:
+        raise ValueError(one_of("the recipe's argument", method, OFFLINE))
     if size not in ("", "paper"):
         raise ValueError(one_of("the size after the method", size, ("paper",)))
     here = Path(__file__).parent

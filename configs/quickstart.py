@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as base
 from jaxpref.knobs import one_of
-from jaxpref.methods import METHODS
+from jaxpref.methods import OFFLINE
 
 
 def get_config(stage: str = "sft") -> ConfigDict:
     """The config of one stage, "sft" or a method that goes on from it."""
-    if stage not in METHODS:
-        raise ValueError(one_of("the recipe's argument", stage, METHODS))
+    if stage not in OFFLINE:
+        raise ValueError(one_of("the recipe's argument", stage, OFFLINE))
     config = base.default(stage)
     config.model.width = 128
     config.model.layers = 3

@@ -42,6 +42,8 @@ _REFERENCE, _FROZEN = "reference", "frozen"
 _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
 # The role whose parameters are the model of a run.
 POLICY = "policy"
+# The role whose values a policy gradient subtracts.
+CRITIC = "critic"
 _ABSENT = "(no such key)"
 _DIGEST = "sha256"
 # The layout of a workdir, as `run.json` says it; another one cannot be read.

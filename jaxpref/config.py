@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
-from jaxpref.knobs import DATA_FORMATS, KNOBS, Knob, one_of
+from jaxpref.knobs import DATA_FORMATS, GROUPS, KNOBS, Knob, one_of
 from jaxpref.methods import METHODS, Method
 
 # How the names of data files end.
@@ -54,15 +54,15 @@ def default(algorithm: str) -> ConfigDict:
       A locked config: values may change, an unknown key is an error.
     """
     config = ConfigDict()
-    for key, knob in KNOBS.items():
+    method = method_of(algorithm)
+    for key, knob in {**KNOBS, **_of_groups(method)}.items():
         *groups, name = key.split(".")
         group = config
         for part in groups:
             if part not in group:
                 group[part] = ConfigDict()
             group = group[part]
-        group[name] = knob.default
-    method = method_of(algorithm)
+        group[name] = method.defaults.get(key, knob.default)
     own = {name: knob.default for name, knob in method.knobs.items()}
     config.algorithm = ConfigDict({"name": algorithm, **own})
     if method.reference == "none":
@@ -90,8 +90,13 @@ def data_kind(config: ConfigDict) -> str:
 
 def knobs_of(name: str) -> dict[str, Knob]:
     """Every knob of a config with this method, by its dotted key."""
-    own = method_of(name).knobs
-    return {**KNOBS, **{f"algorithm.{key}": knob for key, knob in own.items()}}
+    method = method_of(name)
+    own = {f"algorithm.{key}": knob for key, knob in method.knobs.items()}
+    return {**KNOBS, **_of_groups(method), **own}
+
+
+def _of_groups(method: Method) -> dict[str, Knob]:
+    return {key: knob for group in method.groups for key, knob in GROUPS[group].items()}
 
 
 def check(config: ConfigDict) -> None:
@@ -116,6 +121,8 @@ def check(config: ConfigDict) -> None:
     _check_training(config, method)
     _check_lengths(config)
     _check_sources(config)
+    if method.samples:
+        _check_sampling(config)
 
 
 def _check_reference(config: ConfigDict, method: Method) -> None:
@@ -178,6 +185,63 @@ def _check_training(config: ConfigDict, method: Method) -> None:
         raise UserError(
             f"train.micro_batches ({config.train.micro_batches}) should divide data.batch_size "
             f"({config.data.batch_size})."
+        )
+
+
+def _check_sampling(config: ConfigDict) -> None:
+    """Refuses what cannot be sampled, rewarded or learned from."""
+    reward_sources(config.reward)
+    algorithm, sampling, data = config.algorithm, config.sampling, config.data
+    if data.max_prompt_length + sampling.max_new_tokens > data.max_length:
+        raise UserError(
+            f"data.max_prompt_length ({data.max_prompt_length}) and sampling.max_new_tokens "
+            f"({sampling.max_new_tokens}) are together more than data.max_length "
+            f"({data.max_length}), so that a response might find no room."
+        )
+    if config.reference.mode == "precomputed":
+        raise UserError(
+            "reference.mode is 'precomputed', but the responses are yet to be sampled, so nothing "
+            "can be known of them beforehand; use 'live', or 'adapter' with model.lora.rank."
+        )
+    if config.model.lora.rank and config.model.lora.dropout:
+        raise UserError(
+            f"model.lora.dropout is {config.model.lora.dropout}: the policy that is trained would "
+            "not be the one that has sampled, so that ratios would not be 1 before any update; "
+            "leave it at 0."
+        )
+    if config.train.micro_batches > 1:
+        raise UserError(
+            "train.micro_batches cuts a batch of data; sampled responses are trained "
+            "sampling.rows rows at a time, so leave it at 1."
+        )
+    if algorithm.get("kl_in") == "loss" and algorithm.kl_estimator == "k1":
+        raise UserError(
+            "algorithm.kl_estimator 'k1' in the loss has a gradient of 0 on average, so it would "
+            "hold the policy nowhere: use it in the reward (algorithm.kl_in='reward'), or "
+            "'sequence_k2' in the loss."
+        )
+    if algorithm.get("kl_in") == "reward" and algorithm.kl_estimator != "k1":
+        raise UserError(
+            f"algorithm.kl_estimator is {algorithm.kl_estimator!r}, which in the reward has the "
+            "gradient of another quantity than the KL; there only 'k1' is right. Or put it into "
+            "the loss (algorithm.kl_in='loss')."
+        )
+    if config.reference.mode == "free" and algorithm.get("beta") and "kl_in" in algorithm:
+        raise UserError(
+            f"algorithm.beta is {algorithm.beta}, but without a reference (reference.mode 'free') "
+            "there is no KL to weigh; set algorithm.beta=0, or use another mode."
+        )
+    minibatches = algorithm.get("minibatches", 1)
+    if data.batch_size % minibatches:
+        raise UserError(
+            f"algorithm.minibatches ({minibatches}) should divide data.batch_size "
+            f"({data.batch_size})."
+        )
+    least = method_of(algorithm.name).least_samples
+    if sampling.samples < least:
+        raise UserError(
+            f"sampling.samples is {sampling.samples}, but {algorithm.name} compares responses to "
+            f"the same prompt; it needs at least {least}."
         )
 
 

@@ -413,7 +413,65 @@ KNOBS: dict[str, Knob] = {
     ),
 }
 
-# Knobs of methods that sample responses: what these are rewarded by.
+_TRUNCATED = " Elsewhere than at its default the policy is trained on what it would not say."
+
+# Knobs of methods that sample responses: how, and what these are rewarded by.
+SAMPLING_KNOBS: dict[str, Knob] = {
+    "sampling.samples": Knob(4, "responses sampled for each prompt of a step", at_least=1),
+    "sampling.max_new_tokens": Knob(
+        128,
+        "tokens after which a response is cut; with the prompt's at most data.max_length",
+        at_least=1,
+    ),
+    "sampling.temperature": Knob(
+        1.0,
+        "what logits are divided by, in sampling and in all log-probs of policy and reference",
+        above=0,
+    ),
+    "sampling.top_k": Knob(
+        0, "tokens that may be drawn, the most probable ones; 0: all." + _TRUNCATED, at_least=0
+    ),
+    "sampling.top_p": Knob(
+        1.0,
+        "the most probable tokens that together reach this may be drawn; 1: all." + _TRUNCATED,
+        above=0,
+        at_most=1,
+    ),
+    "sampling.min_p": Knob(
+        0.0,
+        "tokens at least this share as probable as the most probable one may be drawn; 0: all."
+        + _TRUNCATED,
+        at_least=0,
+        at_most=1,
+    ),
+    "sampling.stop_token_ids": Knob(
+        (), "ids that end a response, beside EOS and what ends a turn in a conversation"
+    ),
+    "sampling.cache_dtype": Knob(
+        "auto",
+        "dtype of the keys and values that are remembered; auto: model.dtype",
+        choices=("auto", "float32", "bfloat16"),
+    ),
+    "sampling.at_once": Knob(
+        0,
+        "prompts that are decoded together; those that are done make room for others. 0: all of a "
+        "step",
+        at_least=0,
+    ),
+    "sampling.rows": Knob(
+        8,
+        "rows of tokens that are trained at a time, over all devices. Memory grows with it; what a "
+        "step computes does not depend on it.",
+        at_least=1,
+    ),
+    "sampling.shown": Knob(
+        3,
+        "held-out prompts whose responses are shown and kept at each evaluation",
+        at_least=0,
+        resumable=True,
+    ),
+}
+
 REWARD_KNOBS: dict[str, Knob] = {
     "reward.path": Knob(
         "",
@@ -457,4 +515,28 @@ REWARD_KNOBS: dict[str, Knob] = {
         "what is subtracted from the reward of a response that was cut by length",
         at_least=0,
     ),
+}
+
+# Knobs of methods with a critic.
+CRITIC_KNOBS: dict[str, Knob] = {
+    "critic.init_from": Knob(
+        "",
+        "where the critic's first weights come from: empty for the policy's with a head of zeros; "
+        "or a reward model's workdir, of the same shape as the policy",
+        resumable=True,
+    ),
+    "critic.learning_rate": Knob(
+        1e-5, "of the critic; schedule and all else is the policy's optimizer's", at_least=0
+    ),
+    "critic.clip_norm": Knob(
+        1.0, "largest global norm of the critic's gradient; 0: no clipping", at_least=0
+    ),
+    "critic.warmup": Knob(0, "first steps in which the critic alone is trained", at_least=0),
+}
+
+# Groups of knobs that only some methods have, by the name that stands before the dot.
+GROUPS: dict[str, dict[str, Knob]] = {
+    "sampling": SAMPLING_KNOBS,
+    "reward": REWARD_KNOBS,
+    "critic": CRITIC_KNOBS,
 }

@@ -6,6 +6,7 @@ two. Nothing heavy is imported here, so that a command line is checked at once.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from jaxpref.knobs import Effect, Knob
 
@@ -26,6 +27,9 @@ class Method:
       takes: what its loss takes beside log-probs and knobs, by the names of the loss's arguments.
       reads: what it takes of the values that a data set has for each example beside the tokens.
       running: the metrics whose means over all steps so far it reads.
+      groups: the groups of knobs that it has beside those of every run, see `knobs.GROUPS`.
+      defaults: what it sets otherwise than those groups, by dotted key.
+      least_samples: the fewest responses to a prompt that it can learn from, where it samples.
       whole_batch: whether it compares the examples of a step with each other, so that a batch
         cannot be cut into micro-batches.
     """
@@ -40,6 +44,14 @@ class Method:
     running: tuple[str, ...] = ()
     whole_batch: bool = False
     data_where: Mapping[str, Effect] = dataclasses.field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    least_samples: int = 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether it trains on responses that the policy samples."""
+        return "sampling" in self.groups
 
 
 _BINARY = Effect("algorithm.ranking is 'binary'", lambda c: c.algorithm.ranking == "binary")
@@ -90,6 +102,101 @@ _NLL_PER_TOKEN = Knob(
     "orpo with the prompts' tokens); else the paper's: the mean (orpo) or sum (cpo) of a response",
 )
 _NLL_WEIGHT = {"nll_weight": _weight(1.0, "the chosen response's negative log-likelihood")}
+
+
+_KL = {
+    "beta": Knob(0.05, "coefficient of the KL to the reference; 0: none", at_least=0),
+    "kl_in": Knob(
+        "reward",
+        "where the KL counts: in the reward, or in the loss as a term of its own",
+        choices=("reward", "loss"),
+    ),
+    "kl_estimator": Knob(
+        "k1",
+        "how the KL is estimated: k1 in the reward; in the loss sequence_k2, whose gradient is "
+        "that of the KL, or k2 or k3 of tokens, which are biased (see advantages.kl_estimates)",
+        choices=("k1", "sequence_k2", "k2", "k3"),
+    ),
+    "kl_target": Knob(
+        0.0,
+        "KL of a response, in nats, that beta is adapted to (Ziegler et al. 2019, arXiv "
+        "1909.08593, section 2.2); 0: beta stays as it is",
+        at_least=0,
+    ),
+    "kl_horizon": Knob(
+        10_000,
+        "responses in which beta adapts to its target",
+        at_least=1,
+        effect=Effect("algorithm.kl_target is above 0", lambda c: c.algorithm.kl_target > 0),
+    ),
+    "largest_kl": Knob(
+        0.0,
+        "KL of a response to the reference, in nats, at which the run stops, with the checkpoint "
+        "before kept; 0: never",
+        at_least=0,
+    ),
+}
+_SEVERAL = Effect(
+    "algorithm.epochs or algorithm.minibatches is above 1",
+    lambda c: c.algorithm.epochs * c.algorithm.minibatches > 1,
+)
+
+
+def _policy_gradient(
+    summary: str,
+    *,
+    epochs: int = 1,
+    aggregation: str = "sum",
+    **facts: Any,
+) -> Method:
+    """A policy gradient on sampled responses, with what all of them may set."""
+    knobs = {
+        **_KL,
+        "epochs": Knob(epochs, "passes over the sampled responses in a step", at_least=1),
+        "minibatches": Knob(
+            1, "updates that a pass is divided into; divides data.batch_size", at_least=1
+        ),
+        "ratio": Knob(
+            "token",
+            "what is clipped where a step has several updates: each token's ratio (PPO), a "
+            "response's (GSPO, arXiv 2507.18071), or the weight of a token's gradient (CISPO, "
+            "arXiv 2506.13585)",
+            choices=("token", "sequence", "cispo"),
+        ),
+        "clip": Knob(
+            0.2, "how far a ratio may fall below 1, or, without clip_high, exceed it", above=0
+        ),
+        "clip_high": Knob(
+            0.0,
+            "how far a ratio may exceed 1 (DAPO's clip-higher, arXiv 2503.14476); of cispo the "
+            "largest weight less 1. 0: as clip",
+            at_least=0,
+        ),
+        "stop_kl": Knob(
+            0.0,
+            "KL of a token to the policy that sampled, in nats, at which a step makes no further "
+            "updates; 0: never",
+            at_least=0,
+            effect=_SEVERAL,
+        ),
+        "aggregation": Knob(
+            aggregation,
+            "how token losses add up: sum (over a response, mean over responses: the exact policy "
+            "gradient), response (mean over a response), token (mean over all tokens of an "
+            "update), constant (sum over sampling.max_new_tokens); see losses.aggregate",
+            choices=("sum", "response", "token", "constant"),
+        ),
+        "entropy_bonus": Knob(0.0, "weight of the policy's entropy, in nats a token", at_least=0),
+        "importance_cap": Knob(
+            0.0,
+            "largest weight by which tokens are corrected for what the sampler and the trainer "
+            "compute differently; 0: no correction",
+            at_least=0,
+        ),
+        **facts.pop("knobs", {}),
+    }
+    groups = ("sampling", "reward", *facts.pop("groups", ()))
+    return Method(summary, "policy_gradient", "prompts", "optional", knobs, groups=groups, **facts)
 
 
 def _pairs(summary: str, knobs: Mapping[str, Knob], **facts: object) -> Method:
@@ -299,4 +406,73 @@ METHODS: dict[str, Method] = {
         reads=("margins", "labels"),
         data_where={"unpaired": _BINARY},
     ),
+    "ppo": _policy_gradient(
+        "PPO with a critic (arXiv 1707.06347), as in RLHF (arXiv 2203.02155)",
+        epochs=4,
+        aggregation="token",
+        groups=("critic",),
+        defaults={"sampling.samples": 1},
+        knobs={
+            "gamma": Knob(1.0, "discount of a token", above=0, at_most=1),
+            "lam": Knob(
+                0.95,
+                "lambda of the advantages (GAE); below 1 biased where the critic errs",
+                at_least=0,
+                at_most=1,
+            ),
+            "whiten": Knob(True, "give advantages mean 0 and variance 1 over a step"),
+            "value_clip": Knob(
+                0.2,
+                "how far a value may move from the one before the step's updates; 0: anywhere",
+                at_least=0,
+            ),
+        },
+    ),
+    "reinforce": _policy_gradient(
+        "REINFORCE with a moving average of rewards as its baseline (arXiv 2402.14740)",
+        defaults={"sampling.samples": 1},
+        knobs={
+            "gamma": Knob(1.0, "discount of a token", above=0, at_most=1),
+            "baseline_decay": Knob(
+                0.9, "decay of the moving average; 0: the step before alone", at_least=0, below=1
+            ),
+        },
+    ),
+    "remax": _policy_gradient(
+        "REINFORCE with the greedy response's reward as its baseline (arXiv 2310.10505)",
+        defaults={"sampling.samples": 1},
+        knobs={"gamma": Knob(1.0, "discount of a token", above=0, at_most=1)},
+    ),
+    "rloo": _policy_gradient(
+        "REINFORCE with the other responses' mean reward as baseline (arXiv 2402.14740)",
+        least_samples=2,
+    ),
+    "grpo": _policy_gradient(
+        "rewards compared within the group, and their variants (arXiv 2402.03300)",
+        aggregation="response",
+        defaults={"sampling.samples": 8},
+        least_samples=2,
+        knobs={
+            "scale": Knob(
+                "group",
+                "standard deviation that advantages are divided by: of the group, of the batch, or "
+                "none (Dr. GRPO, arXiv 2503.20783)",
+                choices=("group", "batch", "none"),
+            )
+        },
+    ),
+    "reinforce_pp": _policy_gradient(
+        "REINFORCE++: returns whitened over the whole step (arXiv 2501.03262)",
+        aggregation="token",
+        defaults={"sampling.samples": 1},
+        knobs={
+            "gamma": Knob(1.0, "discount of a token", above=0, at_most=1),
+            "group_baseline": Knob(
+                False, "subtract the mean of a prompt's rewards first; wants several samples"
+            ),
+        },
+    ),
 }
+
+# Methods that train on data alone.
+OFFLINE = tuple(name for name, method in METHODS.items() if not method.samples)

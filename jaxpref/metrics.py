@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from jaxpref import sharding
 from jaxpref.errors import UserError
 from jaxpref.measurements import Mean, Metric
-from jaxpref.packing import PackedBatch
 from jaxpref.terminal import console
 
 # After so many first steps with a gradient of exactly zero the user is told of it, and after so
@@ -181,7 +180,7 @@ class Log:
         *,
         every: int,
         steps: int,
-        epoch: int,
+        patience: int,
         kept: Callable[[], str],
         resumed: bool = False,
     ):
@@ -191,13 +190,12 @@ class Log:
           writer: where the means go.
           every: how many steps a mean is of.
           steps: after which the run ends.
-          epoch: steps of one pass over the data. Where none of these has a gradient, no later one
-            will.
+          patience: steps after which a run without any gradient is given up, within bounds.
           kept: says in words what the run leaves, should it have to stop before.
           resumed: whether the run has trained before.
         """
         self._writer, self._every, self._steps, self._kept = writer, every, steps, kept
-        self._patience = min(max(epoch, _ZERO_TOLD), _ZERO_STOPPED)
+        self._patience = min(max(patience, _ZERO_TOLD), _ZERO_STOPPED)
         self._pending: _Step | None = None
         self._mean = Mean()
         self._shapes: set[tuple[int, ...]] = set()
@@ -205,9 +203,15 @@ class Log:
         self._learning_rate = 0.0
         self._since = time.monotonic()
 
-    def dispatching(self, step: int, batch: PackedBatch) -> None:
-        """Notes the work of a step; a new shape means a compilation, which is not timed."""
-        shape = batch.tokens.shape
+    def dispatching(self, step: int, shape: tuple[int, ...], tokens: int, groups: int) -> None:
+        """Notes the work of a step; a new shape means a compilation, which is not timed.
+
+        Args:
+          step: its number.
+          shape: of its batches' tokens, `(micro-batches, rows, length)`.
+          tokens: that are trained on.
+          groups: prompts with their responses.
+        """
         compiles = shape not in self._shapes
         if compiles:
             self.settle()
@@ -216,7 +220,6 @@ class Log:
                 f"step {step}: compiling for {shape[1]} rows of {shape[2]} tokens"
                 f" (shape {len(self._shapes)})"
             )
-        tokens, groups = int((batch.group > 0).sum()), int((batch.lengths[..., 0] > 0).sum())
         self._next = _Step(step, {}, tokens, groups, timed=not compiles)
 
     def dispatched(self, step: int, measured: dict[str, Metric]) -> None:
@@ -241,13 +244,14 @@ class Log:
         self._since = now
         values = {name: float(m.values) / float(m.weights or 1) for name, m in sums.items()}
         require_finite(done.number, values, self._kept)
-        self._require_gradient(done.number, values["grad_norm"])
+        if "grad_norm" in values:
+            self._require_gradient(done.number, values["grad_norm"])
         for name, metric in sums.items():
             self._mean.add(name, float(metric.values), float(metric.weights))
-        if not sums["loss"].weights:
+        if "loss" in sums and not sums["loss"].weights:
             self._skipped += 1
             console.print(f"step {done.number}: no example has a weight, so nothing is updated")
-        self._learning_rate = values["learning_rate"]
+        self._learning_rate = values.get("learning_rate", 0.0)
         self._writer.step(done.number)
         if done.number in (1, self._steps) or done.number % self._every == 0:
             self.flush(done.number)

@@ -147,6 +147,7 @@ class PackedBatch:
         `groups * K` is padding.
       lengths: scored tokens of each response; 0 where there is no response.
       extras: further arrays `[groups, ...]` in batch order, such as `reference_logps`.
+      token_extras: further values of each scored position, such as advantages.
       shards: number of equal blocks of rows whose scored positions share a table.
     """
 
@@ -160,6 +161,9 @@ class PackedBatch:
     response: Int[Array | np.ndarray, "*micro rows scored"]
     lengths: Int[Array | np.ndarray, "*micro groups responses"]
     extras: Mapping[str, Shaped[Array | np.ndarray, "..."]]
+    token_extras: Mapping[str, Shaped[Array | np.ndarray, "*micro rows scored"]] = (
+        dataclasses.field(default_factory=dict)
+    )
     shards: int = dataclasses.field(default=1, metadata={"static": True})
 
     @property
@@ -336,32 +340,55 @@ def plan_tree(
     Raises:
       ValueError: a prompt with one response is longer than a row.
     """
-    parts = [
-        part
-        for group, (prompt, responses) in enumerate(
-            zip(prompt_lengths, response_lengths, strict=True)
-        )
-        for part in _split(group, prompt, responses, budget.row_length)
-    ]
-    sizes = {
-        part: prompt_lengths[part.group]
-        + sum(response_lengths[part.group][k] for k in part.responses)
-        for part in parts
-    }
-    rows: Plan = []
-    free: list[int] = []
-    for part in sorted(parts, key=lambda part: -sizes[part]):
-        size = sizes[part]
-        fits = [(room, row) for row, room in enumerate(free) if room >= size]
-        if fits:
-            _, row = min(fits)
-        else:
-            row = len(rows)
-            rows.append([])
-            free.append(budget.row_length)
-        rows[row].append(part)
-        free[row] -= size
+    rows = _best_fit(prompt_lengths, response_lengths, budget.row_length)
     return _deal(rows, scored_lengths or response_lengths, budget)
+
+
+def plan_micro_batches(
+    prompt_lengths: Sequence[int],
+    response_lengths: Lengths,
+    budget: Budget,
+    rows: int,
+) -> list[Plan]:
+    """Places groups in micro-batches of a fixed shape, as few as first fit finds.
+
+    However long responses are, the shape stays the same; their number varies. All responses of a
+    group are in one micro-batch, so that losses which compare them see them together.
+
+    Args:
+      prompt_lengths: tokens of each group's prompt.
+      response_lengths: tokens of each group's responses.
+      budget: the shape of a row.
+      rows: of a micro-batch, over all shards.
+
+    Returns:
+      The rows of each micro-batch.
+
+    Raises:
+      ValueError: a prompt with one response is longer than a row, or a group is too large for a
+        micro-batch.
+    """
+    if rows % budget.shards:
+        raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
+    together = _clusters(_best_fit(prompt_lengths, response_lengths, budget.row_length))
+    sizes = [_scored(cluster, response_lengths) for cluster in together]
+    found: list[tuple[Plan, Plan]] = []
+    for index in sorted(range(len(together)), key=lambda i: -sum(sizes[i])):
+        cluster = together[index]
+        for number, (held, _) in enumerate([*found, ([], [])]):
+            dealt = _dealt([*held, *cluster], response_lengths, budget, rows)
+            if dealt is not None:
+                found[number : number + 1] = [([*held, *cluster], dealt)]
+                break
+        else:
+            groups = sorted({part.group for row in cluster for part in row})
+            raise ValueError(
+                f"group {groups[0]} needs {len(cluster)} rows of {budget.row_length} tokens with "
+                f"{sum(sizes[index])} scored ones, but a micro-batch has {rows} rows with "
+                f"{budget.scored_length} each. Give it more rows (sampling.rows), or make them "
+                "longer (data.row_length)."
+            )
+    return [dealt for _, dealt in found]
 
 
 def plan_padded(
@@ -460,6 +487,45 @@ def pack(
     return materialise(plan(groups, budget, planner), groups, budget)
 
 
+def pack_micro_batches(
+    groups: Sequence[Group],
+    budget: Budget,
+    *,
+    rows: int,
+    micro_batches: int = 0,
+    responses: int | None = None,
+) -> PackedBatch:
+    """Packs groups into micro-batches of a fixed shape.
+
+    In the tables every micro-batch has all groups; one that it does not hold is absent there.
+
+    Args:
+      groups: prompts with their responses, all of whose tokens are scored.
+      budget: the shape of a row.
+      rows: of a micro-batch, over all shards.
+      micro_batches: how many there are at least; those beyond what the groups need come last and
+        are empty.
+      responses: see `materialise`.
+
+    Raises:
+      ValueError: see `plan_micro_batches`.
+    """
+    _check_groups(groups)
+    plans = plan_micro_batches(
+        [len(group.prompt) for group in groups],
+        [[len(response) for response in group.responses] for group in groups],
+        budget,
+        rows,
+    )
+    empty: Plan = [[] for _ in range(rows)]
+    plans += [empty] * (micro_batches - len(plans))
+    size = len(groups)
+    parts = [
+        materialise(plan, groups, budget, responses=responses, batch_size=size) for plan in plans
+    ]
+    return jax.tree.map(lambda *xs: np.stack(xs), *parts)
+
+
 def materialise(
     plan: Plan,
     groups: Sequence[Group],
@@ -549,23 +615,80 @@ def _split(group: int, prompt: int, responses: Sequence[int], row_length: int) -
     return [Part(group, tuple(sorted(part))) for part in parts]
 
 
+def _best_fit(prompt_lengths: Sequence[int], response_lengths: Lengths, row_length: int) -> Plan:
+    """Groups in rows, longest first, each in the fullest row that has room for it."""
+    parts = [
+        part
+        for group, (prompt, responses) in enumerate(
+            zip(prompt_lengths, response_lengths, strict=True)
+        )
+        for part in _split(group, prompt, responses, row_length)
+    ]
+    sizes = {
+        part: prompt_lengths[part.group]
+        + sum(response_lengths[part.group][k] for k in part.responses)
+        for part in parts
+    }
+    rows: Plan = []
+    free: list[int] = []
+    for part in sorted(parts, key=lambda part: -sizes[part]):
+        size = sizes[part]
+        fits = [(room, row) for row, room in enumerate(free) if room >= size]
+        if fits:
+            _, row = min(fits)
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(row_length)
+        rows[row].append(part)
+        free[row] -= size
+    return rows
+
+
+def _clusters(rows: Plan) -> list[Plan]:
+    """The rows, those that share a group together."""
+    clusters: list[tuple[set[int], Plan]] = []
+    for row in rows:
+        groups, joined = {part.group for part in row}, [row]
+        apart = []
+        for others, cluster in clusters:
+            if others & groups:
+                groups, joined = groups | others, [*cluster, *joined]
+            else:
+                apart.append((others, cluster))
+        clusters = [*apart, (groups, joined)]
+    return [cluster for _, cluster in clusters]
+
+
+def _scored(rows: Plan, scored_lengths: Lengths) -> list[int]:
+    """The scored tokens of each row."""
+    return [sum(scored_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
+
+
 def _deal(rows: Plan, scored_lengths: Lengths, budget: Budget) -> Plan:
-    """Deals rows to shards, most scored tokens first, so that no shard's table overflows."""
-    scored = [sum(scored_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
-    order = sorted(range(len(rows)), key=lambda row: -scored[row])
+    """Deals rows to shards, with as many empty ones as it takes that no table overflows."""
     total = round_rows(len(rows), budget.shards)
-    while True:
-        per_shard = total // budget.shards
-        shards: list[list[int]] = [[] for _ in range(budget.shards)]
-        load = [0] * budget.shards
-        for row in order:
-            open_shards = [s for s in range(budget.shards) if len(shards[s]) < per_shard]
-            shard = min(open_shards, key=lambda s: load[s])
-            shards[shard].append(row)
-            load[shard] += scored[row]
-        if max(load) <= per_shard * budget.scored_length:
-            break
+    while (dealt := _dealt(rows, scored_lengths, budget, total)) is None:
         total = round_rows(total + 1, budget.shards)
+    return dealt
+
+
+def _dealt(rows: Plan, scored_lengths: Lengths, budget: Budget, total: int) -> Plan | None:
+    """Deals rows to shards, most scored tokens first; None if a shard's table would overflow."""
+    if len(rows) > total:
+        return None
+    scored = _scored(rows, scored_lengths)
+    order = sorted(range(len(rows)), key=lambda row: -scored[row])
+    per_shard = total // budget.shards
+    shards: list[list[int]] = [[] for _ in range(budget.shards)]
+    load = [0] * budget.shards
+    for row in order:
+        open_shards = [s for s in range(budget.shards) if len(shards[s]) < per_shard]
+        shard = min(open_shards, key=lambda s: load[s])
+        shards[shard].append(row)
+        load[shard] += scored[row]
+    if max(load) > per_shard * budget.scored_length:
+        return None
     return [
         row
         for shard in shards

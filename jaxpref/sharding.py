@@ -174,7 +174,10 @@ def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
     rows: dict[str, Any] = {name: _put(mesh, getattr(batch, name), by_row) for name in ROW_FIELDS}
     extras = {name: _put(mesh, x, whole) for name, x in batch.extras.items()}
     lengths = _put(mesh, batch.lengths, whole)
-    return dataclasses.replace(batch, **rows, lengths=lengths, extras=extras)
+    of_tokens = {name: _put(mesh, x, by_row) for name, x in batch.token_extras.items()}
+    return dataclasses.replace(
+        batch, **rows, lengths=lengths, extras=extras, token_extras=of_tokens
+    )
 
 
 def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:

@@ -7,18 +7,18 @@ import pytest
 
 from jaxpref import config as config_lib, losses
 from jaxpref.errors import UserError
-from jaxpref.methods import METHODS
+from jaxpref.methods import METHODS, OFFLINE
 
 ROOT = Path(__file__).parent.parent
 RECIPES = [
-    *(("quickstart", name) for name in METHODS),
+    *(("quickstart", name) for name in OFFLINE),
     ("sft_hh", "tiny"),
     ("sft_hh", "paper"),
     ("dpo_hh", "tiny"),
     ("dpo_hh", "paper"),
     *((name, kind) for name in ("sft", "dpo") for kind in ("", "lora")),
-    *(("method", name + kind) for name in METHODS for kind in ("", ",lora")),
-    *(("methods_hh", name + size) for name in METHODS for size in ("", ",paper")),
+    *(("method", name + kind) for name in OFFLINE for kind in ("", ",lora")),
+    *(("methods_hh", name + size) for name in OFFLINE for size in ("", ",paper")),
 ]
 
 
@@ -55,7 +55,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(OFFLINE))
 def test_a_knobs_default_is_that_of_its_loss(name):
     """A recipe without knobs is the loss called without options."""
     parameters = inspect.signature(LOSSES.get(name) or getattr(losses, name)).parameters

@@ -430,7 +430,9 @@ def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
 )
 def test_a_few_steps_may_have_nothing_to_learn(norms, epoch, stops, tmp_path, capsys):
     with metrics.Writer(tmp_path, start=0, steps=len(norms)) as writer:
-        log = metrics.Log(writer, every=10**6, steps=len(norms), epoch=epoch, kept=lambda: "none")
+        log = metrics.Log(
+            writer, every=10**6, steps=len(norms), patience=epoch, kept=lambda: "none"
+        )
         with contextlib.ExitStack() as stack:
             if stops:
                 message = f"step {stops}: the gradient was exactly zero everywhere in all {stops} s"
@@ -443,7 +445,7 @@ def measure(log, steps):
     """Hands the log what a run's steps measured."""
     nothing = np.zeros((1, 1, 1), np.int32)
     for number, measured in enumerate(steps, start=1):
-        log.dispatching(number, PackedBatch(*[nothing] * 8, nothing, {}))
+        log.dispatching(number, nothing.shape, 0, 0)
         values = {"learning_rate": (0.1, 1.0), **measured}
         log.dispatched(number, {k: Metric(*map(np.float32, v)) for k, v in values.items()})
     log.settle()
@@ -451,7 +453,7 @@ def measure(log, steps):
 
 def test_steps_without_weight_are_counted_and_change_no_mean(tmp_path, capsys):
     with metrics.Writer(tmp_path, start=0, steps=9) as writer:
-        log = metrics.Log(writer, every=4, steps=9, epoch=9, kept=lambda: "none")
+        log = metrics.Log(writer, every=4, steps=9, patience=9, kept=lambda: "none")
         trained = {"loss": (6.0, 2.0), "grad_norm": (5.0, 1.0)}
         empty = {"loss": (0.0, 0.0), "grad_norm": (0.0, 0.0)}
         measure(log, [trained, empty, trained, empty, trained, trained, trained, trained])

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from jaxpref.algorithms import pairs, ranked, reward, sft, unpaired
+from jaxpref.algorithms import pairs, policy_gradient, ranked, reward, sft, unpaired
 from jaxpref.algorithms.base import (
     Algorithm,
     LossInputs,
@@ -12,15 +12,23 @@ from jaxpref.algorithms.base import (
     response_logps,
     response_scalars,
 )
+from jaxpref.algorithms.policy_gradient import Learned, Online, Rollout, token_logps, token_values
 from jaxpref.methods import METHODS
 
 __all__ = [
     "Algorithm",
+    "Learned",
     "LossInputs",
     "Objective",
+    "Online",
+    "Rollout",
     "build",
+    "build_online",
+    "policy_gradient",
     "response_logps",
     "response_scalars",
+    "token_logps",
+    "token_values",
 ]
 
 _FAMILIES: dict[str, Callable[[ConfigDict], Algorithm]] = {
@@ -35,3 +43,8 @@ _FAMILIES: dict[str, Callable[[ConfigDict], Algorithm]] = {
 def build(config: ConfigDict) -> Algorithm:
     """The algorithm that a checked config names; its knobs are the group `algorithm`."""
     return _FAMILIES[METHODS[config.algorithm.name].family](config.algorithm)
+
+
+def build_online(config: ConfigDict) -> Online:
+    """The same for a method that learns from what the policy samples."""
+    return policy_gradient.build(config)

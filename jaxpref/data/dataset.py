@@ -36,6 +36,7 @@ class TokenizedDataset:
       sources: the examples of each source by name, where several are mixed.
       uncut: how many tokens each piece had before it was cut.
       prompts: a digest of each prompt before it was cut.
+      examples: what was tokenised, where responses are yet to be sampled; else empty.
     """
 
     tokens: Int[np.ndarray, " tokens"]
@@ -48,6 +49,7 @@ class TokenizedDataset:
     context: Bool[np.ndarray, " tokens"] | None = None
     extras: Mapping[str, Float[np.ndarray, "_ ..."]] = dataclasses.field(default_factory=dict)
     sources: Mapping[str, Int[np.ndarray, " _"]] = dataclasses.field(default_factory=dict)
+    examples: Sequence[Example] = ()
 
     def __len__(self) -> int:
         return len(self.example_offsets) - 1
@@ -75,6 +77,7 @@ class TokenizedDataset:
             true_rewards=None if self.true_rewards is None else self.true_rewards[chosen],
             uncut=self.uncut[kept],
             prompts=self.prompts[chosen],
+            examples=[self.examples[i] for i in chosen] if self.examples else (),
             extras=extras,
             sources={name: new[new >= 0] for name, new in sources.items() if new.max() >= 0},
         )

@@ -82,7 +82,9 @@ def load(
       UserError: see `open_source`, `parse`, `adapt` and `tokenize`.
     """
     weights = _weights(config)
-    folder = cache.folder(config, tokenizer, kind) if config.data.cache else None
+    # The cache has token ids alone; rewards of what is sampled look at the texts, too.
+    cached = config.data.cache and kind != "prompts"
+    folder = cache.folder(config, tokenizer, kind) if cached else None
     if folder is not None and (kept := cache.read(folder)) is not None:
         return _finished(config, Data(*kept, weights, [f"tokenised data reused from {folder}"]))
 
@@ -287,6 +289,7 @@ class _Reading:
             min_score_ratio=data.min_score_ratio,
             limit=source["limit"],
             detected=source["format"] == "auto",
+            keep_records=self._kind == "prompts",
         )
         self.counts.update({f"dropped/{reason}": count for reason, count in dropped.items()})
         examples = self._adapted(examples, format)

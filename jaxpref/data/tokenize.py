@@ -191,6 +191,7 @@ def tokenize(
         sources=sources_of(kept),
         uncut=_joined([part.uncut for part in parts]),
         prompts=_joined([part.prompts for part in parts]),
+        examples=() if any(example.responses for example in kept) else kept,
     )
 
 

@@ -1,9 +1,12 @@
 """From a config to all that the loop needs: mesh, state, reference, data, jitted functions."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -12,19 +15,35 @@ from jaxpref import (
     checkpoint,
     config as config_lib,
     data as data_lib,
+    evaluation,
     experience,
     models,
     optimizer as optimizer_lib,
     reference as reference_lib,
+    rewards,
     sharding,
     weights,
 )
+from jaxpref.checkpoint import CRITIC
 from jaxpref.data import BatchStream, Data
+from jaxpref.data.chat import Chat
+from jaxpref.data.synthetic import true_rewards
 from jaxpref.errors import UserError
-from jaxpref.packing import PackedBatch
+from jaxpref.experience.rollouts import MOMENTS
+from jaxpref.measurements import total
+from jaxpref.packing import Budget, PackedBatch
 from jaxpref.terminal import console, progress
+from jaxpref.train.critic import Critic
 from jaxpref.train.state import POLICY, State, abstract_state, initial_state
-from jaxpref.train.update import EvalStep, Update, make_eval_step, make_update
+from jaxpref.train.update import (
+    EvalStep,
+    Frozen,
+    Step,
+    Update,
+    make_eval_step,
+    make_step,
+    make_update,
+)
 from jaxpref.trainable import as_abstract, as_array, merge, partition, store_frozen
 
 
@@ -39,10 +58,13 @@ class Training(NamedTuple):
       state: after step `start`.
       frozen: the parameters that are not trained.
       reference: the reference's own parameters, where they do not move.
-      source: gives the batch of a step.
-      held_out: every held-out example once; None if there is none.
-      update: see `make_update`.
-      eval_step: see `make_eval_step`.
+      source: gives what a step trains on.
+      step: see `make_step`.
+      evaluate: `(number, state)` to what is measured on held-out data, with the prefix `eval/`.
+      loss_after: of a step's experience once more, or another number that is finite as long as
+        the state is good.
+      patience: steps after which a run without any gradient is given up.
+      largest_kl: KL to the reference at which the run stops; 0: never.
     """
 
     mesh: Mesh
@@ -50,16 +72,14 @@ class Training(NamedTuple):
     start: int
     steps: int
     state: State
-    frozen: Any
+    frozen: Frozen
     reference: Any
     source: experience.Source
-    held_out: BatchStream | None
-    update: Update
-    eval_step: EvalStep
-
-    def put(self, batch: PackedBatch) -> PackedBatch:
-        """The batch on the devices."""
-        return sharding.put_batch(self.mesh, batch)
+    step: Step
+    evaluate: Callable[[int, State], dict[str, float]]
+    loss_after: Callable[[State, experience.Experience], float]
+    patience: int
+    largest_kl: float = 0.0
 
 
 def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints) -> Training:
@@ -83,8 +103,12 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
     identity = checkpoint.describe_run(config, **data.fingerprints)
     checkpoint.check_same_run(workdir, identity)
 
-    algorithm = algorithms.build(config)
-    optimizer, schedule = optimizer_lib.build(config.optimizer, steps)
+    method = config_lib.method_of(config.algorithm.name)
+    online = algorithms.build_online(config) if method.samples else None
+    algorithm = algorithms.build(config) if online is None else online.policy
+    updates = 1 if online is None else online.epochs * online.minibatches
+    optimizer, schedule = optimizer_lib.build(config.optimizer, steps * updates)
+    controls = {} if online is None else {**online.controls, **dict.fromkeys(MOMENTS, 0.0)}
     abstract, abstract_frozen = abstract_state(
         opened.model,
         optimizer,
@@ -92,7 +116,12 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         config_lib.trainable(config),
         moving_reference=reference_lib.moves(config),
         running=algorithm.running,
+        controls=controls,
     )
+    critic = None
+    if online is not None and online.critic is not None:
+        critic = Critic.of(config, opened, mesh, steps * updates)
+        abstract = abstract._replace(roles={**abstract.roles, CRITIC: critic.abstract})
     start = checkpoints.latest or 0
     if start > steps:
         raise UserError(
@@ -125,35 +154,168 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
             optimizer,
             running=algorithm.running,
             reference=reference.moving,
+            controls=controls,
             abstract=abstract,
         )
+        if critic is not None:
+            state = state._replace(roles={**state.roles, CRITIC: critic.first(params)})
 
-    def stream(side: str, *, training: bool) -> BatchStream:
-        columns = {reference_lib.COLUMN: reference.columns[side]} if reference.columns else {}
-        return data_lib.stream_of(config, data, side, mesh, training=training, columns=columns)
-
+    columns = {side: {reference_lib.COLUMN: x} for side, x in reference.columns.items()}
+    begun = _Begun(config, workdir, mesh, data, columns, state, frozen, reference, start, steps)
     with sharding.use(mesh):
-        train_stream = stream("train", training=True)
-        _describe(config, mesh, state, abstract_frozen, data, train_stream, start, steps)
-        if not start:
-            weights.keep(opened.source, opened.model, workdir)
-            checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
-        model = models.packed(opened.model)
-        return Training(
-            mesh=mesh,
-            data=data,
-            start=start,
-            steps=steps,
-            state=state,
-            frozen=frozen,
-            reference=reference.params,
-            source=experience.offline(train_stream, start, steps),
-            held_out=None if data.held_out is None else stream("held_out", training=False),
-            update=make_update(
+        if online is None:
+            model = models.packed(opened.model)
+            update = make_update(
                 algorithm, model, optimizer, schedule, reference=reference.mode, seed=config.seed
-            ),
-            eval_step=make_eval_step(algorithm, model, reference=reference.mode),
+            )
+            eval_step = make_eval_step(algorithm, model, reference=reference.mode)
+            training = _offline(begun, update, eval_step, abstract_frozen)
+        else:
+            training = _online(begun, online, opened, optimizer, schedule, critic, abstract_frozen)
+    if not start:
+        weights.keep(opened.source, opened.model, workdir)
+        checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
+    return training
+
+
+class _Begun(NamedTuple):
+    """What every run has; see `Training`."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    data: Data
+    columns: Mapping[str, Mapping[str, Any]]
+    state: State
+    frozen: Any
+    reference: reference_lib.Reference
+    start: int
+    steps: int
+
+    def stream(self, side: str, *, training: bool) -> BatchStream:
+        """The batches of one side of the data."""
+        return data_lib.stream_of(
+            self.config,
+            self.data,
+            side,
+            self.mesh,
+            training=training,
+            columns=self.columns.get(side, {}),
         )
+
+    def training(self, source: experience.Source, step: Step, **others: Any) -> Training:
+        """The run, with what is peculiar to it."""
+        epoch = -(-len(self.data.train) // self.config.data.batch_size)
+        return Training(
+            mesh=self.mesh,
+            data=self.data,
+            start=self.start,
+            steps=self.steps,
+            state=self.state,
+            reference=self.reference.params,
+            source=source,
+            step=step,
+            **{"frozen": Frozen(self.frozen), "patience": epoch, **others},
+        )
+
+
+def _offline(begun: _Begun, update: Update, eval_step: EvalStep, abstract_frozen: Any) -> Training:
+    """A run on data."""
+    data, mesh = begun.data, begun.mesh
+    put = partial(sharding.put_batch, mesh)
+    stream = begun.stream("train", training=True)
+    held_out = None if data.held_out is None else begun.stream("held_out", training=False)
+    _describe(begun, abstract_frozen, stream.budget)
+
+    def look(state: State, batch: PackedBatch) -> algorithms.Objective:
+        return eval_step(state, begun.frozen, begun.reference.params, batch)
+
+    def evaluate(step: int, state: State) -> dict[str, float]:
+        if held_out is None or data.held_out is None:
+            return {}
+        results = evaluation.evaluate(
+            lambda batch: look(state, put(batch)),
+            held_out.once(),
+            data.held_out.true_rewards,
+            data.held_out.sources,
+        )
+        if results.reliability is not None and not jax.process_index():
+            title = f"{begun.workdir}, step {step}"
+            evaluation.plot_reliability(
+                results.reliability, begun.workdir / "reliability.png", title
+            )
+        return results.values
+
+    def loss_after(state: State, given: experience.Experience) -> float:
+        return float(total(look(state, given.batches[0]).loss).values)
+
+    source = experience.offline(stream, begun.start, begun.steps, put)
+    return begun.training(source, make_step(update), evaluate=evaluate, loss_after=loss_after)
+
+
+def _online(
+    begun: _Begun,
+    online: algorithms.Online,
+    opened: weights.Opened,
+    optimizer: optax.GradientTransformation,
+    schedule: optimizer_lib.Schedule,
+    critic: Critic | None,
+    abstract_frozen: Any,
+) -> Training:
+    """A run on what the policy samples."""
+    config, data, mesh = begun.config, begun.data, begun.mesh
+    policy = models.packed(opened.model, temperature=config.sampling.temperature)
+    conversations = any(isinstance(e.prompt, Chat) for e in data.train.examples)
+    parts = experience.Parts(
+        config=config,
+        online=online,
+        decoder=opened.model,
+        policy=policy,
+        critic=None if critic is None else critic.model,
+        frozen=begun.frozen,
+        critic_frozen={} if critic is None else critic.frozen(begun.frozen),
+        mode=begun.reference.mode,
+        reference=begun.reference.params,
+        rewards=rewards.build(
+            config.reward,
+            opened.tokenizer,
+            max_length=config.data.max_length,
+            mesh=mesh,
+            conversations=conversations,
+        ),
+        true_rewards=true_rewards if config.data.format == "synthetic" else None,
+        tokenizer=opened.tokenizer,
+        mesh=mesh,
+        budget=experience.budget_of(config, mesh),
+    )
+    stream = begun.stream("train", training=True)
+    held_out = None if data.held_out is None else experience.Prompts(data.held_out, None)
+    source = experience.Rollouts(
+        parts, experience.Prompts(data.train, stream), held_out, begun.workdir
+    )
+    _describe(begun, abstract_frozen, parts.budget)
+    update = make_update(online.policy, policy, optimizer, schedule, seed=config.seed)
+    step = make_step(
+        update,
+        None if critic is None or online.critic is None else critic.update(online.critic),
+        epochs=online.epochs,
+        stop_kl=online.stop_kl,
+        warmup=0 if critic is None else config.critic.warmup,
+    )
+
+    def loss_after(state: State, given: experience.Experience) -> float:
+        # What was sampled is the old policy's; that the parameters are finite is what counts.
+        return float(optax.tree.norm(state.policy))
+
+    return begun.training(
+        source,
+        step,
+        evaluate=source.evaluate,
+        loss_after=loss_after,
+        frozen=Frozen(begun.frozen, parts.critic_frozen),
+        patience=len(data.train),
+        largest_kl=online.largest_kl,
+    )
 
 
 def _load(config: ConfigDict, tokenizer: Any) -> Data:
@@ -181,21 +343,13 @@ def _first_weights(
     return params, store_frozen(frozen, dtype, convert=as_array)
 
 
-def _describe(
-    config: ConfigDict,
-    mesh: Mesh,
-    state: State,
-    abstract_frozen: Any,
-    data: Data,
-    stream: BatchStream,
-    start: int,
-    steps: int,
-) -> None:
+def _describe(begun: _Begun, abstract_frozen: Any, budget: Budget) -> None:
     """Tells in the terminal what is about to be trained."""
+    config, data, state, steps = begun.config, begun.data, begun.state, begun.steps
     trained = sum(x.size for x in jax.tree.leaves(state.policy))
     parameters = trained + sum(x.size for x in jax.tree.leaves(abstract_frozen))
     optimizer_bytes = sum(x.nbytes for x in jax.tree.leaves(state.roles[POLICY].optimizer_state))
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    axes = " x ".join(f"{name} {size}" for name, size in begun.mesh.shape.items())
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
     console.print(f"model: {parameters / 1e6:.1f}M parameters; mesh: {axes} ({jax.devices()[0]})")
     if trained < parameters:
@@ -213,8 +367,9 @@ def _describe(
         )
     if config.train.eval_every and data.held_out is None:
         console.print("train.eval_every has no effect, since no data is held out")
+    samples = f", {config.sampling.samples} responses each" if "sampling" in config else ""
     console.print(
-        f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples, rows of "
-        f"{stream.budget.row_length} tokens with {stream.budget.scored_length} scored"
-        + (f"; resuming after step {start}" if start else "")
+        f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples{samples}, "
+        f"rows of {budget.row_length} tokens with {budget.scored_length} scored"
+        + (f"; resuming after step {begun.start}" if begun.start else "")
     )

@@ -1,6 +1,9 @@
 """The one train loop: batch, update, log, evaluate, save; then the next."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -13,7 +16,7 @@ from jaxpref import (
     metrics as metrics_lib,
     sharding,
 )
-from jaxpref.measurements import total
+from jaxpref.errors import UserError
 from jaxpref.terminal import console
 from jaxpref.train.assemble import Training, assemble
 from jaxpref.train.interrupts import interrupts
@@ -56,33 +59,34 @@ def _loop(
     ):
         if start == 0:
             counts = {f"data/{name}": float(n) for name, n in training.data.counts.items()}
-            first = _evaluate(workdir, checkpoints, training, state, 0)
+            first = _evaluate(checkpoints, training, state, 0)
             writer.write(0, {**counts, **first})
         log = metrics_lib.Log(
             writer,
             every=config.train.log_every,
             steps=steps,
-            epoch=-(-len(training.data.train) // config.data.batch_size),
+            patience=training.patience,
             kept=checkpoints.kept,
             resumed=start > 0,
         )
         for step in range(start + 1, steps + 1):
-            batch = training.source(step, state)
-            log.dispatching(step, batch)
-            batch = training.put(batch)
-            state, measured = training.update(state, frozen, reference, batch)
+            experience = training.source(step, state, partial(_at_once, interrupted, step))
+            if experience is None:
+                _stop_before(step, checkpoints, state, log)
+            _refuse_kl(training, step, experience.kl, checkpoints)
+            log.dispatching(step, *experience.work)
+            state, measured = training.step(step, state, frozen, reference, experience)
             log.dispatched(step, measured)
             # This is asked once a step, so that what is saved and what stops agree.
             last, stop = step == steps, interrupted(step)
             if last or _due(step, config.train.eval_every):
                 log.settle()
-                writer.write(step, _evaluate(workdir, checkpoints, training, state, step))
+                writer.write(step, _evaluate(checkpoints, training, state, step))
                 log.pause()
             if last or stop or _due(step, config.train.save_every):
                 log.flush(step)
                 # Only weights that still give finite losses become the last good ones.
-                after = total(training.eval_step(state, frozen, reference, batch).loss).values
-                found = {"loss after the update": float(after)}
+                found = {"loss after the update": training.loss_after(state, experience)}
                 metrics_lib.require_finite(step, found, checkpoints.kept)
                 checkpoints.save(step, state.params, state.rest)
                 log.pause()
@@ -95,30 +99,46 @@ def _loop(
                 )
 
 
-def _evaluate(
-    workdir: Path,
-    checkpoints: checkpoint.Checkpoints,
-    training: Training,
-    state: State,
-    step: int,
-) -> dict[str, float]:
-    """Measurements on the held-out data, if there is any; draws the reliability diagram."""
-    held_out = training.data.held_out
-    if training.held_out is None or held_out is None:
-        return {}
-    results = evaluation.evaluate(
-        lambda batch: training.eval_step(
-            state, training.frozen, training.reference, training.put(batch)
-        ),
-        training.held_out.once(),
-        held_out.true_rewards,
-        held_out.sources,
+def _at_once(interrupted: Callable[[int], bool], step: int) -> bool:
+    # Where several processes train they have to agree, which they do once a step.
+    return jax.process_count() == 1 and interrupted(step)
+
+
+def _stop_before(
+    step: int, checkpoints: checkpoint.Checkpoints, state: State, log: metrics_lib.Log
+) -> NoReturn:
+    """Ends a run whose step has only sampled so far; that is dropped, and sampled again."""
+    done = step - 1
+    if done and checkpoints.latest != done:
+        log.flush(done)
+        checkpoints.save(done, state.params, state.rest)
+    checkpoints.wait()
+    where = f"step {done}, which is saved" if done else "the first step was done"
+    raise KeyboardInterrupt(
+        f"interrupted {'after' if done else 'before'} {where}; the same command "
+        f"{'resumes' if done else 'begins again'}."
     )
-    metrics_lib.require_finite(step, results.values, checkpoints.kept)
-    if results.reliability is not None and not jax.process_index():
-        title = f"{workdir}, step {step}"
-        evaluation.plot_reliability(results.reliability, workdir / "reliability.png", title)
-    return results.values
+
+
+def _refuse_kl(
+    training: Training, step: int, kl: float, checkpoints: checkpoint.Checkpoints
+) -> None:
+    largest = training.largest_kl
+    if largest and not kl <= largest:
+        raise UserError(
+            f"step {step}: the KL of a response to the reference is {kl:.1f} nats, above "
+            f"algorithm.largest_kl ({largest}). Stopped; {checkpoints.kept()}. A higher "
+            "algorithm.beta, a lower optimizer.learning_rate or algorithm.kl_target may help."
+        )
+
+
+def _evaluate(
+    checkpoints: checkpoint.Checkpoints, training: Training, state: State, step: int
+) -> dict[str, float]:
+    """Measurements on the held-out data, if there is any."""
+    found = training.evaluate(step, state)
+    metrics_lib.require_finite(step, found, checkpoints.kept)
+    return found
 
 
 def _due(step: int, every: int) -> bool:

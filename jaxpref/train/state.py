@@ -28,16 +28,18 @@ class State(NamedTuple):
     """What a run carries from update to update.
 
     Attributes:
-      step: updates so far.
+      step: updates of the policy so far.
       roles: what is trained, by role.
       reference: the reference's parameters, where they move with the policy; else {}.
       running: sums and weights of what the loss reads the mean of, over all steps so far.
+      controls: numbers that a method which samples carries from step to step, by name.
     """
 
     step: jax.Array
     roles: Mapping[str, Trained]
     reference: Any
     running: dict[str, Metric]
+    controls: Mapping[str, jax.Array] = {}
 
     @property
     def policy(self) -> Any:
@@ -57,6 +59,7 @@ class State(NamedTuple):
             "optimizer_state": {role: t.optimizer_state for role, t in self.roles.items()},
             "reference": self.reference,
             "running": self.running,
+            "controls": self.controls,
         }
         return {name: part for name, part in parts.items() if jax.tree.leaves(part)}
 
@@ -79,6 +82,7 @@ def abstract_state(
     *,
     moving_reference: bool = False,
     running: Sequence[str] = (),
+    controls: Iterable[str] = (),
 ) -> tuple[State, Any]:
     """Shapes, dtypes and shardings of the state, without computing anything.
 
@@ -92,6 +96,7 @@ def abstract_state(
       trainable: a regular expression for the paths of the parameters that are trained.
       moving_reference: whether the state has a reference that moves with the policy.
       running: names of the means that the loss reads.
+      controls: names of what a method that samples carries from step to step.
 
     Returns:
       The state, and the parameters that are not trained.
@@ -104,8 +109,9 @@ def abstract_state(
         params, frozen = partition(models.init_params(model, key, boxed=True), trainable)
         policy = Trained(params, optimizer.init(params))
         reference = params if moving_reference else {}
-        state = State(jnp.zeros((), jnp.int32), {POLICY: policy}, reference, _zeros(running))
-        return state, frozen
+        numbers = {name: jnp.zeros(()) for name in controls}
+        step = jnp.zeros((), jnp.int32)
+        return State(step, {POLICY: policy}, reference, _zeros(running), numbers), frozen
 
     boxed = jax.eval_shape(init, jax.random.key(0))
     if not boxed[0].policy:
@@ -127,6 +133,7 @@ def initial_state(
     *,
     running: Sequence[str] = (),
     reference: Any = None,
+    controls: Mapping[str, float] | None = None,
     abstract: State | None = None,
 ) -> State:
     """The state before the first update.
@@ -136,18 +143,44 @@ def initial_state(
       optimizer: its state is made for them.
       running: names of the means that the loss reads, see `Algorithm.running`.
       reference: the reference's parameters, where they move with the policy.
+      controls: what a method that samples carries from step to step, as it begins.
       abstract: says where everything goes; by default JAX decides.
     """
     of_optimizer, of_zeros = None, None
     if abstract is not None:
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         of_optimizer = shardings.roles[POLICY].optimizer_state
-        of_zeros = shardings.step, shardings.running
+        of_zeros = shardings.step, shardings.running, shardings.controls
     init = jax.jit(optimizer.init, out_shardings=of_optimizer)
-    zeros = jax.jit(lambda: (jnp.zeros((), jnp.int32), _zeros(running)), out_shardings=of_zeros)
-    step, means = zeros()
+
+    def first() -> tuple[jax.Array, dict[str, Metric], dict[str, jax.Array]]:
+        numbers = {name: jnp.float32(value) for name, value in (controls or {}).items()}
+        return jnp.zeros((), jnp.int32), _zeros(running), numbers
+
+    step, means, numbers = jax.jit(first, out_shardings=of_zeros)()
     policy = Trained(params, init(params))
-    return State(step, {POLICY: policy}, {} if reference is None else reference, means)
+    return State(step, {POLICY: policy}, {} if reference is None else reference, means, numbers)
+
+
+def abstract_role(
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trainable: str = "",
+) -> tuple[Trained, Any]:
+    """Shapes, dtypes and shardings of another role's part of the state.
+
+    Args:
+      model: the role's.
+      optimizer: the role's.
+      mesh: where the arrays go.
+      trainable: see `abstract_state`.
+
+    Returns:
+      What the role trains, and the parameters that it does not.
+    """
+    state, frozen = abstract_state(model, optimizer, mesh, trainable)
+    return state.roles[POLICY], frozen
 
 
 def _zeros(running: Iterable[str]) -> dict[str, Metric]:

@@ -1,13 +1,14 @@
 """One update of one role, and one look at held-out data: jitted functions of the train state."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpref.algorithms import Algorithm, LossInputs, Objective
+from jaxpref.experience import Experience
 from jaxpref.measurements import Metric, mean, total
 from jaxpref.models.protocol import Model, ModelOutput
 from jaxpref.packing import PackedBatch
@@ -17,8 +18,18 @@ from jaxpref.trainable import merge
 
 # A function (state, frozen, reference, batch) to a new state and its measurements.
 Update = Callable[[State, Any, Any, PackedBatch], tuple[State, dict[str, Metric]]]
+# A function (number, state, frozen, reference, experience) to the state after a step, and what it
+# has measured.
+Step = Callable[[int, State, "Frozen", Any, Experience], tuple[State, dict[str, Metric]]]
 # A function (state, frozen, reference, batch) to losses and metrics of each example.
 EvalStep = Callable[[State, Any, Any, PackedBatch], Objective]
+
+
+class Frozen(NamedTuple):
+    """The parameters that are not trained, by role; {} where there are none."""
+
+    policy: Any
+    critic: Any = {}  # noqa: RUF012
 
 
 def make_update(
@@ -47,7 +58,8 @@ def make_update(
       schedule: the learning rate by step, for the log; None leaves it out.
       reference: how the reference gives log-probs and moves; None for none.
       seed: of dropout.
-      role: whose parameters are trained.
+      role: whose parameters are trained. Steps are those of the policy: with an update of another
+        role neither the step nor the reference moves.
     """
     mode = reference or Free()
 
@@ -119,15 +131,63 @@ def make_update(
             more["learning_rate"] = (schedule(state.step), True)
         for name, (value, counts) in more.items():
             sums[name] = Metric(*(jnp.asarray(x, jnp.float32) for x in (value, counts)))
+        state = state._replace(roles={**state.roles, role: trained})
+        if role != POLICY:
+            return state, sums
         step = state.step + 1
         moved = mode.moved(step, trained.params, state.reference)
         running = {
             name: jax.tree.map(jnp.add, so_far, sums[name])
             for name, so_far in state.running.items()
         }
-        return State(step, {**state.roles, role: trained}, moved, running), sums
+        return state._replace(step=step, reference=moved, running=running), sums
 
     return jax.jit(update, donate_argnums=0)
+
+
+def make_step(
+    policy: Update,
+    critic: Update | None = None,
+    *,
+    epochs: int = 1,
+    stop_kl: float = 0.0,
+    warmup: int = 0,
+) -> Step:
+    """All updates of a step: `(number, state, frozen, reference, experience)` to a new state.
+
+    Args:
+      policy: the policy's update.
+      critic: the critic's, which comes before the policy's; what is measured of it has the prefix
+        `val/`.
+      epochs: passes over the batches.
+      stop_kl: KL of a token to the policy that sampled after which there are no more updates; 0:
+        never.
+      warmup: first steps in which the critic alone is trained.
+    """
+
+    def step(
+        number: int, state: State, frozen: Frozen, reference: Any, experience: Experience
+    ) -> tuple[State, dict[str, Metric]]:
+        measured = dict(experience.measured)
+        for batch in (b for _ in range(epochs) for b in experience.batches):
+            if critic is not None:
+                state, found = critic(state, frozen.critic, {}, batch)
+                _add(measured, {f"val/{name}": metric for name, metric in found.items()})
+            if number <= warmup:
+                continue
+            state, found = policy(state, frozen.policy, reference, batch)
+            _add(measured, found)
+            if stop_kl and float(mean(found["policy/approx_kl"])) > stop_kl:
+                break
+        return state._replace(controls={**state.controls, **experience.controls}), measured
+
+    return step
+
+
+def _add(measured: dict[str, Metric], found: Mapping[str, Metric]) -> None:
+    for name, metric in found.items():
+        before = measured.get(name)
+        measured[name] = metric if before is None else jax.tree.map(jnp.add, before, metric)
 
 
 def make_eval_step(
@@ -171,15 +231,22 @@ def _with_auxiliary(objective: Objective, output: ModelOutput) -> Objective:
 def _over_micro_batches(
     function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch, key: jax.Array
 ) -> Any:
-    """The sum of `function` over the leading axis."""
+    """The sum of `function` over the leading axis.
+
+    Micro-batches at the end without any response are not computed, so that one program serves any
+    number of them up to the length of the axis.
+    """
     first = jax.tree.map(lambda x: x[0], batch)
     count = batch.tokens.shape[0]
     if count == 1:
         return function(first, key)
+    keys = jax.random.split(key, count)
+    held = (jnp.asarray(batch.lengths) > 0).any(axis=(1, 2)).sum()
 
-    def add(total: Any, micro: tuple[PackedBatch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*micro)), None
+    def add(index: jax.Array, total: Any) -> Any:
+        micro, key = jax.tree.map(lambda x: x[index], (batch, keys))
+        return jax.tree.map(jnp.add, total, function(micro, key))
 
     shapes = jax.eval_shape(function, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, (batch, jax.random.split(key, count)))[0]
+    return jax.lax.fori_loop(0, held, add, zeros)

@@ -1,0 +1,11 @@
+"""What a step trains on: a source gives it, and may look at the train state.
+
+Offline data are a source that ignores the state (`offline`); responses that the policy itself
+samples are another (`rollouts`), in the same loop.
+"""
+
+from jaxpref.experience.base import Experience, Source, Work
+from jaxpref.experience.offline import offline
+from jaxpref.experience.rollouts import Parts, Prompts, Rollouts, budget_of
+
+__all__ = ["Experience", "Parts", "Prompts", "Rollouts", "Source", "Work", "budget_of", "offline"]
