@@ -6,6 +6,7 @@ in blocks: the forward pass keeps a running log-sum-exp, the backward pass compu
 each block's logits again, and each block of the head's gradient is written once.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxpref.losses.inputs import check_range
+
 # Logits alive at one time, in entries; 2**22 float32 entries are 16 MiB.
 _BLOCK_ENTRIES = 2**22
 # A narrower block leaves matrix units idle, and TPU lanes come in 128.
@@ -21,18 +24,31 @@ _SMALLEST_BLOCK = 1024
 _LANES = 128
 
 
-class LMHead(NamedTuple):
-    """The map from hidden states to logits, `soft_cap * tanh((h @ kernel.T + bias) / soft_cap)`.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LMHead:
+    """The map from hidden states to logits.
+
+    With all its parts: `soft_cap * tanh((h @ kernel.T + bias) / soft_cap) / temperature`.
 
     Attributes:
       kernel: one row a vocabulary entry; for a tied head, the embedding table.
       bias: added to the logits; None for none.
       soft_cap: bound of the logits (Gemma 2, arXiv 2408.00118, section 2); None for none.
+      temperature: what the logits are divided by last, above 0. What a policy sampled at this
+        temperature has log-probs, entropy and KL of a head that has it too.
+
+    Raises:
+      ValueError: the temperature is not above 0.
     """
 
     kernel: Float[Array, "vocabulary width"]
     bias: Float[Array, " vocabulary"] | None = None
-    soft_cap: float | None = None
+    soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_range("LMHead", above=0, temperature=self.temperature)
 
     def logits(self, hidden: Float[Array, "*positions width"]) -> Float[Array, "*positions _"]:
         """All logits in float32, for callers who want them; training does not."""
@@ -40,7 +56,7 @@ class LMHead(NamedTuple):
         logits = jnp.einsum("...d,vd->...v", hidden, self.kernel, preferred_element_type=dtype)
         if self.bias is not None:
             logits += jnp.broadcast_to(self.bias.astype(dtype), logits.shape)
-        return self.soft_cap * jnp.tanh(logits / self.soft_cap) if self.soft_cap else logits
+        return _scaled(logits, self.soft_cap, self.temperature)
 
 
 class TokenLogprobs(NamedTuple):
@@ -163,7 +179,7 @@ def _blockwise(
     if block_size is None:
         block_size = _BLOCK_ENTRIES // max(targets.size, 1) // _LANES * _LANES
         block_size = max(block_size, _SMALLEST_BLOCK)
-    setting = _Setting(min(block_size, vocabulary), head.soft_cap, **wanted)
+    setting = _Setting(min(block_size, vocabulary), head.soft_cap, head.temperature, **wanted)
     # The positions lie along one flat axis: XLA on CPU is slower at products with several axes.
     result = _token_logprobs(
         setting, hidden.reshape(-1, width), head.kernel, head.bias, targets.ravel()
@@ -174,6 +190,7 @@ def _blockwise(
 class _Setting(NamedTuple):
     block_size: int
     soft_cap: float | None
+    temperature: float
     with_entropy: bool = False
     with_collision: bool = False
 
@@ -208,9 +225,21 @@ def _block_logits(
     logits = jnp.einsum("td,vd->tv", hidden, kernel, preferred_element_type=dtype)
     if bias is not None:
         logits += jax.lax.dynamic_slice_in_dim(bias, start, size).astype(dtype)[None]
+    return _scaled(logits, setting.soft_cap, setting.temperature), kernel
+
+
+def _scaled(logits: Array, soft_cap: float | None, temperature: float) -> Array:
+    """Products of hidden states and the head, bounded and divided by the temperature."""
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return logits if temperature == 1 else logits / temperature
+
+
+def _through_scaling(by_logits: Array, logits: Array, setting: _Setting) -> Array:
+    """The gradient by what `_scaled` was given, from that by the logits that it gave."""
     if setting.soft_cap is not None:
-        logits = setting.soft_cap * jnp.tanh(logits / setting.soft_cap)
-    return logits, kernel
+        by_logits *= 1 - jnp.square(logits / (setting.soft_cap / setting.temperature))
+    return by_logits if setting.temperature == 1 else by_logits / setting.temperature
 
 
 def _nan_outside(vocabulary: int, targets: Array, logps: Array) -> Array:
@@ -282,8 +311,7 @@ def _backward(setting: _Setting, residuals: tuple, cotangents: _Result) -> tuple
         if setting.with_entropy:
             surprise = jnp.where(probabilities > 0, logps + entropy[..., None], 0)
             by_logits -= by_entropy * probabilities * surprise
-        if setting.soft_cap is not None:
-            by_logits *= 1 - jnp.square(logits / setting.soft_cap)
+        by_logits = _through_scaling(by_logits, logits, setting)
         if by_bias is not None:
             block = by_logits.sum(axis=0).astype(by_bias.dtype)
             by_bias = jax.lax.dynamic_update_slice_in_dim(by_bias, block, start, 0)

@@ -10,8 +10,8 @@ import pretrained
 import pytest
 from conftest import in_float64
 
-from jaxpref import models, packing
-from jaxpref.algorithms import response_scalars
+from jaxpref import logprobs, models, packing
+from jaxpref.algorithms import response_logps, response_scalars
 from jaxpref.errors import UserError
 
 # Plain, one with a bias in its LM head, one with narrow embeddings, one with soft caps.
@@ -86,6 +86,21 @@ def test_a_reward_is_what_the_head_says_at_the_last_token(float64):
             tokens = np.concatenate([group.prompt, response])[None]
             alone = model.apply({"params": params}, tokens, method="scalars")
             np.testing.assert_allclose(rewards[g, k], alone[0, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_policy_at_a_temperature_has_its_log_probs(tiny_model, tiny_params, float64):
+    model, params = in_float64(tiny_model, tiny_params)
+    batch = packing.pack(random_groups(1), row_length=24, scored_length=24)
+    output = models.packed(model, temperature=0.7)(params, batch)
+    # The head has neither bias nor bound, so that its kernel may be divided in place of the logits.
+    scaled = output._replace(head=logprobs.LMHead(output.head.kernel / 0.7))
+    found = response_logps(output, batch)
+    np.testing.assert_allclose(found, response_logps(scaled, batch), rtol=1e-9)
+    with pytest.raises(ValueError, match="packed expected temperature above 0; got 0"):
+        models.packed(model, temperature=0.0)
+    scorer = model.clone(config=dataclasses.replace(model.config, scalar_head=True))
+    with pytest.raises(ValueError, match="a temperature of 1 for a decoder with a scalar head"):
+        models.packed(scorer, temperature=0.7)
 
 
 def test_the_body_is_shared_and_only_the_head_is_new():

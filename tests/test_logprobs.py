@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 
 import jax
@@ -83,6 +84,71 @@ def test_collision_is_the_chance_that_two_samples_agree(block_size):
         np.testing.assert_allclose(both(hidden).logprobs, full(hidden, head, targets)[0])
         gradient = jax.grad(lambda hidden: both(hidden).log_collision.sum())(hidden)
         np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize(("soft_cap", "temperature"), [(None, 1.7), (3.0, 0.4)])
+def test_temperature_divides_the_logits_of_every_function(soft_cap, temperature, float64):
+    """After bias and bound, forward and backward, in blocks and at once."""
+    hidden, plain, targets = inputs("float64", soft_cap=soft_cap)
+    weights = jnp.arange(1.0, TOKENS + 1)
+
+    def blockwise(hidden, kernel, bias):
+        head = LMHead(kernel, bias, soft_cap, temperature)
+        out = logprobs.token_logprobs_and_entropy(hidden, head, targets, block_size=16)
+        return (weights * (out.logprobs + 0.5 * out.entropy)).sum(), out
+
+    def scaled(hidden, kernel, bias):
+        logits = LMHead(kernel, bias, soft_cap).logits(hidden) / temperature
+        probabilities = jax.nn.softmax(logits)
+        entropy = -(probabilities * jnp.log(probabilities)).sum(-1)
+        chosen = logprobs.from_logits(logits, targets)
+        return (weights * (chosen + 0.5 * entropy)).sum(), (chosen, entropy)
+
+    arrays = (hidden, plain.kernel, plain.bias)
+    (_, out), gradients = jax.value_and_grad(blockwise, (0, 1, 2), has_aux=True)(*arrays)
+    (_, expected), wanted = jax.value_and_grad(scaled, (0, 1, 2), has_aux=True)(*arrays)
+    for found, want in zip((*out, *gradients), (*expected, *wanted), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-11)
+
+    head = dataclasses.replace(plain, temperature=temperature)
+    logits = plain.logits(hidden) / temperature
+    np.testing.assert_allclose(head.logits(hidden), logits, rtol=1e-12)
+    collision = logprobs.token_logprobs_and_collision(hidden, head, targets, block_size=16)
+    both = jnp.log((jax.nn.softmax(logits) ** 2).sum(-1))
+    np.testing.assert_allclose(collision.log_collision, both, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(collision.logprobs, out.logprobs, rtol=1e-9, atol=1e-12)
+
+
+def test_temperature_1_adds_no_operation():
+    hidden, head, targets = inputs()
+
+    def operations(temperature):
+        def loss(hidden, head):
+            return logprobs.token_logprobs(hidden, head, targets, block_size=16).sum()
+
+        given = dataclasses.replace(head, temperature=temperature)
+        return str(jax.make_jaxpr(jax.grad(loss))(hidden, given))
+
+    # Without a bound nothing else divides.
+    assert " div " not in operations(1.0)
+    assert " div " in operations(0.5)
+
+
+def test_a_head_keeps_its_numbers_through_jit():
+    hidden, head, targets = inputs(soft_cap=3.0)
+    head = dataclasses.replace(head, temperature=0.5)
+    returned = jax.jit(lambda: head)()
+    assert (returned.soft_cap, returned.temperature) == (3.0, 0.5)
+    np.testing.assert_array_equal(
+        jax.jit(logprobs.token_logprobs)(hidden, returned, targets),
+        logprobs.token_logprobs(hidden, head, targets),
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_above_0_is_refused(temperature):
+    with pytest.raises(ValueError, match=r"LMHead expected temperature above 0; got"):
+        dataclasses.replace(inputs()[1], temperature=temperature)
 
 
 def test_check_grads():

@@ -21,9 +21,9 @@ def on_arrays(function):
     return call
 
 
-reinforce, ppo, cispo, gspo, clipped_value = (
+reinforce, ppo, cispo, gspo, clipped_value, aggregate = (
     on_arrays(getattr(losses, name))
-    for name in ("reinforce", "ppo", "cispo", "gspo", "clipped_value")
+    for name in ("reinforce", "ppo", "cispo", "gspo", "clipped_value", "aggregate")
 )
 
 RNG = np.random.default_rng(1)
@@ -247,3 +247,71 @@ def test_wrong_shapes_and_bounds_are_refused():
             ppo(NEW, OLD, ADVANTAGES, clip=clip)
     with pytest.raises(ValueError, match="cispo expected largest above 0"):
         cispo(NEW, OLD, ADVANTAGES, largest=0.0)
+
+
+# The loss of a batch, of the losses of each response's tokens.
+BATCH = {
+    "sum": lambda tokens: np.mean([np.sum(t) for t in tokens]),
+    "response": lambda tokens: np.mean([np.mean(t) for t in tokens]),
+    "token": lambda tokens: np.mean(np.concatenate(tokens)),
+    "constant": lambda tokens: np.mean([np.sum(t) / 7 for t in tokens]),
+}
+LENGTHS = np.array([[3, 1], [0, 5], [2, 0], [7, 4]])
+
+
+def total(aggregated):
+    return (aggregated.values * aggregated.weights).sum() / aggregated.weights.sum()
+
+
+@pytest.mark.parametrize("how", BATCH)
+def test_aggregated_losses_are_their_formula_whatever_shares_a_micro_batch(how):
+    """Absent responses may hold anything; parts of the batch add up, and so do their gradients."""
+    tokens = [RNG.normal(size=n) for n in LENGTHS.ravel() if n]
+    sums = np.full(LENGTHS.shape, np.nan)
+    sums[LENGTHS > 0] = [t.sum() for t in tokens]
+
+    def of(sums, parts):
+        found = [aggregate(sums[p], LENGTHS[p], how=how, longest=7) for p in parts]
+        weight = sum(x.weights.sum() for x in found)
+        return sum((x.values * x.weights).sum() for x in found) / weight
+
+    whole, gradient = jax.value_and_grad(of)(jnp.asarray(sums), [slice(None)])
+    assert float(whole) == pytest.approx(BATCH[how](tokens), rel=1e-9)
+    np.testing.assert_array_equal(np.asarray(gradient)[LENGTHS == 0], 0)
+    for parts in ([slice(0, 1), slice(1, 4)], [slice(i, i + 1) for i in range(4)]):
+        value, found = jax.value_and_grad(of)(jnp.asarray(sums), parts)
+        assert float(value) == pytest.approx(float(whole), rel=1e-9)
+        np.testing.assert_allclose(found, gradient, rtol=1e-9)
+
+
+def test_responses_of_one_length_are_aggregated_alike():
+    """Where all are as long as they may be only the unit differs; and GSPO's mean comes out."""
+    sums = RNG.normal(size=6)
+    found = {how: total(aggregate(sums, np.full(6, 7), how=how, longest=7)) for how in BATCH}
+    for how in ("response", "token", "constant"):
+        assert float(found[how]) == pytest.approx(float(found["sum"]) / 7, rel=1e-9)
+    lengths = np.arange(1, 7)
+    of_responses = gspo(sums, sums - 1, lengths, RNG.normal(size=6), clip=0.1).losses
+    mean = total(aggregate(of_responses * lengths, lengths, how="response", longest=6))
+    assert float(mean) == pytest.approx(float(of_responses.mean()), rel=1e-9)
+
+
+def test_a_batch_without_responses_has_finite_values_and_gradients():
+    for how in BATCH:
+        out, back = jax.vjp(
+            lambda x, how=how: aggregate(x, np.zeros(3, int), how=how, longest=1).values,
+            jnp.full(3, jnp.nan),
+        )
+        np.testing.assert_array_equal(out, 0)
+        np.testing.assert_array_equal(back(jnp.ones(3))[0], 0)
+
+
+def test_what_cannot_be_aggregated_is_refused():
+    with pytest.raises(ValueError, match="how to be one of sum, response, token, constant; got 'm"):
+        aggregate(np.ones(2), np.ones(2, int), how="mean", longest=3)
+    with pytest.raises(ValueError, match="aggregate expected longest at least 1; got 0"):
+        aggregate(np.ones(2), np.ones(2, int), how="constant", longest=0)
+    with pytest.raises(
+        ValueError, match=r"one length a response; got sums \(2,\) and lengths \(3,"
+    ):
+        on_arrays(losses.aggregate.__wrapped__)(np.ones(2), np.ones(3, int), how="sum", longest=3)

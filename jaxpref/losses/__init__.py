@@ -4,8 +4,10 @@ from jaxpref.losses import divergences, weighting
 from jaxpref.losses.language_modeling import nll
 from jaxpref.losses.mixture import mpo
 from jaxpref.losses.policy_gradient import (
+    Aggregated,
     PolicyOutput,
     ValueOutput,
+    aggregate,
     cispo,
     clipped_value,
     gspo,
@@ -46,11 +48,13 @@ from jaxpref.losses.unpaired import (
 )
 
 __all__ = [
+    "Aggregated",
     "PolicyOutput",
     "PreferenceOutput",
     "RankedOutput",
     "UnpairedOutput",
     "ValueOutput",
+    "aggregate",
     "all_pairs",
     "aot",
     "aot_unpaired",

@@ -1,11 +1,8 @@
 """Policy gradients: losses of what a policy has sampled, and of the critic beside it.
 
 One value for each token (`gspo`: for each response), no reduction: how tokens are weighed against
-each other is the caller's choice, and part of the method. The gradient of the objective is that of
-the sum over a response's tokens, averaged over responses. Dividing each response's sum by its
-length (GRPO), or the batch's by all of its tokens (DAPO), biases it; a constant divisor (Dr. GRPO)
-only scales it. What `where` leaves out may hold anything, NaN too: its loss is 0 and no gradient
-reaches it.
+each other is the caller's choice, and part of the method; `aggregate` says which choices there are.
+What `where` leaves out may hold anything, NaN too: its loss is 0 and no gradient reaches it.
 """
 
 from typing import NamedTuple
@@ -14,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxpref.losses.inputs import check_range, checked, per_token
+from jaxpref.losses.inputs import check_range, checked, in_float32, per_token
 
 
 class PolicyOutput(NamedTuple):
@@ -41,6 +38,89 @@ class ValueOutput(NamedTuple):
 
     losses: Float[Array, "*batch"]
     clipped: Bool[Array, "*batch"]
+
+
+class Aggregated(NamedTuple):
+    """A loss of each response, and what it counts.
+
+    The loss of a batch is `sum(values * weights) / sum(weights)`, with both sums over all of it.
+
+    Attributes:
+      values: of each response.
+      weights: of each response; no gradient.
+    """
+
+    values: Float[Array, "*batch"]
+    weights: Float[Array, "*batch"]
+
+
+def aggregate(
+    sums: Float[Array, "*batch"],
+    lengths: Int[Array, "*batch"],
+    *,
+    how: str,
+    longest: int,
+) -> Aggregated:
+    """How the losses of tokens are added up to that of a batch.
+
+    Formula, with the sum $S_i$ of the losses of a response's $n_i$ tokens, and $N$ responses:
+
+    - `"sum"`: $\\frac1N \\sum_i S_i$. The gradient of the objective, since a response's log-prob is
+      the sum of its tokens'.
+    - `"response"`: $\\frac1N \\sum_i S_i / n_i$, as in GRPO (Shao et al. 2024, arXiv 2402.03300,
+      equation 3). Biased: a token counts the less the longer its response is, so that of good
+      responses short ones gain most, and of bad ones long ones lose least.
+    - `"token"`: $\\sum_i S_i / \\sum_i n_i$, as in DAPO (Yu et al. 2025, arXiv 2503.14476, equation
+      8, there over a group's tokens, here over those of the whole batch). Biased, since the divisor
+      depends on the samples: the less, the larger the batch. Its limit is that of `"sum"` over the
+      mean length.
+    - `"constant"`: $\\frac1N \\sum_i S_i / n_{max}$, as in Dr. GRPO (Liu et al. 2025, arXiv
+      2503.20783, section 3). `"sum"` in another unit.
+
+    The losses of `gspo`, which has one a response, go in times the lengths: with `"response"`, as
+    in its paper, their mean comes out.
+
+    Args:
+      sums: the losses of each response's tokens, added up. Those of absent responses may be
+        anything.
+      lengths: tokens of each response; 0 for an absent one, which has the value and weight 0.
+      how: one of the four.
+      longest: $n_{max}$, the most tokens that a response can have, at least 1; `"constant"` alone
+        reads it.
+
+    Returns:
+      `Aggregated(values, weights)` in float32 (float64 stays float64). Their sums may be taken in
+      parts: the loss does not depend on which responses share a micro-batch, or a device.
+
+    Raises:
+      ValueError: the shapes differ, there is no such `how`, or `longest` is below 1.
+
+    >>> sums, lengths = jnp.array([2.0, 6.0]), jnp.array([1, 3])
+    >>> for how in ("sum", "response", "token", "constant"):
+    ...     values, weights = aggregate(sums, lengths, how=how, longest=4)
+    ...     print(how, float((values * weights).sum() / weights.sum()))
+    sum 4.0
+    response 2.0
+    token 2.0
+    constant 1.0
+    """
+    ways = ("sum", "response", "token", "constant")
+    if how not in ways:
+        raise ValueError(f"aggregate expected how to be one of {', '.join(ways)}; got {how!r}.")
+    check_range("aggregate", least=1, longest=longest)
+    if sums.shape != lengths.shape:
+        raise ValueError(
+            "aggregate expected one sum and one length a response; got sums "
+            f"{tuple(sums.shape)} and lengths {tuple(lengths.shape)}."
+        )
+    here = lengths > 0
+    sums = jnp.where(here, in_float32(sums), 0)
+    weights = (lengths if how == "token" else here).astype(sums.dtype)
+    if how == "sum":
+        return Aggregated(sums, weights)
+    if how == "constant":
+        return Aggregated(sums / longest, weights)
+    return Aggregated(per_token(sums, lengths), weights)
 
 
 def reinforce(
