@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref.knobs import KNOBS, Knob
+from jaxpref.knobs import GROUPS, KNOBS, Knob
 from jaxpref.methods import METHODS, Method
 
 _WIDTH = 96
@@ -85,6 +85,9 @@ def _knobs_page() -> str:
     for group in dict.fromkeys(key.partition(".")[0] for key in KNOBS):
         knobs = {key: knob for key, knob in KNOBS.items() if key.partition(".")[0] == group}
         parts += [f"## {group}", _knobs_table(knobs)]
+    for group, knobs in GROUPS.items():
+        having = ", ".join(f"`{name}`" for name, m in METHODS.items() if group in m.groups)
+        parts += [f"## {group}", f"Methods that have these: {having}.", _knobs_table(knobs)]
     return "\n\n".join(parts) + "\n"
 
 

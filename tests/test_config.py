@@ -12,6 +12,7 @@ from jaxpref.methods import METHODS, OFFLINE
 ROOT = Path(__file__).parent.parent
 RECIPES = [
     *(("quickstart", name) for name in OFFLINE),
+    *(("rlhf_quickstart", name) for name in METHODS if METHODS[name].samples),
     ("sft_hh", "tiny"),
     ("sft_hh", "paper"),
     ("dpo_hh", "tiny"),
@@ -133,7 +134,7 @@ BAD = [
     ),
     ({"reference__mode": "lve"}, "Did you mean 'live'"),
     ({"optimizer__name": "adam"}, "Did you mean 'adamw'"),
-    ({"algorithm__name": "dppo"}, "algorithm.name is 'dppo'.*one of sft, dpo, .*'dpo'"),
+    ({"algorithm__name": "dpoo"}, "algorithm.name is 'dpoo'.*one of sft, dpo, .*'dpo'"),
     ({"algorithm__name": "sft"}, "start from a recipe for sft"),
     ({"data__max_prompt_length": 512}, "max_prompt_length .512. should be below"),
     ({"data__row_length": 100}, "row_length .100. should be at least data.max_length"),

@@ -83,13 +83,19 @@ def describe(reference: Reference) -> dict[str, bool]:
     return {_OWN: bool(reference.params)}
 
 
+def _model(given: Start, decoder: Decoder | None = None) -> Model:
+    """A reference's model, by default of the policy's shape, at the temperature of sampling."""
+    knobs = given.config.get("sampling")
+    return packed(decoder or given.decoder, temperature=knobs.temperature if knobs else 1.0)
+
+
 def _free(given: Start) -> Reference:
     return Reference(Free())
 
 
 def _live(given: Start) -> Reference:
     dtype, another = given.config.reference.dtype, given.another
-    mode = Live(packed(another.model if another else given.decoder), shared=another is None)
+    mode = Live(_model(given, another.model if another else None), shared=another is None)
     if given.resuming:
         own = (
             another.abstract(given.mesh, dtype)
@@ -114,12 +120,14 @@ def _adapter(given: Start) -> Reference:
     else:
         adapted = has_adapted(given.policy)
     # A reference without adapters needs the base alone, which the policy shares with it.
-    return _live(given) if adapted else Reference(Live(packed(without_adapters(given.decoder))))
+    return (
+        _live(given) if adapted else Reference(Live(_model(given, without_adapters(given.decoder))))
+    )
 
 
 def _synced(given: Start) -> Reference:
     knobs = given.config.reference
-    mode = Synced(packed(given.decoder), mix=knobs.sync_mix, every=knobs.sync_every)
+    mode = Synced(_model(given), mix=knobs.sync_mix, every=knobs.sync_every)
     if given.resuming:
         return Reference(mode)
     if given.another is not None:

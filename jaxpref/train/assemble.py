@@ -162,16 +162,15 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
 
     columns = {side: {reference_lib.COLUMN: x} for side, x in reference.columns.items()}
     begun = _Begun(config, workdir, mesh, data, columns, state, frozen, reference, start, steps)
-    with sharding.use(mesh):
-        if online is None:
-            model = models.packed(opened.model)
-            update = make_update(
-                algorithm, model, optimizer, schedule, reference=reference.mode, seed=config.seed
-            )
-            eval_step = make_eval_step(algorithm, model, reference=reference.mode)
-            training = _offline(begun, update, eval_step, abstract_frozen)
-        else:
-            training = _online(begun, online, opened, optimizer, schedule, critic, abstract_frozen)
+    if online is None:
+        model = models.packed(opened.model)
+        update = make_update(
+            algorithm, model, optimizer, schedule, reference=reference.mode, seed=config.seed
+        )
+        eval_step = make_eval_step(algorithm, model, reference=reference.mode)
+        training = _offline(begun, update, eval_step, abstract_frozen)
+    else:
+        training = _online(begun, online, opened, optimizer, schedule, critic, abstract_frozen)
     if not start:
         weights.keep(opened.source, opened.model, workdir)
         checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
