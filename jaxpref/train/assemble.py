@@ -293,7 +293,14 @@ def _online(
         parts, experience.Prompts(data.train, stream), held_out, begun.workdir
     )
     _describe(begun, abstract_frozen, parts.budget)
-    update = make_update(online.policy, policy, optimizer, schedule, seed=config.seed)
+    update = make_update(
+        online.policy,
+        policy,
+        optimizer,
+        schedule,
+        reference=begun.reference.mode,
+        seed=config.seed,
+    )
     step = make_step(
         update,
         None if critic is None or online.critic is None else critic.update(online.critic),
