@@ -338,8 +338,7 @@ class Rollouts:
             room = min(len(indices), parts.config.sampling.shown - len(shown))
             shown += [_shown(step, sampled, values, place) for place in range(room)]
         if not jax.process_index():
-            with (self._workdir / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in shown)
+            _keep_samples(self._workdir / "samples.jsonl", step, shown)
         means = {name: float(np.concatenate(parts).mean()) for name, parts in sums.items()}
         return {f"eval/{name}": value for name, value in means.items()}
 
@@ -526,6 +525,16 @@ def _shown(
     numbers = {name: round(float(value[place]), 4) for name, value in values.items()}
     prompt, response = sampled.prompts[place], sampled.responses[place]
     return {"step": step, "prompt": prompt, "response": response, **numbers}
+
+
+def _keep_samples(path: Path, step: int, shown: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the samples of a step, in place of those of a run that has died after it."""
+    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [text for text in texts if json.loads(text)["step"] < step]
+    lines = [*kept, *(json.dumps(line, ensure_ascii=False) for line in shown)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 class _Clock:
