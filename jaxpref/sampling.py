@@ -23,6 +23,8 @@ from jaxpref.models import Cache, Decoder
 _BLOCK = 128
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_STEP = 64
+# Branches begin with room for so many tokens, or all; growing to more is another loop to compile.
+_FIRST_SLOTS = 32
 
 
 class Sampling(NamedTuple):
@@ -230,7 +232,8 @@ def _said(settings: Sampling, logits: Array, rows: _Rows) -> _Rows:
         sampled = jnp.where(greedy, 0, sampled)
     logp = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - whole
     goes_on = ~_done(rows)
-    here = (jnp.arange(rows.tokens.shape[-1]) == rows.lengths[..., None]) & goes_on[..., None]
+    places = jnp.arange(rows.tokens.shape[-1])[None, None]
+    here = (places == rows.lengths[..., None]) & goes_on[..., None]
     stops = jnp.isin(token, jnp.asarray(settings.stops, jnp.int32)) if settings.stops else False
 
     def noted(values: Array, new: Array) -> Array:
@@ -292,7 +295,7 @@ def _decode(
     """Samples until so many prompts have all of their responses.
 
     The branches have room for `sizes[0]` tokens at first, which grows, so that the first tokens
-    are not paid for by reading empty slots; a single size is a ring that goes round and round.
+    are not paid for by reading empty slots. The last size is a ring that goes round and round.
     """
 
     def step(rows: _Rows) -> _Rows:
@@ -309,7 +312,7 @@ def _decode(
 
         def goes_on(rows: _Rows, size: int = size) -> Array:
             more = _done(rows).all(axis=1).sum() < groups
-            return more & (rows.cache.places.used < size) if len(sizes) > 1 else more
+            return more if size == sizes[-1] else more & (rows.cache.places.used < size)
 
         rows = jax.lax.while_loop(goes_on, step, rows)
     return rows
@@ -326,6 +329,21 @@ def _seat(rows: _Rows, new: _Rows, seats: Int[Array, " new"]) -> _Rows:
     used = rows.cache.places.used
     put = jax.tree.map(lambda old, x: old.at[seats].set(x) if x.ndim else old, rows, new)
     return put._replace(cache=put.cache._replace(places=put.cache.places._replace(used=used)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
+    """See `Sampler.prepare`."""
+    dtype = jnp.dtype(model.config.dtype)
+    base, merged = models.merge_adapters(model, params)
+    unrolled, weights = models.unroll(base, models.dequantize(merged))
+    # Norms stay as they are: they are computed in float32.
+    weights = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
+    if mesh is None:
+        return weights
+    boxed = jax.eval_shape(lambda: models.init_params(unrolled, jax.random.key(0), boxed=True))
+    places = sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
+    return jax.lax.with_sharding_constraint(weights, places)
 
 
 class Sampler:
@@ -368,21 +386,7 @@ class Sampler:
         They are a copy, whole on every device but for what `mesh.tensor` splits: from parts along
         their width they would be gathered anew for every token.
         """
-        dtype = jnp.dtype(self._given.config.dtype)
-
-        def prepared(params: Any) -> Any:
-            base, merged = models.merge_adapters(self._given, params)
-            _, weights = models.unroll(base, models.dequantize(merged))
-            # Norms stay as they are: they are computed in float32.
-            return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
-
-        if self._mesh is None:
-            return jax.jit(prepared)(params)
-        boxed = jax.eval_shape(
-            lambda: models.init_params(self._model, jax.random.key(0), boxed=True)
-        )
-        places = sharding.shardings(self._mesh, boxed, sharding.GENERATION_RULES)
-        return jax.jit(prepared, out_shardings=places)(params)
+        return _prepared(self._given, self._mesh, params)
 
     def __call__(
         self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
@@ -395,16 +399,15 @@ class Sampler:
           keys: of each prompt's random numbers, see `prompt_keys`.
 
         Raises:
-          ValueError: a prompt is empty, or there are as many keys as prompts not.
+          ValueError: there are no prompts, or not as many keys; a prompt is empty, has ids that
+            the model does not know, or is so long that a response would leave its positions.
         """
         if len(prompts) != len(keys) or not len(prompts):
             raise ValueError(f"expected a key a prompt; got {len(keys)} for {len(prompts)}.")
-        if not all(map(len, prompts)):
-            empty = next(i for i, prompt in enumerate(prompts) if not len(prompt))
-            raise ValueError(f"prompt {empty} is empty; BOS will do.")
-        longest = max(max(map(len, prompts)), self._prompt_length)
-        length = self._prompt_length or -(-longest // _PROMPT_STEP) * _PROMPT_STEP
-        length = max(length, longest)
+        self._check(prompts)
+        longest = max(map(len, prompts))
+        if longest > (length := self._prompt_length):
+            length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
         shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
         at_once = min(self._at_once or len(prompts), len(prompts))
         seats = -(-at_once // shards) * shards
@@ -413,6 +416,25 @@ class Sampler:
         with sharding.use(self._mesh, sharding.GENERATION_RULES):
             return self._generate(weights, prompts, keys, length, seats)
 
+    def _check(self, prompts: Sequence[np.ndarray]) -> None:
+        config = self._model.config
+        # The last token of a response is not read any more.
+        room = config.max_length - self.settings.max_new_tokens + 1
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {number} is empty; BOS will do.")
+            if not 0 <= prompt.min() <= prompt.max() < config.vocabulary_size:
+                raise ValueError(
+                    f"prompt {number} should have ids from 0 to {config.vocabulary_size - 1}; got "
+                    f"{prompt.min()} to {prompt.max()}."
+                )
+            if config.max_length and len(prompt) > room:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens, and max_new_tokens is "
+                    f"{self.settings.max_new_tokens}, but the model knows only "
+                    f"{config.max_length} positions."
+                )
+
     def _generate(
         self, weights: Any, prompts: Sequence[np.ndarray], keys: Array, length: int, seats: int
     ) -> Generated:
@@ -420,7 +442,8 @@ class Sampler:
         begin = partial(self._begin, weights, prompts, keys, length)
         if seats < len(prompts):
             return self._in_turn(weights, begin, len(prompts), seats, slots)
-        sizes = tuple(sorted({-(-slots // 4), -(-slots // 2), slots}))
+        first = min(max(slots // 4, _FIRST_SLOTS), slots)
+        sizes = tuple(sorted({first, max(slots // 2, first), slots}))
         rows = begin(range(len(prompts)), seats, sizes[0])
         rows = _decode_growing(self._model, self.settings, sizes, weights, rows, jnp.asarray(seats))
         return _fetched(rows, range(len(prompts)))
