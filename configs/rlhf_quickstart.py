@@ -2,7 +2,7 @@
 
     python -m jaxpref.main --config=configs/rlhf_quickstart.py:ppo --workdir=W
 
-METHOD is ppo, reinforce, remax, rloo, grpo or reinforce_pp.
+METHOD is ppo, reinforce, remax, rloo, grpo, reinforce_pp, rejection_sampling or online_dpo.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +19,8 @@ SETTINGS = {
     "reinforce_pp": {"samples": 2},
     "rloo": {},
     "grpo": {},
+    "rejection_sampling": {},
+    "online_dpo": {},
 }
 
 
@@ -47,7 +49,8 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.sampling.max_new_tokens = 56
     config.sampling.rows = 8
     config.reward.path = "runs/quickstart/reward"
-    config.algorithm.beta = 0.05
+    if "beta" in config.algorithm:
+        config.algorithm.beta = 0.05
     config.optimizer.learning_rate = SETTINGS[method].get("learning_rate", 3e-4)
     config.optimizer.warmup_steps = 5
     config.train.steps = 40

@@ -231,6 +231,12 @@ def _check_sampling(config: ConfigDict) -> None:
             f"algorithm.beta is {algorithm.beta}, but without a reference (reference.mode 'free') "
             "there is no KL to weigh; set algorithm.beta=0, or use another mode."
         )
+    other = METHODS[algorithm.loss] if "loss" in algorithm else None
+    if other is not None and other.reference == "needed" and config.reference.mode == "free":
+        raise UserError(
+            f"reference.mode is 'free', but algorithm.loss {algorithm.loss!r} says nothing without "
+            "a reference; use another mode."
+        )
     minibatches = algorithm.get("minibatches", 1)
     if data.batch_size % minibatches:
         raise UserError(

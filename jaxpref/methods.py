@@ -406,6 +406,15 @@ METHODS: dict[str, Method] = {
         reads=("margins", "labels"),
         data_where={"unpaired": _BINARY},
     ),
+}
+
+# Methods on pairs that look at each pair by itself, and so can learn from sampled ones.
+PAIRWISE = tuple(
+    name for name, method in METHODS.items() if method.family == "pairs" and not method.whole_batch
+)
+
+# Methods that learn from what the policy samples.
+METHODS |= {
     "ppo": _policy_gradient(
         "PPO with a critic (arXiv 1707.06347), as in RLHF (arXiv 2203.02155)",
         epochs=4,
@@ -471,6 +480,39 @@ METHODS: dict[str, Method] = {
                 False, "subtract the mean of a prompt's rewards first; wants several samples"
             ),
         },
+    ),
+    "rejection_sampling": Method(
+        "fine-tuning on the best of several responses, as in Llama 2 (arXiv 2307.09288)",
+        "selection",
+        "prompts",
+        "optional",
+        {
+            "pool": Knob(
+                True,
+                "let the best response of earlier passes over the prompts take part in the choice; "
+                "they are kept in the workdir",
+            )
+        },
+        groups=("sampling", "reward"),
+        defaults={"sampling.samples": 8},
+        least_samples=2,
+    ),
+    "online_dpo": Method(
+        "DPO, or another loss on pairs, of the best and the worst response (arXiv 2402.04792)",
+        "selection",
+        "prompts",
+        "optional",
+        {
+            **_BETA,
+            "loss": Knob(
+                "dpo",
+                "a method on pairs, with its own defaults but for beta",
+                choices=PAIRWISE,
+            ),
+        },
+        groups=("sampling", "reward"),
+        defaults={"sampling.samples": 2},
+        least_samples=2,
     ),
 }
 

@@ -492,8 +492,9 @@ def pack_micro_batches(
     budget: Budget,
     *,
     rows: int,
-    micro_batches: int = 0,
+    micro_batches: int = 1,
     responses: int | None = None,
+    batch_size: int | None = None,
 ) -> PackedBatch:
     """Packs groups into micro-batches of a fixed shape.
 
@@ -506,6 +507,7 @@ def pack_micro_batches(
       micro_batches: how many there are at least; those beyond what the groups need come last and
         are empty.
       responses: see `materialise`.
+      batch_size: see `materialise`.
 
     Raises:
       ValueError: see `plan_micro_batches`.
@@ -519,7 +521,7 @@ def pack_micro_batches(
     )
     empty: Plan = [[] for _ in range(rows)]
     plans += [empty] * (micro_batches - len(plans))
-    size = len(groups)
+    size = batch_size or len(groups)
     parts = [
         materialise(plan, groups, budget, responses=responses, batch_size=size) for plan in plans
     ]

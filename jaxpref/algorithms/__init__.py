@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from jaxpref.algorithms import pairs, policy_gradient, ranked, reward, sft, unpaired
+from jaxpref.algorithms import (
+    pairs,
+    policy_gradient,
+    ranked,
+    reward,
+    selection,
+    sft,
+    unpaired,
+)
 from jaxpref.algorithms.base import (
     Algorithm,
     LossInputs,
@@ -12,7 +20,8 @@ from jaxpref.algorithms.base import (
     response_logps,
     response_scalars,
 )
-from jaxpref.algorithms.policy_gradient import Learned, Online, Rollout, token_logps, token_values
+from jaxpref.algorithms.online import Learned, Online, Rollout
+from jaxpref.algorithms.policy_gradient import token_logps, token_values
 from jaxpref.methods import METHODS
 
 __all__ = [
@@ -39,6 +48,11 @@ _FAMILIES: dict[str, Callable[[ConfigDict], Algorithm]] = {
     "reward": reward.build,
 }
 
+_ONLINE: dict[str, Callable[[ConfigDict], Online]] = {
+    "policy_gradient": policy_gradient.build,
+    "selection": selection.build,
+}
+
 
 def build(config: ConfigDict) -> Algorithm:
     """The algorithm that a checked config names; its knobs are the group `algorithm`."""
@@ -47,4 +61,4 @@ def build(config: ConfigDict) -> Algorithm:
 
 def build_online(config: ConfigDict) -> Online:
     """The same for a method that learns from what the policy samples."""
-    return policy_gradient.build(config)
+    return _ONLINE[METHODS[config.algorithm.name].family](config)

@@ -2,19 +2,19 @@
 
 They differ in their advantages, and in nothing else: once these are known, every token has the
 same loss, in one or in several updates. `Rollout` is all that is known of the sampled tokens of a
-step, `learned` makes advantages of it, and `loss` trains on them, a micro-batch at a time.
+step, `learned` makes advantages of it, and the loss trains on them, a micro-batch at a time.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from jaxpref import advantages as advantages_lib, losses, packing
 from jaxpref.algorithms.base import Algorithm, LossInputs, Objective
+from jaxpref.algorithms.online import Controls, Learned, Online, Rollout, Tokens
 from jaxpref.logprobs import LMHead, token_logprobs_and_entropy
 from jaxpref.measurements import Metric
 from jaxpref.models.protocol import ModelOutput, ScalarHead
@@ -25,100 +25,6 @@ OLD, SAMPLED, REFERENCE = "old_logps", "sampled_logps", "reference_logps"
 ADVANTAGES, RETURNS, VALUES = "advantages", "returns", "old_values"
 # Names among the numbers that a run carries from step to step.
 BETA, BASELINE, BASELINE_WEIGHT = "kl_coefficient", "baseline", "baseline_weight"
-
-Tokens = Float[Array, "shards tokens"]
-Controls = Mapping[str, Float[Array, ""]]
-
-
-class Rollout(NamedTuple):
-    """All tokens that were sampled in a step, as the tables of its packed batches have them.
-
-    Attributes:
-      response: whose token it is, `prompt * K + k`; prompts * K for padding.
-      logps: log-probs under the policy that sampled, as training computes them.
-      reference_logps: under the reference; None without one.
-      values: the critic's, read before each token; None without a critic.
-      rewards: of the responses.
-      greedy_rewards: of the greedy response to each prompt; None if there is none.
-    """
-
-    response: Int[Array, "shards tokens"]
-    logps: Tokens
-    reference_logps: Tokens | None
-    values: Tokens | None
-    rewards: Float[Array, "prompts samples"]
-    greedy_rewards: Float[Array, " prompts"] | None
-
-    @property
-    def where(self) -> Bool[Array, "shards tokens"]:
-        """Which tokens are there."""
-        return self.response < self.rewards.size
-
-    @property
-    def ends(self) -> Bool[Array, "shards tokens"]:
-        """Which tokens are the last of their response."""
-        padding = jnp.full_like(self.response[:, :1], self.rewards.size)
-        following = jnp.concatenate([self.response[:, 1:], padding], axis=1)
-        return self.where & (self.response != following)
-
-    @property
-    def log_ratios(self) -> Tokens:
-        """Log-probs under the policy less those under the reference; 0 without one."""
-        if self.reference_logps is None:
-            return jnp.zeros_like(self.logps)
-        return jnp.where(self.where, self.logps - self.reference_logps, 0)
-
-    def summed(self, values: Tokens) -> Float[Array, "prompts samples"]:
-        """Values of tokens added up over each response."""
-        sums = packing.response_sums(values, self.response, self.rewards.size)
-        return sums.reshape(self.rewards.shape)
-
-    def on_tokens(self, values: Float[Array, "prompts samples"]) -> Tokens:
-        """A response's value on each of its tokens; 0 on padding."""
-        padded = jnp.concatenate([values.ravel(), jnp.zeros(1, values.dtype)])
-        return padded[self.response]
-
-
-class Learned(NamedTuple):
-    """What is to be learned from a rollout.
-
-    Attributes:
-      advantages: of each token.
-      returns: what the critic should have said before each token; None without a critic.
-      controls: what the run carries to the next step.
-      metrics: what is worth logging.
-    """
-
-    advantages: Tokens
-    returns: Tokens | None
-    controls: dict[str, Float[Array, ""]]
-    metrics: dict[str, Metric]
-
-
-class Online(NamedTuple):
-    """A method that learns from what the policy samples.
-
-    Attributes:
-      policy: the loss of the policy's updates.
-      critic: the loss of the critic's; None for a method without one.
-      learned: what is to be learned from a rollout, and what is carried on.
-      controls: what is carried before the first step.
-      greedy: whether it needs the greedy response to each prompt, which is not trained on.
-      epochs: passes over the responses of a step.
-      minibatches: updates in a pass.
-      stop_kl: KL of a token to the policy that sampled at which updates stop; 0: never.
-      largest_kl: KL of a response to the reference at which the run stops; 0: never.
-    """
-
-    policy: Algorithm
-    critic: Algorithm | None
-    learned: Callable[[Rollout, Controls], Learned]
-    controls: Mapping[str, float]
-    greedy: bool
-    epochs: int
-    minibatches: int
-    stop_kl: float
-    largest_kl: float
 
 
 def build(config: ConfigDict) -> Online:

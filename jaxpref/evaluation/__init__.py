@@ -2,7 +2,7 @@
 
 from jaxpref.evaluation.calibration import plot_reliability, reliability
 from jaxpref.evaluation.held_out import evaluate
-from jaxpref.evaluation.report import closing_table, plot_curves
+from jaxpref.evaluation.report import closing_table, plot_curves, samples_table
 from jaxpref.evaluation.rewards import Scored, score_file
 from jaxpref.evaluation.truth import reward_recovery
 
@@ -14,5 +14,6 @@ __all__ = [
     "plot_reliability",
     "reliability",
     "reward_recovery",
+    "samples_table",
     "score_file",
 ]

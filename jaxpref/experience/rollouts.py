@@ -35,6 +35,7 @@ from jaxpref.data import BatchStream, TokenizedDataset
 from jaxpref.data.chat import Chat
 from jaxpref.experience.base import Experience
 from jaxpref.experience.offline import work_of
+from jaxpref.experience.pool import Pool
 from jaxpref.measurements import Metric, total
 from jaxpref.models import Decoder
 from jaxpref.models.protocol import Model
@@ -149,8 +150,11 @@ class Rollouts:
         alone = settings._replace(samples=1, temperature=float(knobs.temperature))
         self._one = Sampler(parts.decoder, alone, **shapes)
         self._look = jax.jit(partial(_look, parts))
-        self._learned = jax.jit(partial(_learned, parts.online))
-        self._micro_batches = 0
+        self._learned = jax.jit(partial(_learned, online))
+        self._micro_batches: dict[tuple[int, int], int] = {}
+        self._pool = Pool(workdir / "pool.jsonl") if online.pool else None
+        # Responses of a prompt that are trained on.
+        self._trained = len(online.choose(np.arange(2.0))) if online.choose else self._samples
 
     def _longest_prompt(self) -> int:
         sides = [self._train, *([self._held_out] if self._held_out else [])]
@@ -158,7 +162,7 @@ class Rollouts:
 
     def __call__(self, step: int, state: Any, stopping: Callable[[], bool]) -> Experience | None:
         """See `Source`."""
-        parts, config = self._parts, self._parts.config
+        parts = self._parts
         clock = _Clock()
         assert self._train.stream is not None
         indices = self._train.stream.indices(step - 1)
@@ -179,20 +183,40 @@ class Rollouts:
         clock.mark("reward")
         if stopping():
             return None
-        prompts = [self._train.dataset.group(index).prompt for index in indices]
+        table = rewards.reshape(len(indices), self._samples)
+        if parts.online.choose is None:
+            found = self._weighed(state, indices, said, table, greedy)
+        else:
+            found = self._chosen(step, indices, said, table)
+        clock.mark("look")
+        named = dict(zip(MOMENTS, (jnp.float32(x) for x in moments), strict=True))
+        return found._replace(
+            controls={**named, **found.controls},
+            measured={**_counted(scores, sampled, table), **found.measured, **clock.metrics()},
+        )
+
+    def _weighed(
+        self,
+        state: Any,
+        indices: Sequence[int],
+        said: Generated,
+        rewards: Float[np.ndarray, "prompts samples"],
+        greedy: Float[np.ndarray, " prompts"] | None,
+    ) -> Experience:
+        """All responses, with the advantages of their tokens."""
+        parts = self._parts
         groups = [
-            Group(prompt, said.responses(place)[: self._samples])
-            for place, prompt in enumerate(prompts)
+            Group(self._train.dataset.group(index).prompt, said.responses(place)[: self._samples])
+            for place, index in enumerate(indices)
         ]
         size = len(groups) // parts.online.minibatches
         packed = [self._packed(groups[i : i + size], said, i) for i in range(0, len(groups), size)]
         batches = [sharding.put_batch(parts.mesh, batch) for batch in packed]
         looked = [self._looked(state, batch) for batch in batches]
-        table = jnp.asarray(rewards.reshape(len(groups), self._samples))
         learned = self._learned(
             batches,
             looked,
-            table,
+            jnp.asarray(rewards),
             None if greedy is None else jnp.asarray(greedy),
             {name: state.controls[name] for name in parts.online.controls},
         )
@@ -200,17 +224,49 @@ class Rollouts:
             _with_tokens(batch, {**found, **extras}, learned.beta)
             for batch, found, extras in zip(batches, looked, learned.extras, strict=True)
         )
-        measured = dict(learned.metrics) | _counted(scores, sampled, table, config)
-        kl = float(sharding.fetch(measured["objective/kl"].values))
-        kl /= max(float(sharding.fetch(measured["objective/kl"].weights)), 1.0)
-        clock.mark("look")
-        named = dict(zip(MOMENTS, (jnp.float32(x) for x in moments), strict=True))
+        kl = sharding.fetch(learned.metrics["objective/kl"])
         return Experience(
             ready,
             work_of(*packed),
-            {**named, **learned.controls},
-            measured | clock.metrics(),
-            kl,
+            learned.controls,
+            learned.metrics,
+            float(kl.values) / max(float(kl.weights), 1.0),
+        )
+
+    def _chosen(
+        self,
+        step: int,
+        indices: Sequence[int],
+        said: Generated,
+        rewards: Float[np.ndarray, "prompts samples"],
+    ) -> Experience:
+        """Some of the responses to each prompt, or none, as if they were data."""
+        parts = self._parts
+        assert parts.online.choose is not None
+        groups: list[Group] = []
+        for place, index in enumerate(indices):
+            responses, values = said.responses(place), rewards[place]
+            if self._pool is not None and (kept := self._pool.best(index, step)) is not None:
+                responses = [*responses, kept.response]
+                values = np.append(values, np.float32(kept.reward))
+            chosen = parts.online.choose(values)
+            if chosen:
+                prompt = self._train.dataset.group(index).prompt
+                groups.append(Group(prompt, [responses[k] for k in chosen]))
+                if self._pool is not None:
+                    (k,) = chosen
+                    self._pool.add(step, index, responses[k], float(values[k]))
+        if self._pool is not None:
+            self._pool.flush()
+        packed = self._in_micro_batches(groups, len(indices), self._trained)
+        one = np.ones((), np.float32)
+        measured = {
+            "objective/scores": _sums(rewards),
+            "objective/chosen_scores": _sums(rewards.max(axis=1)),
+            "skipped_ties": Metric(np.asarray(len(indices) - len(groups), np.float32), one),
+        }
+        return Experience(
+            (sharding.put_batch(parts.mesh, packed),), work_of(packed), measured=measured
         )
 
     def _said(
@@ -226,15 +282,8 @@ class Rollouts:
 
     def _packed(self, groups: Sequence[Group], said: Generated, first: int) -> PackedBatch:
         """A minibatch, with what the sampler said of each token."""
-        rows = self._parts.config.sampling.rows
-        if not self._micro_batches:
-            self._micro_batches = _most_micro_batches(self._parts, len(groups))
         samples = len(groups[0].responses)
-        batch = packing.pack_micro_batches(
-            groups, self._parts.budget, rows=rows, micro_batches=self._micro_batches
-        )
-        # More than were ever expected are compiled for once more.
-        self._micro_batches = max(self._micro_batches, len(batch.tokens))
+        batch = self._in_micro_batches(groups, len(groups), samples)
         response = np.asarray(batch.response)
         index = np.stack(
             [
@@ -248,6 +297,25 @@ class Rollouts:
         of_tokens = logps[np.where(here, response, 0), np.where(here, index, 0)]
         sampled = np.where(here, of_tokens, 0).astype(np.float32)
         return dataclasses.replace(batch, token_extras={SAMPLED: sampled})
+
+    def _in_micro_batches(
+        self, groups: Sequence[Group], batch_size: int, responses: int
+    ) -> PackedBatch:
+        """Groups in micro-batches of the one shape that is compiled for this many of them."""
+        shape = batch_size, responses
+        if shape not in self._micro_batches:
+            self._micro_batches[shape] = _most_micro_batches(self._parts, *shape)
+        batch = packing.pack_micro_batches(
+            groups,
+            self._parts.budget,
+            rows=self._parts.config.sampling.rows,
+            micro_batches=self._micro_batches[shape],
+            responses=responses,
+            batch_size=batch_size,
+        )
+        # Should there be more than were expected, they are compiled for once more.
+        self._micro_batches[shape] = len(batch.tokens)
+        return batch
 
     def evaluate(self, step: int, state: Any) -> dict[str, float]:
         """What the policy says to held-out prompts is worth; some of it is kept in the workdir."""
@@ -270,8 +338,7 @@ class Rollouts:
             room = min(len(indices), parts.config.sampling.shown - len(shown))
             shown += [_shown(step, sampled, values, place) for place in range(room)]
         if not jax.process_index():
-            with (self._workdir / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in shown)
+            _keep_samples(self._workdir / "samples.jsonl", step, shown)
         means = {name: float(np.concatenate(parts).mean()) for name, parts in sums.items()}
         return {f"eval/{name}": value for name, value in means.items()}
 
@@ -381,6 +448,7 @@ def _learned(
     rollout = Rollout(
         jnp.concatenate(responses), logps, together(REFERENCE), together(VALUES), rewards, greedy
     )
+    assert online.learned is not None
     learned = online.learned(rollout, controls)
     extras: list[dict[str, Array]] = [{} for _ in batches]
     for name, values in ((ADVANTAGES, learned.advantages), (RETURNS, learned.returns)):
@@ -419,34 +487,36 @@ def budget_of(config: ConfigDict, mesh: Mesh) -> Budget:
     return Budget(row, scored, sharding.batch_shards(mesh))
 
 
-def _most_micro_batches(parts: Parts, groups: int) -> int:
-    """As many as the longest prompts with the longest responses need, and a few more."""
+def _most_micro_batches(parts: Parts, groups: int, responses: int) -> int:
+    """As many as the longest prompts with the longest responses need, and one more."""
     config = parts.config
-    longest = config.data.max_prompt_length
-    responses = [config.sampling.max_new_tokens] * config.sampling.samples
+    longest = [config.sampling.max_new_tokens] * responses
     plans = packing.plan_micro_batches(
-        [longest] * groups, [responses] * groups, parts.budget, config.sampling.rows
+        [config.data.max_prompt_length] * groups,
+        [longest] * groups,
+        parts.budget,
+        config.sampling.rows,
     )
     return len(plans) + 1
 
 
 def _counted(
-    scores: Scores, sampled: Sampled, rewards: Array, config: ConfigDict
+    scores: Scores, sampled: Sampled, rewards: Float[np.ndarray, "prompts samples"]
 ) -> dict[str, Metric]:
     """What is known of the responses before any log-prob, by TRL's names."""
-    table = np.asarray(rewards)
     values = {
         "completions/mean_length": sampled.lengths,
         "completions/clipped_ratio": ~sampled.finished,
     }
     values |= {f"rewards/{name}": said for name, said in scores.by_name.items()}
-    if table.shape[1] > 1:
-        spread = table.std(axis=1, ddof=1)
+    if rewards.shape[1] > 1:
+        spread = rewards.std(axis=1, ddof=1)
         values |= {"reward_std": spread, "frac_reward_zero_std": spread == 0}
-    return {
-        name: Metric(np.asarray(np.sum(x), np.float32), np.asarray(np.size(x), np.float32))
-        for name, x in values.items()
-    }
+    return {name: _sums(x) for name, x in values.items()}
+
+
+def _sums(values: np.ndarray) -> Metric:
+    return Metric(np.asarray(np.sum(values), np.float32), np.asarray(values.size, np.float32))
 
 
 def _shown(
@@ -455,6 +525,16 @@ def _shown(
     numbers = {name: round(float(value[place]), 4) for name, value in values.items()}
     prompt, response = sampled.prompts[place], sampled.responses[place]
     return {"step": step, "prompt": prompt, "response": response, **numbers}
+
+
+def _keep_samples(path: Path, step: int, shown: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the samples of a step, in place of those of a run that has died after it."""
+    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [text for text in texts if json.loads(text)["step"] < step]
+    lines = [*kept, *(json.dumps(line, ensure_ascii=False) for line in shown)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 class _Clock:

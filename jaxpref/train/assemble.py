@@ -65,6 +65,7 @@ class Training(NamedTuple):
         the state is good.
       patience: steps after which a run without any gradient is given up.
       largest_kl: KL to the reference at which the run stops; 0: never.
+      samples: whether the policy samples what it is trained on.
     """
 
     mesh: Mesh
@@ -80,6 +81,7 @@ class Training(NamedTuple):
     loss_after: Callable[[State, experience.Experience], float]
     patience: int
     largest_kl: float = 0.0
+    samples: bool = False
 
 
 def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints) -> Training:
@@ -293,7 +295,14 @@ def _online(
         parts, experience.Prompts(data.train, stream), held_out, begun.workdir
     )
     _describe(begun, abstract_frozen, parts.budget)
-    update = make_update(online.policy, policy, optimizer, schedule, seed=config.seed)
+    update = make_update(
+        online.policy,
+        policy,
+        optimizer,
+        schedule,
+        reference=begun.reference.mode,
+        seed=config.seed,
+    )
     step = make_step(
         update,
         None if critic is None or online.critic is None else critic.update(online.critic),
@@ -314,6 +323,7 @@ def _online(
         frozen=Frozen(begun.frozen, parts.critic_frozen),
         patience=len(data.train),
         largest_kl=online.largest_kl,
+        samples=True,
     )
 
 
