@@ -33,6 +33,7 @@ from jaxpref.algorithms.policy_gradient import (
 from jaxpref.checkpoint import CRITIC
 from jaxpref.data import BatchStream, TokenizedDataset
 from jaxpref.data.chat import Chat
+from jaxpref.errors import UserError
 from jaxpref.experience.base import Experience
 from jaxpref.experience.offline import work_of
 from jaxpref.experience.pool import Pool
@@ -41,7 +42,7 @@ from jaxpref.models import Decoder
 from jaxpref.models.protocol import Model
 from jaxpref.packing import Budget, Group, PackedBatch
 from jaxpref.reference.modes import Mode
-from jaxpref.rewards import Moments, Rewards, Sampled, Scores
+from jaxpref.rewards import Moments, Rewards, Sampled, Scores, shaping
 from jaxpref.sampling import Generated, Sampler, Sampling
 from jaxpref.tokenizer import spoken
 from jaxpref.trainable import merge
@@ -151,10 +152,11 @@ class Rollouts:
         self._one = Sampler(parts.decoder, alone, **shapes)
         self._look = jax.jit(partial(_look, parts))
         self._learned = jax.jit(partial(_learned, online))
-        self._micro_batches: dict[tuple[int, int], int] = {}
         self._pool = Pool(workdir / "pool.jsonl") if online.pool else None
         # Responses of a prompt that are trained on.
         self._trained = len(online.choose(np.arange(2.0))) if online.choose else self._samples
+        shape = parts.config.data.batch_size // online.minibatches, self._trained
+        self._micro_batches = {shape: _most_micro_batches(parts, *shape)}
 
     def _longest_prompt(self) -> int:
         sides = [self._train, *([self._held_out] if self._held_out else [])]
@@ -173,13 +175,14 @@ class Rollouts:
         sampled = self._train.sampled(indices, said, parts.tokenizer, range(self._samples))
         scores = parts.rewards(sampled)
         moments = Moments(*(np.float32(sharding.fetch(state.controls[n])) for n in MOMENTS))
-        rewards, moments = parts.rewards.shaped(scores, sampled, moments)
+        moments = shaping.update(moments, scores.total)
+        rewards = parts.rewards.shaped(scores, sampled, moments)
         greedy = None
         if parts.online.greedy:
             last = range(self._samples, self._samples + 1)
             best = self._train.sampled(indices, said, parts.tokenizer, last)
-            # The moments are those of what is trained on.
-            greedy, _ = parts.rewards.shaped(parts.rewards(best), best, moments)
+            # The moments are those of what is trained on: both have the same scale.
+            greedy = parts.rewards.shaped(parts.rewards(best), best, moments)
         clock.mark("reward")
         if stopping():
             return None
@@ -305,7 +308,9 @@ class Rollouts:
         shape = batch_size, responses
         if shape not in self._micro_batches:
             self._micro_batches[shape] = _most_micro_batches(self._parts, *shape)
-        batch = packing.pack_micro_batches(
+        # Should there be more than were expected, they are compiled for once more. The next step
+        # has no more than before, as in a run that is resumed there.
+        return packing.pack_micro_batches(
             groups,
             self._parts.budget,
             rows=self._parts.config.sampling.rows,
@@ -313,9 +318,6 @@ class Rollouts:
             responses=responses,
             batch_size=batch_size,
         )
-        # Should there be more than were expected, they are compiled for once more.
-        self._micro_batches[shape] = len(batch.tokens)
-        return batch
 
     def evaluate(self, step: int, state: Any) -> dict[str, float]:
         """What the policy says to held-out prompts is worth; some of it is kept in the workdir."""
@@ -488,15 +490,25 @@ def budget_of(config: ConfigDict, mesh: Mesh) -> Budget:
 
 
 def _most_micro_batches(parts: Parts, groups: int, responses: int) -> int:
-    """As many as the longest prompts with the longest responses need, and one more."""
+    """As many as the longest prompts with the longest responses need, and one more.
+
+    Raises:
+      UserError: one of these does not fit a micro-batch.
+    """
     config = parts.config
     longest = [config.sampling.max_new_tokens] * responses
-    plans = packing.plan_micro_batches(
-        [config.data.max_prompt_length] * groups,
-        [longest] * groups,
-        parts.budget,
-        config.sampling.rows,
-    )
+    try:
+        plans = packing.plan_micro_batches(
+            [config.data.max_prompt_length] * groups,
+            [longest] * groups,
+            parts.budget,
+            config.sampling.rows,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"sampling.rows is {config.sampling.rows}, which the longest prompts with the longest "
+            f"responses do not fit: {error}"
+        ) from error
     return len(plans) + 1
 
 
