@@ -388,3 +388,33 @@ def test_nothing_is_compiled_for_the_lengths_of_responses():
     jax.monitoring.unregister_event_duration_listener(note)
     assert len(micro_batches) > 2
     assert not compiled
+
+
+def test_a_policy_that_only_stops_is_legal_and_a_batch_without_responses_changes_nothing():
+    run = online.begin(
+        config_of("rloo", reference__mode="free", algorithm__beta=0.0), prompts=PROMPTS
+    )
+    shape = (len(PROMPTS), 3)
+    zeros = np.zeros((*shape, 4), np.float32)
+    eos = Generated(
+        zeros.astype(np.int32), np.ones(shape, np.int32), np.ones(shape, bool), zeros, zeros
+    )
+    run.source._said = lambda *args: eos
+    before = jax.tree.map(np.asarray, run.state.policy)
+    given = run.sample()
+    measured = run.learn(given)
+    assert measured["grad_norm"] == 0
+    assert measured["frac_reward_zero_std"] == 1
+    assert measured["completions/mean_length"] == 1
+    (batch,) = given.batches
+    nothing = dataclasses.replace(
+        batch,
+        lengths=jnp.zeros_like(batch.lengths),
+        response=jnp.full_like(batch.response, batch.lengths[0].size),
+        token_extras={n: jnp.full_like(x, jnp.nan) for n, x in batch.token_extras.items()},
+    )
+    with sharding.use(run.parts.mesh):
+        state, sums = run.update(run.state, {}, {}, nothing)
+    assert float(sums["loss"].weights) == 0
+    assert all(np.isfinite(float(m.values)) for m in sums.values())
+    jax.tree.map(np.testing.assert_array_equal, state.policy, before)
