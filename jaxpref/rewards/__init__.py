@@ -89,7 +89,7 @@ class Rewards:
         return Scores(checked("the sum of the rewards", total, sampled), by_name)
 
     def shaped(
-        self, scores: Scores, sampled: Sampled, moments: Moments
+        self, scores: Scores, sampled: Sampled, moments: Moments, *, counted: bool = True
     ) -> tuple[Float[np.ndarray, " responses"], Moments]:
         """The rewards to learn from: normalised, then clipped, then less the penalties.
 
@@ -97,12 +97,13 @@ class Rewards:
           scores: of the responses.
           sampled: the responses.
           moments: of all sums of rewards before.
+          counted: whether these sums join the moments.
 
         Returns:
-          The rewards, and the moments with these sums among them.
+          The rewards, and the moments afterwards.
         """
         knobs, values = self.knobs, scores.total
-        moments = shaping.update(moments, values)
+        moments = shaping.update(moments, values) if counted else moments
         if knobs["normalize"]:
             values = shaping.normalise(values, moments)
         values = shaping.penalised(

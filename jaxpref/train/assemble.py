@@ -288,12 +288,14 @@ def _online(
         tokenizer=opened.tokenizer,
         mesh=mesh,
         budget=experience.budget_of(config, mesh),
+        others=_others(config, opened.tokenizer, mesh) if not begun.start else {},
     )
     stream = begun.stream("train", training=True)
-    held_out = None if data.held_out is None else experience.Prompts(data.held_out, None)
-    source = experience.Rollouts(
-        parts, experience.Prompts(data.train, stream), held_out, begun.workdir
-    )
+    source = experience.Rollouts(parts, experience.Prompts(data.train, stream), begun.workdir)
+    measure = None
+    if data.held_out is not None:
+        prompts = experience.Prompts(data.held_out, None)
+        measure = experience.HeldOut(parts, prompts, begun.workdir)
     _describe(begun, abstract_frozen, parts.budget)
     update = make_update(
         online.policy,
@@ -311,6 +313,9 @@ def _online(
         warmup=0 if critic is None else config.critic.warmup,
     )
 
+    def evaluate(number: int, state: State) -> dict[str, float]:
+        return {} if measure is None else measure(number, state)
+
     def loss_after(state: State, given: experience.Experience) -> float:
         # What was sampled is the old policy's; that the parameters are finite is what counts.
         return float(optax.tree.norm(state.policy))
@@ -318,13 +323,28 @@ def _online(
     return begun.training(
         source,
         step,
-        evaluate=source.evaluate,
+        evaluate=evaluate,
         loss_after=loss_after,
         frozen=Frozen(begun.frozen, parts.critic_frozen),
         patience=len(data.train),
         largest_kl=online.largest_kl,
         samples=True,
     )
+
+
+def _others(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> dict[str, experience.Other]:
+    """The policies that this run is compared with, by the last part of their paths."""
+    found = {}
+    for path in config.sampling.compare:
+        another = reference_lib.open_another(config, path, "sampling.compare", tokenizer)
+        params = another.load(mesh, "float32")
+        found[Path(path).name] = experience.Other(another.model, params)
+    if len(found) < len(config.sampling.compare):
+        raise UserError(
+            f"sampling.compare names policies whose last part is the same: "
+            f"{', '.join(config.sampling.compare)}; it is their name in the table."
+        )
+    return found
 
 
 def _load(config: ConfigDict, tokenizer: Any) -> Data:
