@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,23 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     # Some tokenizers do not mark EOS and other special tokens among the added ones.
     named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
     return {token.content: id for id, token in added if token.special} | dict(named)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of sampled ids, special tokens by their names.
+
+    A model may have more rows in its embedding than the tokenizer has ids; in place of such an id
+    stands U+FFFD.
+    """
+    known = len(tokenizer)
+    runs: list[list[int]] = [[]]
+    for id in ids:
+        if id < known:
+            runs[-1].append(id)
+        else:
+            runs.append([])
+    texts = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs)
+    return "\ufffd".join(texts)
 
 
 def special_names(tokenizer: Any) -> re.Pattern:
