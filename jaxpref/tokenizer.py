@@ -163,17 +163,3 @@ def read_template(name: str) -> str:
             f"tokenizer.chat_template is {name!r}; it should be one of {', '.join(TEMPLATES)}, a "
             f"Jinja file, or a template ({error})."
         ) from error
-
-
-def spoken(tokenizer: Any, ids: Any, finished: bool) -> str:
-    """The text of a response, without the token that ended it.
-
-    Other special tokens stay, so that a reward sees that they were said.
-
-    Args:
-      tokenizer: a `transformers` tokenizer.
-      ids: token ids.
-      finished: whether the last of them is the one that ended the response.
-    """
-    said = [int(i) for i in (ids[:-1] if finished else ids)]
-    return tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)

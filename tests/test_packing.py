@@ -350,7 +350,7 @@ def test_what_no_micro_batch_holds_is_refused():
     budget = Budget(8, 8)
     with pytest.raises(ValueError, match=r"group 1, with a prompt of 4 .* \[4, 4, 4\].*2 rows"):
         packing.plan_micro_batches([1, 4], [[1], [4, 4, 4]], budget, 2)
-    with pytest.raises(ValueError, match="group 0, with a prompt of 1.*1 scored ones each"):
+    with pytest.raises(ValueError, match=r"group 0, with a prompt of 1.*1 scored ones each"):
         packing.plan_micro_batches([1], [[3]], Budget(8, 1), 2)
     with pytest.raises(ValueError, match="a prompt of 5 tokens and response 0 of 4 do not fit"):
         packing.plan_micro_batches([5], [[4]], budget, 2)

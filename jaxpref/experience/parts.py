@@ -23,7 +23,7 @@ from jaxpref.packing import Budget, Group, PackedBatch
 from jaxpref.reference.modes import Mode
 from jaxpref.rewards import Rewards, Sampled
 from jaxpref.sampling import Generated, Sampler, Sampling
-from jaxpref.tokenizer import spoken
+from jaxpref.tokenizer import decode
 
 
 class Prompts(NamedTuple):
@@ -49,7 +49,8 @@ class Prompts(NamedTuple):
             for k in samples:
                 stopped = bool(said.stopped[place, k])
                 prompts.append(list(prompt.messages) if isinstance(prompt, Chat) else prompt or "")
-                responses.append(spoken(tokenizer, each[k], stopped))
+                said_ids = each[k][:-1] if stopped else each[k]
+                responses.append(decode(tokenizer, said_ids.tolist()))
                 prompt_ids.append(ids)
                 response_ids.append(each[k])
                 finished.append(stopped)
