@@ -17,6 +17,7 @@ from jaxpref.algorithms import Online, token_logps, token_values
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE, SAMPLED, VALUES
 from jaxpref.data import BatchStream, TokenizedDataset
 from jaxpref.data.chat import Chat
+from jaxpref.errors import UserError
 from jaxpref.models import Decoder
 from jaxpref.models.protocol import Model
 from jaxpref.packing import Budget, Group, PackedBatch
@@ -158,33 +159,44 @@ class Packer:
         self._config, self._budget = config, budget
         self._counts: dict[tuple[int, int], int] = {}
 
-    def __call__(self, groups: Sequence[Group], *, batch_size: int, responses: int) -> PackedBatch:
-        """The micro-batches; groups that are missing to `batch_size` are absent in the tables."""
-        shape, rows = (batch_size, responses), self._config.sampling.rows
+    def expect(self, *, batch_size: int, responses: int) -> int:
+        """How many micro-batches there are: as many as the longest groups need, and one more.
+
+        Raises:
+          UserError: the longest prompt with the longest responses does not fit a micro-batch.
+        """
+        config, shape = self._config, (batch_size, responses)
         if shape not in self._counts:
-            self._counts[shape] = self._most(*shape)
-        batch = packing.pack_micro_batches(
+            longest = [config.sampling.max_new_tokens] * responses
+            try:
+                plans = packing.plan_micro_batches(
+                    [config.data.max_prompt_length] * batch_size,
+                    [longest] * batch_size,
+                    self._budget,
+                    config.sampling.rows,
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"sampling.rows is {config.sampling.rows}, which the longest prompts with the "
+                    f"longest responses do not fit: {error}"
+                ) from error
+            self._counts[shape] = len(plans) + 1
+        return self._counts[shape]
+
+    def __call__(self, groups: Sequence[Group], *, batch_size: int, responses: int) -> PackedBatch:
+        """The micro-batches; groups that are missing to `batch_size` are absent in the tables.
+
+        Should there be more than were expected, they are compiled for once more. The next step has
+        no more than before, as in a run that is resumed there.
+        """
+        return packing.pack_micro_batches(
             groups,
             self._budget,
-            rows=rows,
-            micro_batches=self._counts[shape],
+            rows=self._config.sampling.rows,
+            micro_batches=self.expect(batch_size=batch_size, responses=responses),
             responses=responses,
             batch_size=batch_size,
         )
-        # Should there be more than were expected, they are compiled for once more.
-        self._counts[shape] = len(batch.tokens)
-        return batch
-
-    def _most(self, groups: int, responses: int) -> int:
-        """As many as the longest prompts with the longest responses need, and one more."""
-        longest = [self._config.sampling.max_new_tokens] * responses
-        plans = packing.plan_micro_batches(
-            [self._config.data.max_prompt_length] * groups,
-            [longest] * groups,
-            self._budget,
-            self._config.sampling.rows,
-        )
-        return len(plans) + 1
 
 
 def with_sampled(batch: PackedBatch, logps: np.ndarray) -> PackedBatch:

@@ -26,7 +26,7 @@ from jaxpref.experience.parts import Asked, Packer, Parts, Prompts, make_look, s
 from jaxpref.experience.pool import Pool
 from jaxpref.measurements import Metric, total
 from jaxpref.packing import Group, PackedBatch
-from jaxpref.rewards import Moments, Sampled, Scores
+from jaxpref.rewards import Moments, Sampled, Scores, shaping
 from jaxpref.sampling import Generated
 from jaxpref.trainable import merge
 
@@ -52,8 +52,10 @@ class Rollouts:
         self._learned = jax.jit(partial(_learned, online))
         self._packer = Packer(parts.config, parts.budget)
         self._pool = Pool(workdir / "pool.jsonl") if online.pool else None
-        # Responses of a prompt that are trained on, where they are chosen.
-        self._chosen_count = len(online.choose(np.arange(2.0))) if online.choose else 0
+        # Responses of a prompt that are trained on.
+        self._trained = len(online.choose(np.arange(2.0))) if online.choose else self._samples
+        size = parts.config.data.batch_size // online.minibatches
+        self._packer.expect(batch_size=size, responses=self._trained)
 
     def __call__(self, step: int, state: Any, stopping: Callable[[], bool]) -> Experience | None:
         """See `Source`."""
@@ -71,13 +73,14 @@ class Rollouts:
         sampled = self._prompts.sampled(indices, said, parts.tokenizer, range(self._samples))
         scores = parts.rewards(sampled)
         moments = Moments(*(np.float32(sharding.fetch(state.controls[n])) for n in MOMENTS))
-        rewards, moments = parts.rewards.shaped(scores, sampled, moments)
+        moments = shaping.update(moments, scores.total)
+        rewards = parts.rewards.shaped(scores, sampled, moments)
         greedy = None
         if parts.online.greedy:
             last = range(self._samples, self._samples + 1)
             best = self._prompts.sampled(indices, said, parts.tokenizer, last)
-            # It is shaped by the moments of what is trained on.
-            greedy, _ = parts.rewards.shaped(parts.rewards(best), best, moments, counted=False)
+            # The moments are those of what is trained on: both have the same scale.
+            greedy = parts.rewards.shaped(parts.rewards(best), best, moments)
         clock.mark("reward")
         if stopping():
             return None
@@ -119,7 +122,7 @@ class Rollouts:
         packed = []
         for first in range(0, len(groups), size):
             part = slice(first, first + size)
-            batch = self._packer(groups[part], batch_size=size, responses=self._samples)
+            batch = self._packer(groups[part], batch_size=size, responses=self._trained)
             packed.append(with_sampled(batch, said.sampled_logps[part, : self._samples]))
         batches = [sharding.put_batch(parts.mesh, batch) for batch in packed]
         looked = [self._look(self._asked(state), batch) for batch in batches]
@@ -168,7 +171,7 @@ class Rollouts:
                     self._pool.add(step, index, responses[k], float(values[k]))
         if self._pool is not None:
             self._pool.flush()
-        packed = self._packer(groups, batch_size=len(indices), responses=self._chosen_count)
+        packed = self._packer(groups, batch_size=len(indices), responses=self._trained)
         one = np.ones((), np.float32)
         measured = {
             "objective/scores": _sums(rewards),

@@ -89,31 +89,25 @@ class Rewards:
         return Scores(checked("the sum of the rewards", total, sampled), by_name)
 
     def shaped(
-        self, scores: Scores, sampled: Sampled, moments: Moments, *, counted: bool = True
-    ) -> tuple[Float[np.ndarray, " responses"], Moments]:
+        self, scores: Scores, sampled: Sampled, moments: Moments
+    ) -> Float[np.ndarray, " responses"]:
         """The rewards to learn from: normalised, then clipped, then less the penalties.
 
         Args:
           scores: of the responses.
           sampled: the responses.
-          moments: of all sums of rewards before.
-          counted: whether these sums join the moments.
-
-        Returns:
-          The rewards, and the moments afterwards.
+          moments: of all sums of rewards so far, see `shaping.update`.
         """
         knobs, values = self.knobs, scores.total
-        moments = shaping.update(moments, values) if counted else moments
         if knobs["normalize"]:
             values = shaping.normalise(values, moments)
-        values = shaping.penalised(
+        return shaping.penalised(
             shaping.clip(values, knobs["clip"]),
             sampled.lengths,
             sampled.finished,
             length_penalty=knobs["length_penalty"],
             truncation_penalty=knobs["truncation_penalty"],
         )
-        return values, moments
 
 
 def build(

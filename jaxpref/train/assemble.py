@@ -162,7 +162,7 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
             abstract=abstract,
         )
         if critic is not None:
-            state = state._replace(roles={**state.roles, CRITIC: critic.first(params)})
+            state = state._replace(roles={**state.roles, CRITIC: critic.first(params, frozen)})
 
     columns = {side: {reference_lib.COLUMN: x} for side, x in reference.columns.items()}
     begun = _Begun(config, workdir, mesh, data, columns, state, frozen, reference, start, steps)
