@@ -261,7 +261,7 @@ def _begin(
     weights: Any,
     tokens: Int[Array, "P length"],
     lengths: Int[Array, " P"],
-    keys: Key[Array, " P"],
+    key_data: UInt[Array, "P words"],
 ) -> _Rows:
     """Reads prompts, padded on the right, and samples the first token of each response."""
     prompts, length = tokens.shape
@@ -274,7 +274,7 @@ def _begin(
     nothing = jnp.zeros((*shape, settings.max_new_tokens), logits.dtype)
     rows = _Rows(
         cache,
-        keys,
+        jax.random.wrap_key_data(key_data),
         lengths,
         nothing.astype(jnp.int32),
         nothing,
@@ -507,8 +507,10 @@ class Sampler:
             index[seat], lengths[seat] = number, len(prompts[number])
             tokens[seat, : lengths[seat]] = prompts[number]
         put = partial(sharding.put_rows, self._mesh) if self._mesh else jnp.asarray
+        # Where there are several processes an array of keys cannot be put on all devices itself.
+        data = np.asarray(jax.random.key_data(keys))[index]
         return _begin(
-            self._model, self.settings, slots, weights, put(tokens), put(lengths), keys[index]
+            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
         )
 
 

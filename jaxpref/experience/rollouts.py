@@ -90,7 +90,8 @@ class Rollouts:
         else:
             found = self._chosen(step, indices, said, table)
         clock.mark("look")
-        named = dict(zip(MOMENTS, (jnp.float32(x) for x in moments), strict=True))
+        whole = partial(sharding.put_whole, parts.mesh)
+        named = dict(zip(MOMENTS, (whole(np.float32(x)) for x in moments), strict=True))
         return found._replace(
             controls={**named, **found.controls},
             measured={**_counted(scores, sampled, table), **found.measured, **clock.metrics()},
@@ -129,8 +130,8 @@ class Rollouts:
         learned = self._learned(
             batches,
             looked,
-            jnp.asarray(rewards),
-            None if greedy is None else jnp.asarray(greedy),
+            sharding.put_whole(parts.mesh, rewards),
+            None if greedy is None else sharding.put_whole(parts.mesh, greedy),
             {name: state.controls[name] for name in parts.online.controls},
         )
         ready = tuple(
