@@ -340,7 +340,13 @@ def plan_tree(
     Raises:
       ValueError: a prompt with one response is longer than a row.
     """
-    rows = _best_fit(prompt_lengths, response_lengths, budget.row_length)
+    parts = _split_all(prompt_lengths, response_lengths, budget.row_length)
+    rows = _best_fit(
+        [part for group in parts for part in group],
+        prompt_lengths,
+        response_lengths,
+        budget.row_length,
+    )
     return _deal(rows, scored_lengths or response_lengths, budget)
 
 
@@ -370,23 +376,41 @@ def plan_micro_batches(
     """
     if rows % budget.shards:
         raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
-    together = _clusters(_best_fit(prompt_lengths, response_lengths, budget.row_length))
-    sizes = [_scored(cluster, response_lengths) for cluster in together]
-    found: list[tuple[Plan, Plan]] = []
-    for index in sorted(range(len(together)), key=lambda i: -sum(sizes[i])):
-        cluster = together[index]
+    # A row with more scored tokens than the table of its shard would find no place.
+    table = rows // budget.shards * budget.scored_length
+    parts = _split_all(prompt_lengths, response_lengths, budget.row_length, table)
+    scored = [sum(lengths) for lengths in response_lengths]
+    # The prompt is in each of the rows that a group is split over.
+    sizes = [
+        scored_tokens + len(of_group) * prompt
+        for scored_tokens, of_group, prompt in zip(scored, parts, prompt_lengths, strict=True)
+    ]
+    found: list[tuple[list[int], Plan]] = []
+    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
         for number, (held, _) in enumerate([*found, ([], [])]):
-            dealt = _dealt([*held, *cluster], response_lengths, budget, rows)
+            groups = [*held, group]
+            if (
+                sum(sizes[g] for g in groups) > rows * budget.row_length
+                or sum(scored[g] for g in groups) > rows * budget.scored_length
+            ):
+                continue
+            packed = _best_fit(
+                [part for g in groups for part in parts[g]],
+                prompt_lengths,
+                response_lengths,
+                budget.row_length,
+                table,
+            )
+            dealt = _dealt(packed, response_lengths, budget, rows)
             if dealt is not None:
-                found[number : number + 1] = [([*held, *cluster], dealt)]
+                found[number : number + 1] = [(groups, dealt)]
                 break
         else:
-            groups = sorted({part.group for row in cluster for part in row})
             raise ValueError(
-                f"group {groups[0]} needs {len(cluster)} rows of {budget.row_length} tokens with "
-                f"{sum(sizes[index])} scored ones, but a micro-batch has {rows} rows with "
-                f"{budget.scored_length} each. Give it more rows (sampling.rows), or make them "
-                "longer (data.row_length)."
+                f"group {group}, with a prompt of {prompt_lengths[group]} tokens and responses of "
+                f"{list(response_lengths[group])}, does not fit a micro-batch of {rows} rows with "
+                f"{budget.row_length} tokens and {budget.scored_length} scored ones each. Give it "
+                "more rows (sampling.rows), or make them longer (data.row_length)."
             )
     return [dealt for _, dealt in found]
 
@@ -601,15 +625,33 @@ def materialise(
     )
 
 
-def _split(group: int, prompt: int, responses: Sequence[int], row_length: int) -> list[Part]:
+def _split_all(
+    prompt_lengths: Sequence[int],
+    response_lengths: Lengths,
+    row_length: int,
+    scored_length: int | None = None,
+) -> list[list[Part]]:
+    """The parts of each group, none of which is too long for a row."""
+    return [
+        _split(group, prompt, responses, row_length, scored_length or row_length)
+        for group, (prompt, responses) in enumerate(
+            zip(prompt_lengths, response_lengths, strict=True)
+        )
+    ]
+
+
+def _split(
+    group: int, prompt: int, responses: Sequence[int], row_length: int, scored_length: int
+) -> list[Part]:
     """The group whole if it fits a row, else in parts that do, first fit decreasing."""
-    if prompt + sum(responses) <= row_length:
+    room = min(row_length - prompt, scored_length)
+    if sum(responses) <= room:
         return [Part(group, tuple(range(len(responses))))]
     parts: list[list[int]] = []
     for k in sorted(range(len(responses)), key=lambda k: -responses[k]):
         _check_fits(group, k, prompt, responses[k], row_length)
         for part in parts:
-            if prompt + sum(responses[j] for j in part) + responses[k] <= row_length:
+            if sum(responses[j] for j in part) + responses[k] <= room:
                 part.append(k)
                 break
         else:
@@ -617,49 +659,38 @@ def _split(group: int, prompt: int, responses: Sequence[int], row_length: int) -
     return [Part(group, tuple(sorted(part))) for part in parts]
 
 
-def _best_fit(prompt_lengths: Sequence[int], response_lengths: Lengths, row_length: int) -> Plan:
-    """Groups in rows, longest first, each in the fullest row that has room for it."""
-    parts = [
-        part
-        for group, (prompt, responses) in enumerate(
-            zip(prompt_lengths, response_lengths, strict=True)
-        )
-        for part in _split(group, prompt, responses, row_length)
-    ]
-    sizes = {
-        part: prompt_lengths[part.group]
-        + sum(response_lengths[part.group][k] for k in part.responses)
-        for part in parts
-    }
+def _best_fit(
+    parts: Sequence[Part],
+    prompt_lengths: Sequence[int],
+    response_lengths: Lengths,
+    row_length: int,
+    scored_length: int | None = None,
+) -> Plan:
+    """Parts in rows, longest first, each in the fullest row that has room for it.
+
+    A row has at most `scored_length` tokens of responses, unless a single one has more.
+    """
+    most = row_length if scored_length is None else scored_length
+    scored = {p: sum(response_lengths[p.group][k] for k in p.responses) for p in parts}
+    sizes = {part: prompt_lengths[part.group] + scored[part] for part in parts}
     rows: Plan = []
-    free: list[int] = []
+    free: list[tuple[int, int]] = []
     for part in sorted(parts, key=lambda part: -sizes[part]):
-        size = sizes[part]
-        fits = [(room, row) for row, room in enumerate(free) if room >= size]
+        fits = [
+            (room, row)
+            for row, (room, of_scored) in enumerate(free)
+            if room >= sizes[part] and of_scored >= scored[part]
+        ]
         if fits:
             _, row = min(fits)
         else:
             row = len(rows)
             rows.append([])
-            free.append(row_length)
+            free.append((row_length, most))
         rows[row].append(part)
-        free[row] -= size
+        room, of_scored = free[row]
+        free[row] = room - sizes[part], of_scored - scored[part]
     return rows
-
-
-def _clusters(rows: Plan) -> list[Plan]:
-    """The rows, those that share a group together."""
-    clusters: list[tuple[set[int], Plan]] = []
-    for row in rows:
-        groups, joined = {part.group for part in row}, [row]
-        apart = []
-        for others, cluster in clusters:
-            if others & groups:
-                groups, joined = groups | others, [*cluster, *joined]
-            else:
-                apart.append((others, cluster))
-        clusters = [*apart, (groups, joined)]
-    return [cluster for _, cluster in clusters]
 
 
 def _scored(rows: Plan, scored_lengths: Lengths) -> list[int]:

@@ -6,7 +6,8 @@ sample does not depend on what else is decoded beside it.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from jaxpref.models import Cache, Decoder
 _BLOCK = 128
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_STEP = 64
+# Branches begin with room for so many tokens, or all; growing to more is another loop to compile.
+_FIRST_SLOTS = 32
 
 
 class Sampling(NamedTuple):
@@ -230,7 +233,8 @@ def _said(settings: Sampling, logits: Array, rows: _Rows) -> _Rows:
         sampled = jnp.where(greedy, 0, sampled)
     logp = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - whole
     goes_on = ~_done(rows)
-    here = (jnp.arange(rows.tokens.shape[-1]) == rows.lengths[..., None]) & goes_on[..., None]
+    places = jnp.arange(rows.tokens.shape[-1])[None, None]
+    here = (places == rows.lengths[..., None]) & goes_on[..., None]
     stops = jnp.isin(token, jnp.asarray(settings.stops, jnp.int32)) if settings.stops else False
 
     def noted(values: Array, new: Array) -> Array:
@@ -257,7 +261,7 @@ def _begin(
     weights: Any,
     tokens: Int[Array, "P length"],
     lengths: Int[Array, " P"],
-    keys: Key[Array, " P"],
+    key_data: UInt[Array, "P words"],
 ) -> _Rows:
     """Reads prompts, padded on the right, and samples the first token of each response."""
     prompts, length = tokens.shape
@@ -270,7 +274,7 @@ def _begin(
     nothing = jnp.zeros((*shape, settings.max_new_tokens), logits.dtype)
     rows = _Rows(
         cache,
-        keys,
+        jax.random.wrap_key_data(key_data),
         lengths,
         nothing.astype(jnp.int32),
         nothing,
@@ -292,7 +296,7 @@ def _decode(
     """Samples until so many prompts have all of their responses.
 
     The branches have room for `sizes[0]` tokens at first, which grows, so that the first tokens
-    are not paid for by reading empty slots; a single size is a ring that goes round and round.
+    are not paid for by reading empty slots. The last size is a ring that goes round and round.
     """
 
     def step(rows: _Rows) -> _Rows:
@@ -309,7 +313,7 @@ def _decode(
 
         def goes_on(rows: _Rows, size: int = size) -> Array:
             more = _done(rows).all(axis=1).sum() < groups
-            return more & (rows.cache.places.used < size) if len(sizes) > 1 else more
+            return more if size == sizes[-1] else more & (rows.cache.places.used < size)
 
         rows = jax.lax.while_loop(goes_on, step, rows)
     return rows
@@ -326,6 +330,21 @@ def _seat(rows: _Rows, new: _Rows, seats: Int[Array, " new"]) -> _Rows:
     used = rows.cache.places.used
     put = jax.tree.map(lambda old, x: old.at[seats].set(x) if x.ndim else old, rows, new)
     return put._replace(cache=put.cache._replace(places=put.cache.places._replace(used=used)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
+    """See `Sampler.prepare`."""
+    dtype = jnp.dtype(model.config.dtype)
+    base, merged = models.merge_adapters(model, params)
+    unrolled, weights = models.unroll(base, models.dequantize(merged))
+    # Norms stay as they are: they are computed in float32.
+    weights = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
+    if mesh is None:
+        return weights
+    boxed = jax.eval_shape(lambda: models.init_params(unrolled, jax.random.key(0), boxed=True))
+    places = sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
+    return jax.lax.with_sharding_constraint(weights, places)
 
 
 class Sampler:
@@ -368,21 +387,7 @@ class Sampler:
         They are a copy, whole on every device but for what `mesh.tensor` splits: from parts along
         their width they would be gathered anew for every token.
         """
-        dtype = jnp.dtype(self._given.config.dtype)
-
-        def prepared(params: Any) -> Any:
-            base, merged = models.merge_adapters(self._given, params)
-            _, weights = models.unroll(base, models.dequantize(merged))
-            # Norms stay as they are: they are computed in float32.
-            return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
-
-        if self._mesh is None:
-            return jax.jit(prepared)(params)
-        boxed = jax.eval_shape(
-            lambda: models.init_params(self._model, jax.random.key(0), boxed=True)
-        )
-        places = sharding.shardings(self._mesh, boxed, sharding.GENERATION_RULES)
-        return jax.jit(prepared, out_shardings=places)(params)
+        return _prepared(self._given, self._mesh, params)
 
     def __call__(
         self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
@@ -395,39 +400,70 @@ class Sampler:
           keys: of each prompt's random numbers, see `prompt_keys`.
 
         Raises:
-          ValueError: a prompt is empty, or there are as many keys as prompts not.
+          ValueError: there are no prompts, or not as many keys; a prompt is empty, has ids that
+            the model does not know, or is so long that a response would leave its positions.
+        """
+        numbers, said = zip(*self.as_they_end(weights, prompts, keys), strict=True)
+        order = np.argsort(np.concatenate(numbers))
+        return Generated(*(np.concatenate(parts)[order] for parts in zip(*said, strict=True)))
+
+    def as_they_end(
+        self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
+    ) -> Iterator[tuple[list[int], Generated]]:
+        """The same, as soon as all samples of some prompts have ended.
+
+        Yields:
+          The numbers of these prompts, and what was said to them.
         """
         if len(prompts) != len(keys) or not len(prompts):
             raise ValueError(f"expected a key a prompt; got {len(keys)} for {len(prompts)}.")
-        if not all(map(len, prompts)):
-            empty = next(i for i, prompt in enumerate(prompts) if not len(prompt))
-            raise ValueError(f"prompt {empty} is empty; BOS will do.")
-        longest = max(max(map(len, prompts)), self._prompt_length)
-        length = self._prompt_length or -(-longest // _PROMPT_STEP) * _PROMPT_STEP
-        length = max(length, longest)
+        self._check(prompts)
+        longest = max(map(len, prompts))
+        if longest > (length := self._prompt_length):
+            length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
         shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
         at_once = min(self._at_once or len(prompts), len(prompts))
         seats = -(-at_once // shards) * shards
-        if self._mesh is None:
-            return self._generate(weights, prompts, keys, length, seats)
-        with sharding.use(self._mesh, sharding.GENERATION_RULES):
-            return self._generate(weights, prompts, keys, length, seats)
-
-    def _generate(
-        self, weights: Any, prompts: Sequence[np.ndarray], keys: Array, length: int, seats: int
-    ) -> Generated:
-        slots = max(self.settings.max_new_tokens - 1, 1)
         begin = partial(self._begin, weights, prompts, keys, length)
+        slots = max(self.settings.max_new_tokens - 1, 1)
         if seats < len(prompts):
-            return self._in_turn(weights, begin, len(prompts), seats, slots)
-        sizes = tuple(sorted({-(-slots // 4), -(-slots // 2), slots}))
-        rows = begin(range(len(prompts)), seats, sizes[0])
-        rows = _decode_growing(self._model, self.settings, sizes, weights, rows, jnp.asarray(seats))
-        return _fetched(rows, range(len(prompts)))
+            yield from self._in_turn(weights, begin, len(prompts), seats, slots)
+            return
+        first = min(max(slots // 4, _FIRST_SLOTS), slots)
+        sizes = tuple(sorted({first, max(slots // 2, first), slots}))
+        with self._in_mesh():
+            rows = begin(range(len(prompts)), seats, sizes[0])
+            settings = self.settings
+            rows = _decode_growing(self._model, settings, sizes, weights, rows, jnp.asarray(seats))
+        yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
+
+    def _in_mesh(self) -> AbstractContextManager[None]:
+        if self._mesh is None:
+            return nullcontext()
+        return sharding.use(self._mesh, sharding.GENERATION_RULES)
+
+    def _check(self, prompts: Sequence[np.ndarray]) -> None:
+        config = self._model.config
+        # The last token of a response is not read any more.
+        room = config.max_length - self.settings.max_new_tokens + 1
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {number} is empty; BOS will do.")
+            if not 0 <= prompt.min() <= prompt.max() < config.vocabulary_size:
+                raise ValueError(
+                    f"prompt {number} should have ids from 0 to {config.vocabulary_size - 1}; got "
+                    f"{prompt.min()} to {prompt.max()}."
+                )
+            if config.max_length and len(prompt) > room:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens, and max_new_tokens is "
+                    f"{self.settings.max_new_tokens}, but the model knows only "
+                    f"{config.max_length} positions."
+                )
 
     def _in_turn(
         self, weights: Any, begin: Callable[..., _Rows], prompts: int, seats: int, slots: int
-    ) -> Generated:
+    ) -> Iterator[tuple[list[int], Generated]]:
         """More prompts than seats: those that are done make room for those that wait."""
         # A quarter of the seats is filled at a time: to read one prompt costs nearly as much as
         # to read several, and to wait until all are done would leave seats idle.
@@ -435,30 +471,24 @@ class Sampler:
         few = -(-max(seats // 4, 1) // shards) * shards
         waiting = deque(range(seats, prompts))
         sitting: list[int | None] = list(range(seats))
-        found: dict[int, Generated] = {}
-        rows = begin(range(seats), seats, slots)
-        while len(found) < prompts:
-            target = few if waiting else seats
-            rows = _decode_ring(
-                self._model, self.settings, (slots,), weights, rows, jnp.asarray(target)
-            )
+        with self._in_mesh():
+            rows = begin(range(seats), seats, slots)
+        while any(number is not None for number in sitting):
+            target = jnp.asarray(few if waiting else seats)
+            with self._in_mesh():
+                rows = _decode_ring(self._model, self.settings, (slots,), weights, rows, target)
             done = np.all(np.asarray(sharding.fetch(_done(rows))), axis=1).tolist()
-            finished = [seat for seat in range(seats) if done[seat] and sitting[seat] is not None]
-            said = _fetched(rows, finished)
-            for place, seat in enumerate(finished):
-                number, sitting[seat] = sitting[seat], None
-                assert number is not None
-                found[number] = Generated(*(x[place : place + 1] for x in said))
-            free = [seat for seat in range(seats) if sitting[seat] is None]
+            ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
+            sitting = [None if seat in ended else n for seat, n in enumerate(sitting)]
+            yield list(ended.values()), _fetched(rows, list(ended))
+            free = [seat for seat, number in enumerate(sitting) if number is None]
             while waiting and len(free) >= few:
                 numbers = [waiting.popleft() for _ in range(min(few, len(waiting)))]
                 taken, free = free[:few], free[few:]
-                new = begin(numbers, few, slots)
-                rows = _seat(rows, new, jnp.asarray(taken, jnp.int32))
+                with self._in_mesh():
+                    rows = _seat(rows, begin(numbers, few, slots), jnp.asarray(taken, jnp.int32))
                 for seat, number in zip(taken, numbers, strict=False):
                     sitting[seat] = number
-        ordered = (found[number] for number in range(prompts))
-        return Generated(*(np.concatenate(parts) for parts in zip(*ordered, strict=True)))
 
     def _begin(
         self,
@@ -477,8 +507,10 @@ class Sampler:
             index[seat], lengths[seat] = number, len(prompts[number])
             tokens[seat, : lengths[seat]] = prompts[number]
         put = partial(sharding.put_rows, self._mesh) if self._mesh else jnp.asarray
+        # Where there are several processes an array of keys cannot be put on all devices itself.
+        data = np.asarray(jax.random.key_data(keys))[index]
         return _begin(
-            self._model, self.settings, slots, weights, put(tokens), put(lengths), keys[index]
+            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
         )
 
 

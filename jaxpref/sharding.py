@@ -185,6 +185,11 @@ def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return _put(mesh, array, PartitionSpec(("data", "fsdp")))
 
 
+def put_whole(mesh: Mesh, array: Any) -> jax.Array:
+    """Puts an array on the devices, whole on each of them."""
+    return _put(mesh, array, PartitionSpec())
+
+
 def _put(mesh: Mesh, x: Any, spec: PartitionSpec) -> jax.Array:
     # Every process has the whole array, and hands over what its own devices hold of it.
     x = np.asarray(x)

@@ -440,14 +440,25 @@ def test_a_text_that_describes_no_dish_has_the_lowest_of_all_true_rewards():
     others = (
         "",
         " The tea",
-        " The tea is superb, superb and superb.",
         " The tea is superb, lovely and tasty. ",
         " The tea is superb, lovely and tasty. It is.",
         "The tea is superb, lovely and tasty.",
-        " The sea is superb, lovely and tasty.",
+        " The tea is superb and lovely.",
     )
     lowest = synthetic.true_rewards([prompt] * len(others), others, answer=[None] * len(others))
     assert set(lowest) == {synthetic.LOWEST_REWARD}
     assert coldest[0] > synthetic.LOWEST_REWARD
+    warm, wrong_dish, unknown, repeated = synthetic.true_rewards(
+        [prompt] * 4,
+        [
+            " The tea is superb, lovely and tasty.",
+            " The sea is superb, lovely and tasty.",
+            " The tea is superb, lovely and tosty.",
+            " The tea is superb, lovely and superb.",
+        ],
+    )
+    assert wrong_dish == warm - 2
+    coldest_word = min(synthetic.WARMTH.values())
+    assert unknown == repeated == pytest.approx(warm - synthetic.WARMTH["tasty"] + coldest_word)
     with pytest.raises(ValueError, match="should ask how a dish is; got 'Why"):
         synthetic.true_rewards(["Why tea?"], [""])

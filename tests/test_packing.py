@@ -289,6 +289,75 @@ def test_impossible_groups_are_errors(group, message, planner):
         pack([group], row_length=8, planner=planner)
 
 
+@settings(max_examples=100, deadline=None)
+@given(GROUPS, st.sampled_from([1, 2, 4]), st.integers(0, 3), st.floats(0.5, 1.0))
+def test_micro_batches_hold_whole_groups_and_have_one_shape(lengths, shards, empty, share):
+    groups = groups_of(lengths)
+    budget = Budget(20, max(int(20 * share), 9), shards)
+    # A group has at most four responses, each of which fits a row.
+    batch = packing.pack_micro_batches(groups, budget, rows=4, micro_batches=empty)
+    count, k = len(batch.tokens), batch.lengths.shape[2]
+    assert count >= max(empty, 1)
+    assert batch.tokens.shape == (count, 4, 20)
+    assert batch.response.shape == (count, 4, budget.scored_length)
+    held = batch.lengths > 0
+    lengths_of = np.zeros(batch.lengths.shape[1:], int)
+    for g, group in enumerate(groups):
+        lengths_of[g, : len(group.responses)] = [len(r) for r in group.responses]
+    np.testing.assert_array_equal(batch.lengths.sum(0), lengths_of)
+    # Each group is in one micro-batch, and those without any come last.
+    assert (held.any(axis=2).sum(0) == 1).all()
+    used = held.any(axis=(1, 2))
+    assert used.tolist() == sorted(used, reverse=True)
+    for micro in range(count):
+        tables = batch.response[micro].ravel()
+        found = np.bincount(tables, minlength=len(groups) * k + 1)[:-1]
+        np.testing.assert_array_equal(found, batch.lengths[micro].ravel())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "longest", "responses", "row_length", "rows", "shards"),
+    [
+        # Rows with short prompts have more scored tokens than long prompts would leave room for.
+        (512, 32, 1, 544, 8, 1),
+        (64, 64, 1, 128, 8, 8),
+        # Groups that are split over rows share some of these with others.
+        (8, 64, 4, 72, 8, 1),
+        (16, 64, 8, 80, 8, 1),
+    ],
+)
+def test_a_group_of_any_lengths_finds_a_micro_batch(
+    prompt, longest, responses, row_length, rows, shards
+):
+    rng = np.random.default_rng(0)
+    share = longest * responses / (prompt + longest * responses)
+    scored = min(max(int(share * row_length), longest), row_length)
+    prompts = rng.integers(1, min(prompt, 16) + 1, 32)
+    lengths = rng.integers(1, longest + 1, (32, responses))
+    plans = packing.plan_micro_batches(
+        prompts.tolist(), lengths.tolist(), Budget(row_length, scored, shards), rows
+    )
+    parts = [part for plan in plans for row in plan for part in row]
+    there = sorted((part.group, k) for part in parts for k in part.responses)
+    assert there == [(g, k) for g in range(32) for k in range(responses)]
+    # At most as many again as tokens need, of which a prompt counts for each row that it is in.
+    tokens = sum(prompts[part.group] for part in parts) + lengths.sum()
+    full = max(tokens / (rows * row_length), lengths.sum() / (rows * scored))
+    assert len(plans) <= 2 * full + 1
+
+
+def test_what_no_micro_batch_holds_is_refused():
+    budget = Budget(8, 8)
+    with pytest.raises(ValueError, match=r"group 1, with a prompt of 4 .* \[4, 4, 4\].*2 rows"):
+        packing.plan_micro_batches([1, 4], [[1], [4, 4, 4]], budget, 2)
+    with pytest.raises(ValueError, match=r"group 0, with a prompt of 1.*1 scored ones each"):
+        packing.plan_micro_batches([1], [[3]], Budget(8, 1), 2)
+    with pytest.raises(ValueError, match="a prompt of 5 tokens and response 0 of 4 do not fit"):
+        packing.plan_micro_batches([5], [[4]], budget, 2)
+    with pytest.raises(ValueError, match="3 rows cannot be dealt out evenly to 2 shards"):
+        packing.plan_micro_batches([1], [[1]], budget._replace(shards=2), 3)
+
+
 @settings(max_examples=25, deadline=None)
 @given(GROUPS, st.integers(1, 3), st.sampled_from([0.0, 0.5]))
 def test_index_in_response_counts_each_response_from_0(lengths, shards, context_share):

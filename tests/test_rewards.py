@@ -349,7 +349,8 @@ def test_rewards_are_normalised_then_clipped_then_charged_for_length_and_for_bei
     sampled = sampled_by(load_tokenizer("bytes"))
     scores = reward(sampled)
     assert scores.total.tolist() == [4.0, 0.0, 2.0]
-    shaped, moments = reward.shaped(scores, sampled, rewards.no_moments())
+    moments = shaping.update(rewards.no_moments(), scores.total)
+    shaped = reward.shaped(scores, sampled, moments)
     assert (moments.count, moments.mean, moments.m2) == (3.0, 2.0, 8.0)
     # " Yes" and EOS; EOS alone; " 1", cut by length.
     expected = [0.5 - 0.05, -0.5 - 0.01, 0.0 - 0.02 - 2.0]

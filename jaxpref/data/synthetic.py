@@ -40,13 +40,13 @@ def true_reward(adjectives: tuple[str, ...], right_dish: bool) -> float:
     return sum(WARMTH[word] for word in adjectives) - (0 if right_dish else _WRONG_DISH_PENALTY)
 
 
-# The true reward of a text that is no description of a dish: less than that of any that is one.
-LOWEST_REWARD = _ADJECTIVES_A_RESPONSE * min(WARMTH.values()) - _WRONG_DISH_PENALTY
+# What a word counts that is no adjective of this task, or comes a second time.
+_COLDEST = min(WARMTH.values())
+# The true reward of a text that is no description at all, the lowest that there is.
+LOWEST_REWARD = _ADJECTIVES_A_RESPONSE * _COLDEST - _WRONG_DISH_PENALTY
 
 _ASKED = re.compile(f"how is the ({'|'.join(_DISHES)})\\?\\Z")
-_DESCRIBED = re.compile(
-    r" The ({0}) is ({1}), ({1}) and ({1})\.".format("|".join(_DISHES), "|".join(_ADJECTIVES))
-)
+_DESCRIBED = re.compile(r" The (\w+) is (\w+), (\w+) and (\w+)\.")
 
 
 def true_rewards(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
@@ -57,7 +57,9 @@ def true_rewards(prompts: Sequence[str], completions: Sequence[str], **columns: 
     Args:
       prompts: as `generate` makes them, one a response.
       completions: of the form that `generate` gives its responses, " The tea is superb, fresh and
-        mild." with three different adjectives; any other text gets `LOWEST_REWARD`.
+        mild."; any other text gets `LOWEST_REWARD`. A word in an adjective's place that is none of
+        this task, or comes again, counts as the coldest one; another word than the dish that was
+        asked about is the wrong dish.
       columns: whatever else is known; not read.
 
     Raises:
@@ -75,10 +77,10 @@ def _reward_of(prompt: str, response: str) -> float:
         raise ValueError(f"a prompt should ask how a dish is; got {prompt!r}.")
     if described is None:
         return LOWEST_REWARD
-    dish, *adjectives = described.groups()
-    if len(set(adjectives)) < len(adjectives):
-        return LOWEST_REWARD
-    return true_reward(tuple(adjectives), right_dish=dish == asked[1])
+    dish, *words = described.groups()
+    known = [word for word in dict.fromkeys(words) if word in WARMTH]
+    missing = _ADJECTIVES_A_RESPONSE - len(known)
+    return true_reward(tuple(known), right_dish=dish == asked[1]) + missing * _COLDEST
 
 
 def generate(pairs: int, seed: int) -> list[Example]:

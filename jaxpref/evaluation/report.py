@@ -1,7 +1,9 @@
 """What a finished run shows: a table of before and after, and its curves as a PNG."""
 
 from pathlib import Path
+from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 _TITLES = {
@@ -20,6 +22,11 @@ _TITLES = {
     "eval/calibration_error": "expected calibration error",
     "eval/logps/chosen": "log-prob, chosen (nats)",
     "eval/logps/rejected": "log-prob, rejected (nats)",
+    "eval/true_reward": "true reward",
+    "eval/objective/scores": "learned reward",
+    "eval/objective/kl": "KL to the reference (nats)",
+    "eval/completions/length": "length (tokens)",
+    "eval/completions/clipped_ratio": "share that was cut by length",
 }
 
 # What is measured of a reward model, in one panel of its curves.
@@ -43,10 +50,54 @@ def closing_table(lines: list[dict[str, float]]) -> Table | None:
     table.add_column("")
     table.add_column(f"before (step {before['step']:.0f})", justify="right")
     table.add_column(f"after (step {after['step']:.0f})", justify="right")
+    # Other policies were measured once, as `eval/NAME/...`, on the same prompts.
+    others = dict.fromkeys(
+        key.split("/")[1]
+        for line in evaluated[:1]
+        for key in line
+        if key.startswith("eval/") and key.endswith("/objective/kl") and key.count("/") == 3
+    )
+    for name in others:
+        table.add_column(name, justify="right")
     for name, title in _TITLES.items():
         if name in before and name in after:
-            table.add_row(title, f"{before[name]:.3f}", f"{after[name]:.3f}")
+            keys = [name.replace("eval/", f"eval/{other}/", 1) for other in others]
+            values = [before[name], after[name], *(before.get(key) for key in keys)]
+            table.add_row(title, *("" if x is None else f"{x:.3f}" for x in values))
     return table
+
+
+def samples_table(lines: list[dict[str, Any]], most: int = 3) -> Table | None:
+    """What the policy says to the same held-out prompts before and after.
+
+    Args:
+      lines: samples of a run, as it keeps them in `samples.jsonl`.
+      most: prompts in the table.
+
+    Returns:
+      A table, or None if nothing was sampled.
+    """
+    steps = sorted({line["step"] for line in lines})
+    if not steps:
+        return None
+    table = Table(title="Samples", show_lines=True)
+    table.add_column("prompt")
+    for step in dict.fromkeys((steps[0], steps[-1])):
+        table.add_column(f"step {step}, with its reward")
+    first, last = ([x for x in lines if x["step"] == step] for step in (steps[0], steps[-1]))
+    for pair in list(zip(first, last, strict=False))[:most]:
+        said = dict.fromkeys((line["step"] for line in pair), "")
+        for line in pair:
+            said[line["step"]] = f"{_short(line['response'])} ({line['objective/scores']:.2f})"
+        table.add_row(*map(escape, (_short(pair[0]["prompt"]), *said.values())))
+    return table
+
+
+def _short(text: Any, most: int = 160) -> str:
+    """The end of a prompt or the beginning of a response."""
+    if isinstance(text, list):
+        text = text[-1].get("content", "")
+    return repr(text if len(text) <= most else f"{text[:most]} ...")
 
 
 def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
@@ -69,6 +120,8 @@ def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
             ("accuracy", ("rewards/accuracies", "rewards/best_accuracy", "accuracy")),
             ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
             ("reward", _REWARDS),
+            ("reward of a sample", ("objective/scores", "objective/rlhf_reward", "true_reward")),
+            ("KL to the reference (nats)", ("objective/kl",)),
             ("gradient norm", ("grad_norm",)),
         )
         if any(name in line for line in lines for name in panel[1])

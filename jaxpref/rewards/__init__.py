@@ -90,29 +90,24 @@ class Rewards:
 
     def shaped(
         self, scores: Scores, sampled: Sampled, moments: Moments
-    ) -> tuple[Float[np.ndarray, " responses"], Moments]:
+    ) -> Float[np.ndarray, " responses"]:
         """The rewards to learn from: normalised, then clipped, then less the penalties.
 
         Args:
           scores: of the responses.
           sampled: the responses.
-          moments: of all sums of rewards before.
-
-        Returns:
-          The rewards, and the moments with these sums among them.
+          moments: of all sums of rewards so far, see `shaping.update`.
         """
         knobs, values = self.knobs, scores.total
-        moments = shaping.update(moments, values)
         if knobs["normalize"]:
             values = shaping.normalise(values, moments)
-        values = shaping.penalised(
+        return shaping.penalised(
             shaping.clip(values, knobs["clip"]),
             sampled.lengths,
             sampled.finished,
             length_penalty=knobs["length_penalty"],
             truncation_penalty=knobs["truncation_penalty"],
         )
-        return values, moments
 
 
 def build(

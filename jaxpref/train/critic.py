@@ -18,6 +18,7 @@ from jaxpref.models import Decoder
 from jaxpref.models.protocol import Model
 from jaxpref.train.state import Trained, abstract_role
 from jaxpref.train.update import Update, make_update
+from jaxpref.trainable import merge
 
 # With adapters the base is the policy's own, which both read.
 _ADAPTERS = r"_lora_[ab]$|^score$"
@@ -71,8 +72,13 @@ class Critic:
             return {}
         return {name: part for name, part in policy.items() if name not in ("head", "head_bias")}
 
-    def first(self, policy: Any) -> Trained:
-        """The critic before its first update, from the policy's first trained parameters."""
+    def first(self, policy: Any, frozen: Any) -> Trained:
+        """The critic before its first update, from the policy's first parameters.
+
+        Args:
+          policy: those that are trained.
+          frozen: those that are not.
+        """
         abstract = self.abstract.params
         if self.config.critic.init_from:
             params, _ = checkpoint.restore_params(Path(self.config.critic.init_from), abstract)
@@ -81,13 +87,17 @@ class Critic:
                 lambda: jnp.zeros(abstract["score"].shape, abstract["score"].dtype),
                 out_shardings=abstract["score"].sharding,
             )
+            # It trains adapters where the policy does, and all of its parameters elsewhere.
+            lora = self.config.model.lora.rank
+            whole = policy if lora else models.dequantize(merge(policy, frozen))
+            whole = {**whole, "score": zeros()}
             # These are copies, since each role's update takes over its own buffers.
             params = {
-                name: jax.tree.map(lambda x: jnp.array(x, copy=True), policy[name])
-                for name in abstract
-                if name != "score"
+                name: jax.tree.map(
+                    lambda like, x: jnp.array(x, like.dtype, copy=True), part, whole[name]
+                )
+                for name, part in abstract.items()
             }
-            params["score"] = zeros()
         of_optimizer = jax.tree.map(lambda x: x.sharding, self.abstract.optimizer_state)
         init = jax.jit(self.optimizer.init, out_shardings=of_optimizer)
         return Trained(params, init(params))

@@ -1,5 +1,6 @@
 """The one train loop: batch, update, log, evaluate, save; then the next."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,9 @@ def _loop(
             resumed=start > 0,
         )
         for step in range(start + 1, steps + 1):
+            if training.samples:
+                # To sample is part of the step, whose time begins when the one before is done.
+                log.settle()
             experience = training.source(step, state, partial(_at_once, interrupted, step))
             if experience is None:
                 _stop_before(step, checkpoints, state, log)
@@ -154,4 +158,9 @@ def _report(workdir: Path, config: ConfigDict) -> None:
     table = evaluation.closing_table(lines)
     if table is not None:
         console.print(table)
+    samples = workdir / "samples.jsonl"
+    if samples.exists():
+        said = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        console.print(evaluation.samples_table(said))
+        console.print(f"samples: {samples}")
     console.print(f"curves: {curves}\nmeasurements: {workdir / 'metrics.jsonl'}")
