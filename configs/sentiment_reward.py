@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config = base.default("reward")
     config.algorithm.ranking = "binary"
     config.model.init_from = "runs/sentiment/sft"
+    config.tokenizer.name = "runs/sentiment/tokenizer"
     config.model.layers = 3
     config.data.path = "runs/sentiment/reward.jsonl"
     config.data.format = "imdb"

@@ -23,6 +23,7 @@ def get_config(method: str = "rloo") -> ConfigDict:
         raise ValueError(one_of("the recipe's argument", method, ONLINE))
     config = base.default(method)
     config.model.init_from = "runs/sentiment/sft"
+    config.tokenizer.name = "runs/sentiment/tokenizer"
     config.model.layers = 3
     config.reward.path = "runs/sentiment/reward"
     # The classifier has seen whole sentences alone.
