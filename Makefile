@@ -5,11 +5,16 @@ DATA ?= hh-harmless.jsonl.gz
 
 .PHONY: quickstart test test-isa test-torch test-long check docs format benchmark clean
 
-# Generated preference data, SFT, then DPO, in two minutes on a laptop.
+# Generated preference data, SFT, then DPO, and RLHF beside it, in four minutes on a laptop.
 quickstart: .venv/installed
 	$(BIN)/python -m jaxpref.main --config=configs/quickstart.py:sft --workdir=$(RUNS)/sft
 	$(BIN)/python -m jaxpref.main --config=configs/quickstart.py:dpo --workdir=$(RUNS)/dpo \
 		--config.model.init_from=$(RUNS)/sft
+	$(BIN)/python -m jaxpref.main --config=configs/quickstart.py:reward --workdir=$(RUNS)/reward \
+		--config.model.init_from=$(RUNS)/sft
+	$(BIN)/python -m jaxpref.main --config=configs/rlhf_quickstart.py:rloo --workdir=$(RUNS)/rloo \
+		--config.model.init_from=$(RUNS)/sft --config.reward.path=$(RUNS)/reward \
+		--config.sampling.compare="('$(RUNS)/dpo',)"
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"

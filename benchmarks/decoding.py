@@ -8,8 +8,8 @@ random weights, float32, on the CPU:
 - `transformers`: batch 32, prompts of 64 tokens, 128 new ones, sampled at temperature 1, against
   `generate` of transformers on torch with the same weights (it needs the `torch` extra);
 - `tree`: 8 samples of a prompt of 256 tokens against 8 rows with a prompt each, 64 new tokens;
-- `seats`: 64 prompts with 32 seats that are filled again, against two batches of 32, where
-  responses have a stop token and so differ in length.
+- `seats`: 64 prompts in 16 seats that are filled again, against four batches of 16, where
+  responses have stop tokens and so differ in length.
 
 Both sides run in one process and take turns; times are medians. It also prints what the decode
 loop keeps in memory beside its cache and weights, as XLA plans it: a loop that copied the cache
@@ -30,7 +30,7 @@ from jaxpref import models, sampling
 from jaxpref.sampling import Sampler, Sampling
 
 VOCABULARY, WIDTH, LAYERS, HEADS, INNER = 16_384, 384, 6, 6, 1_024
-TURNS = 5
+TURNS = 3
 
 
 def build() -> tuple[models.Decoder, Any]:
@@ -54,7 +54,6 @@ def in_transformers(params: Any) -> Any:
     import torch
     import transformers
 
-    torch.set_num_threads(jax.local_device_count("cpu") and torch.get_num_threads())
     shape = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
@@ -118,26 +117,29 @@ def against_transformers(model: models.Decoder, params: Any, rng: np.random.Gene
     with torch.no_grad():
         theirs = twin(torch.tensor(np.stack(check)).long()).logits.numpy()
     print(f"largest difference of logits {np.abs(np.asarray(logits) - theirs).max():.1e}")
-    for rows, length, new in ((32, 64, 128), (32, 32, 64)):
-        prompts = prompts_of(rng, rows, length)
-        sampler = Sampler(model, Sampling(max_new_tokens=new), prompt_length=length)
-        weights = sampler.prepare(params)
-        ids = torch.tensor(np.stack(prompts)).long()
-        mask = torch.ones_like(ids)
+    rows, length, new = 32, 64, 128
+    prompts = prompts_of(rng, rows, length)
+    sampler = Sampler(model, Sampling(max_new_tokens=new), prompt_length=length)
+    weights = sampler.prepare(params)
+    ids = torch.tensor(np.stack(prompts)).long()
+    mask = torch.ones_like(ids)
 
-        def ours(sampler=sampler, weights=weights, prompts=prompts, rows=rows) -> None:
-            assert (sampler(weights, prompts, sampling.prompt_keys(0, 0, rows)).lengths > 0).all()
+    def ours() -> None:
+        assert (sampler(weights, prompts, sampling.prompt_keys(0, 0, rows)).lengths == new).all()
 
-        def theirs(ids=ids, mask=mask, new=new) -> None:
-            with torch.no_grad():
-                twin.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=0)
+    def theirs() -> None:
+        with torch.no_grad():
+            said = twin.generate(
+                ids, attention_mask=mask, max_new_tokens=new, do_sample=True, top_k=0
+            )
+        assert said.shape == (rows, length + new)
 
-        mine, other = medians(ours, theirs)
-        tokens = rows * new
-        print(
-            f"transformers, {rows} rows, prompts of {length}, {new} new tokens: "
-            f"{tokens / mine:,.0f} tokens/s against {tokens / other:,.0f}: {other / mine:.2f} times"
-        )
+    mine, other = medians(ours, theirs)
+    tokens = rows * new
+    print(
+        f"transformers, {rows} rows, prompts of {length}, {new} new tokens: "
+        f"{tokens / mine:,.0f} tokens/s against {tokens / other:,.0f}: {other / mine:.2f} times"
+    )
 
 
 def tree_against_rows(model: models.Decoder, params: Any, rng: np.random.Generator) -> None:
@@ -156,19 +158,19 @@ def tree_against_rows(model: models.Decoder, params: Any, rng: np.random.Generat
 
 
 def seats(model: models.Decoder, params: Any, rng: np.random.Generator) -> None:
-    prompts = prompts_of(rng, 128, 64)
-    # With these stops a response ends after 64 tokens on average.
-    stops = tuple(range(2, 2 + VOCABULARY // 64))
-    settings = Sampling(max_new_tokens=256, stops=stops)
+    prompts = prompts_of(rng, 64, 64)
+    # With these stops a response ends after 32 tokens on average, if it is not cut.
+    stops = tuple(range(2, 2 + VOCABULARY // 32))
+    settings = Sampling(max_new_tokens=128, stops=stops)
     keys = sampling.prompt_keys(0, 0, len(prompts))
-    refilled = Sampler(model, settings, at_once=32, prompt_length=64)
+    refilled = Sampler(model, settings, at_once=16, prompt_length=64)
     batches = Sampler(model, settings, prompt_length=64)
     weights = refilled.prepare(params)
 
     def in_batches() -> list[Any]:
         return [
-            batches(weights, prompts[i : i + 32], keys[i : i + 32])
-            for i in range(0, len(prompts), 32)
+            batches(weights, prompts[i : i + 16], keys[i : i + 16])
+            for i in range(0, len(prompts), 16)
         ]
 
     together = refilled(weights, prompts, keys)
@@ -179,7 +181,7 @@ def seats(model: models.Decoder, params: Any, rng: np.random.Generator) -> None:
     )
     one, each = medians(lambda: refilled(weights, prompts, keys), in_batches)
     print(
-        f"seats, 128 prompts in 32 seats: {one:.2f} s against {each:.2f} s in batches: "
+        f"seats, 64 prompts in 16 seats: {one:.2f} s against {each:.2f} s in batches: "
         f"{each / one:.2f} times"
     )
 

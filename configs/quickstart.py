@@ -42,7 +42,7 @@ def get_config(stage: str = "sft") -> ConfigDict:
     config.train.log_every = 10
     if stage == "sft":
         config.optimizer.learning_rate = 3e-3
-        config.train.steps = 80
+        config.train.steps = 160
     else:
         config.model.init_from = "runs/quickstart/sft"
         if stage == "dpo":

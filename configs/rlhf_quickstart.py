@@ -2,8 +2,14 @@
 
     python -m jaxpref.main --config=configs/rlhf_quickstart.py:ppo --workdir=W
 
-METHOD is ppo, reinforce, remax, rloo, grpo, reinforce_pp, rejection_sampling or online_dpo.
+METHOD is ppo, reinforce, remax, rloo, grpo, reinforce_pp, rejection_sampling or online_dpo. The
+policy begins with SFT, and learns from a reward model that was trained on preference pairs; both
+are made in `W/sft` and `W/reward` first, unless `--config.model.init_from` and
+`--config.reward.path` say where they are. `benchmarks/RESULTS.md` has a table of all methods.
 """
+
+import runpy
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -36,7 +42,6 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.model.kv_heads = 2
     config.model.head_dim = 32
     config.model.feed_forward = 384
-    config.model.init_from = "runs/quickstart/sft"
     config.data.format = "synthetic"
     config.data.synthetic_pairs = 5600
     config.data.eval_fraction = 0.1
@@ -48,7 +53,6 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.sampling.samples = SETTINGS[method].get("samples", 4)
     config.sampling.max_new_tokens = 56
     config.sampling.rows = 8
-    config.reward.path = "runs/quickstart/reward"
     if "beta" in config.algorithm:
         config.algorithm.beta = 0.05
     config.optimizer.learning_rate = SETTINGS[method].get("learning_rate", 3e-4)
@@ -57,3 +61,19 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.train.log_every = 5
     config.train.eval_every = 20
     return config
+
+
+def get_stages(config: ConfigDict, workdir: str) -> list[tuple[ConfigDict, str]]:
+    """SFT and the reward model, unless the config says where they are."""
+    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]
+    sft, reward = (str(Path(workdir) / name) for name in ("sft", "reward"))
+    stages = []
+    if not config.model.init_from:
+        stages.append((quickstart("sft"), sft))
+        config.model.init_from = sft
+    if not (config.reward.path or config.reward.function or config.reward.mixture):
+        own = quickstart("reward")
+        own.model.init_from = config.model.init_from
+        stages.append((own, reward))
+        config.reward.path = reward
+    return stages

@@ -4,14 +4,46 @@ import errno
 import logging as python_logging
 import os
 import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from absl import flags, logging
+
+from jaxpref.errors import UserError
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Of a run: its checkpoints and measurements; the same workdir resumes."
 )
 OUTPUT = flags.DEFINE_string("output", None, "What to write: a new directory, or a file.")
+
+
+MODEL = flags.DEFINE_string("model", None, "A run's workdir, or a directory or hub name.")
+CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", "", "See tokenizer.chat_template. Empty: the run's, or the tokenizer's own."
+)
+
+
+def format_flag(formats: Collection[str]) -> flags.FlagHolder:
+    """The flag `--format` of commands that read a file of records."""
+    files = [name for name in formats if name != "synthetic"]
+    return flags.DEFINE_enum("format", "auto", files, "See data.format; auto goes by the columns.")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What the user can mend ends the command with a sentence, and Ctrl-C without a trace."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if (message := no_room(error)) is None:
+            raise
+        fail(message)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def fail(message: str) -> NoReturn:

@@ -8,7 +8,7 @@ from pathlib import Path
 from absl import app, flags
 
 from jaxpref import config as config_lib
-from jaxpref.commands import OUTPUT, WORKDIR, fail, no_room, quiet
+from jaxpref.commands import OUTPUT, WORKDIR, fail, quiet, told
 from jaxpref.errors import UserError
 
 # --help shows these two as well.
@@ -41,20 +41,8 @@ def main(argv: list[str]) -> None:
     if _BASE.value and not _ADAPTERS.value:
         fail("--base belongs to --adapters; merged weights have no base.")
     quiet()
-    try:
-        run(
-            WORKDIR.value,
-            OUTPUT.value,
-            _DTYPE.value,
-            adapters=_ADAPTERS.value,
-            base=_BASE.value,
-        )
-    except UserError as error:
-        fail(str(error))
-    except OSError as error:
-        if (message := no_room(error)) is None:
-            raise
-        fail(message)
+    with told():
+        run(WORKDIR.value, OUTPUT.value, _DTYPE.value, adapters=_ADAPTERS.value, base=_BASE.value)
 
 
 def run(

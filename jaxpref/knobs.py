@@ -464,6 +464,12 @@ SAMPLING_KNOBS: dict[str, Knob] = {
         "step computes does not depend on it.",
         at_least=1,
     ),
+    "sampling.compare": Knob(
+        (),
+        "workdirs of other policies, whose responses to the held-out prompts are measured once, "
+        "before the first step, and stand beside this run's in its closing table",
+        resumable=True,
+    ),
     "sampling.shown": Knob(
         3,
         "held-out prompts whose responses are shown and kept at each evaluation",

@@ -8,8 +8,7 @@ import sys
 from absl import app, flags
 
 from jaxpref import config as config_lib, explain
-from jaxpref.commands import WORKDIR, fail, no_room, quiet, show
-from jaxpref.errors import UserError
+from jaxpref.commands import WORKDIR, fail, quiet, show, told
 from jaxpref.recipes import CONFIG, listed, parse_flags
 
 # --help shows these two as well.
@@ -45,22 +44,13 @@ def main(argv: list[str]) -> None:
         fail("--workdir is missing: the directory for checkpoints and measurements.")
     _check_processes()
     quiet()
-    try:
+    with told():
         config_lib.check(CONFIG.value)
         # JAX loads here, so that everything above answers at once.
         from jaxpref import sharding, train
 
         sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         train.run(CONFIG.value, workdir)
-    except UserError as error:
-        fail(str(error))
-    except OSError as error:
-        if (message := no_room(error)) is None:
-            raise
-        fail(message)
-    except KeyboardInterrupt as interrupt:
-        print(interrupt or "interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _check_processes() -> None:

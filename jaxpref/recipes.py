@@ -47,6 +47,21 @@ def _load_recipe(recipe: str) -> ConfigDict:
         fail(f"--config={recipe}: {error}")
 
 
+def stages(config: ConfigDict, workdir: str) -> list[tuple[ConfigDict, str]]:
+    """The runs that a recipe needs before its own: those that its `get_stages` gives.
+
+    Args:
+      config: of the recipe; the function may set what was left open, such as `model.init_from`.
+      workdir: of the recipe's own run.
+
+    Returns:
+      The config and the workdir of each, in order.
+    """
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    get_stages = runpy.run_path(path).get("get_stages")
+    return get_stages(config, workdir) if get_stages else []
+
+
 def listed() -> str:
     """How to run a recipe, and which there are."""
     lines = [

@@ -6,7 +6,8 @@ sample does not depend on what else is decoded beside it.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -260,7 +261,7 @@ def _begin(
     weights: Any,
     tokens: Int[Array, "P length"],
     lengths: Int[Array, " P"],
-    keys: Key[Array, " P"],
+    key_data: UInt[Array, "P words"],
 ) -> _Rows:
     """Reads prompts, padded on the right, and samples the first token of each response."""
     prompts, length = tokens.shape
@@ -273,7 +274,7 @@ def _begin(
     nothing = jnp.zeros((*shape, settings.max_new_tokens), logits.dtype)
     rows = _Rows(
         cache,
-        keys,
+        jax.random.wrap_key_data(key_data),
         lengths,
         nothing.astype(jnp.int32),
         nothing,
@@ -402,6 +403,18 @@ class Sampler:
           ValueError: there are no prompts, or not as many keys; a prompt is empty, has ids that
             the model does not know, or is so long that a response would leave its positions.
         """
+        numbers, said = zip(*self.as_they_end(weights, prompts, keys), strict=True)
+        order = np.argsort(np.concatenate(numbers))
+        return Generated(*(np.concatenate(parts)[order] for parts in zip(*said, strict=True)))
+
+    def as_they_end(
+        self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
+    ) -> Iterator[tuple[list[int], Generated]]:
+        """The same, as soon as all samples of some prompts have ended.
+
+        Yields:
+          The numbers of these prompts, and what was said to them.
+        """
         if len(prompts) != len(keys) or not len(prompts):
             raise ValueError(f"expected a key a prompt; got {len(keys)} for {len(prompts)}.")
         self._check(prompts)
@@ -411,10 +424,23 @@ class Sampler:
         shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
         at_once = min(self._at_once or len(prompts), len(prompts))
         seats = -(-at_once // shards) * shards
+        begin = partial(self._begin, weights, prompts, keys, length)
+        slots = max(self.settings.max_new_tokens - 1, 1)
+        if seats < len(prompts):
+            yield from self._in_turn(weights, begin, len(prompts), seats, slots)
+            return
+        first = min(max(slots // 4, _FIRST_SLOTS), slots)
+        sizes = tuple(sorted({first, max(slots // 2, first), slots}))
+        with self._in_mesh():
+            rows = begin(range(len(prompts)), seats, sizes[0])
+            settings = self.settings
+            rows = _decode_growing(self._model, settings, sizes, weights, rows, jnp.asarray(seats))
+        yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
+
+    def _in_mesh(self) -> AbstractContextManager[None]:
         if self._mesh is None:
-            return self._generate(weights, prompts, keys, length, seats)
-        with sharding.use(self._mesh, sharding.GENERATION_RULES):
-            return self._generate(weights, prompts, keys, length, seats)
+            return nullcontext()
+        return sharding.use(self._mesh, sharding.GENERATION_RULES)
 
     def _check(self, prompts: Sequence[np.ndarray]) -> None:
         config = self._model.config
@@ -435,22 +461,9 @@ class Sampler:
                     f"{config.max_length} positions."
                 )
 
-    def _generate(
-        self, weights: Any, prompts: Sequence[np.ndarray], keys: Array, length: int, seats: int
-    ) -> Generated:
-        slots = max(self.settings.max_new_tokens - 1, 1)
-        begin = partial(self._begin, weights, prompts, keys, length)
-        if seats < len(prompts):
-            return self._in_turn(weights, begin, len(prompts), seats, slots)
-        first = min(max(slots // 4, _FIRST_SLOTS), slots)
-        sizes = tuple(sorted({first, max(slots // 2, first), slots}))
-        rows = begin(range(len(prompts)), seats, sizes[0])
-        rows = _decode_growing(self._model, self.settings, sizes, weights, rows, jnp.asarray(seats))
-        return _fetched(rows, range(len(prompts)))
-
     def _in_turn(
         self, weights: Any, begin: Callable[..., _Rows], prompts: int, seats: int, slots: int
-    ) -> Generated:
+    ) -> Iterator[tuple[list[int], Generated]]:
         """More prompts than seats: those that are done make room for those that wait."""
         # A quarter of the seats is filled at a time: to read one prompt costs nearly as much as
         # to read several, and to wait until all are done would leave seats idle.
@@ -458,30 +471,24 @@ class Sampler:
         few = -(-max(seats // 4, 1) // shards) * shards
         waiting = deque(range(seats, prompts))
         sitting: list[int | None] = list(range(seats))
-        found: dict[int, Generated] = {}
-        rows = begin(range(seats), seats, slots)
-        while len(found) < prompts:
-            target = few if waiting else seats
-            rows = _decode_ring(
-                self._model, self.settings, (slots,), weights, rows, jnp.asarray(target)
-            )
+        with self._in_mesh():
+            rows = begin(range(seats), seats, slots)
+        while any(number is not None for number in sitting):
+            target = jnp.asarray(few if waiting else seats)
+            with self._in_mesh():
+                rows = _decode_ring(self._model, self.settings, (slots,), weights, rows, target)
             done = np.all(np.asarray(sharding.fetch(_done(rows))), axis=1).tolist()
-            finished = [seat for seat in range(seats) if done[seat] and sitting[seat] is not None]
-            said = _fetched(rows, finished)
-            for place, seat in enumerate(finished):
-                number, sitting[seat] = sitting[seat], None
-                assert number is not None
-                found[number] = Generated(*(x[place : place + 1] for x in said))
-            free = [seat for seat in range(seats) if sitting[seat] is None]
+            ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
+            sitting = [None if seat in ended else n for seat, n in enumerate(sitting)]
+            yield list(ended.values()), _fetched(rows, list(ended))
+            free = [seat for seat, number in enumerate(sitting) if number is None]
             while waiting and len(free) >= few:
                 numbers = [waiting.popleft() for _ in range(min(few, len(waiting)))]
                 taken, free = free[:few], free[few:]
-                new = begin(numbers, few, slots)
-                rows = _seat(rows, new, jnp.asarray(taken, jnp.int32))
+                with self._in_mesh():
+                    rows = _seat(rows, begin(numbers, few, slots), jnp.asarray(taken, jnp.int32))
                 for seat, number in zip(taken, numbers, strict=False):
                     sitting[seat] = number
-        ordered = (found[number] for number in range(prompts))
-        return Generated(*(np.concatenate(parts) for parts in zip(*ordered, strict=True)))
 
     def _begin(
         self,
@@ -500,8 +507,10 @@ class Sampler:
             index[seat], lengths[seat] = number, len(prompts[number])
             tokens[seat, : lengths[seat]] = prompts[number]
         put = partial(sharding.put_rows, self._mesh) if self._mesh else jnp.asarray
+        # Where there are several processes an array of keys cannot be put on all devices itself.
+        data = jax.random.key_data(keys)[index]
         return _begin(
-            self._model, self.settings, slots, weights, put(tokens), put(lengths), keys[index]
+            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
         )
 
 

@@ -1,7 +1,7 @@
 """What a run says in the terminal, or in a log file in its place."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -36,3 +36,8 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int], None]]:
                 told = time.monotonic()
 
         yield tell
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """What was left out or cut, to follow on a sentence; empty if nothing was."""
+    return "".join(f", {n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,23 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
     return {token.content: id for id, token in added if token.special} | dict(named)
 
 
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of sampled ids, special tokens by their names.
+
+    A model may have more rows in its embedding than the tokenizer has ids; in place of such an id
+    stands U+FFFD.
+    """
+    known = len(tokenizer)
+    runs: list[list[int]] = [[]]
+    for id in ids:
+        if id < known:
+            runs[-1].append(id)
+        else:
+            runs.append([])
+    texts = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs)
+    return "\ufffd".join(texts)
+
+
 def special_names(tokenizer: Any) -> re.Pattern:
     """Matches the name of a special token."""
     names = sorted(special_tokens(tokenizer), key=len, reverse=True)
@@ -145,17 +163,3 @@ def read_template(name: str) -> str:
             f"tokenizer.chat_template is {name!r}; it should be one of {', '.join(TEMPLATES)}, a "
             f"Jinja file, or a template ({error})."
         ) from error
-
-
-def spoken(tokenizer: Any, ids: Any, finished: bool) -> str:
-    """The text of a response, without the token that ended it.
-
-    Other special tokens stay, so that a reward sees that they were said.
-
-    Args:
-      tokenizer: a `transformers` tokenizer.
-      ids: token ids.
-      finished: whether the last of them is the one that ended the response.
-    """
-    said = [int(i) for i in (ids[:-1] if finished else ids)]
-    return tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpref import checkpoint, config as config_lib, models
@@ -22,7 +23,7 @@ from jaxpref.models.adapters import ADAPTERS
 from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
 from jaxpref.terminal import console
 from jaxpref.tokenizer import load_tokenizer
-from jaxpref.trainable import merge, partition, path_of
+from jaxpref.trainable import as_abstract, merge, partition, path_of
 
 _KEPT = "huggingface"
 # These knobs shape a model with random weights; any other model has a shape of its own.
@@ -235,6 +236,41 @@ def keep(source: Source, model: Decoder, workdir: Path) -> None:
             huggingface.copy_small_files(source.adapters.directory, kept, but={PEFT_CONFIG})
             if source.adapters.scalar_head:
                 huggingface.say_classifier(kept, model)
+
+
+def config_of(path: Path) -> ConfigDict | None:
+    """The config of the run whose workdir this is; None if it is not a workdir.
+
+    Raises:
+      UserError: the run has no complete checkpoint yet.
+    """
+    described = checkpoint.read_run(path)
+    if described is None:
+        return None
+    if checkpoint.latest_step(path) is None:
+        raise UserError(f"{path}: that run has no complete checkpoint yet.")
+    return config_lib.from_flat(described)
+
+
+def load_finished(path: Path, opened: Opened, mesh: Mesh, dtype: str = "float32") -> Any:
+    """The parameters of a model that is not trained here.
+
+    Args:
+      path: a run's workdir, whose last checkpoint is read; else what `opened.source` names.
+      opened: from `open_run`, of the same.
+      mesh: shards the parameters.
+      dtype: of the parameters, but for those that the run keeps in four bits.
+    """
+    abstract = huggingface.abstract_params(opened.model, mesh)
+    abstract = jax.tree.map(lambda x: as_abstract(x, dtype), abstract)
+    run = config_of(path)
+    if run is None:
+        return read(opened.source, opened.model, abstract)
+    params, _ = checkpoint.restore_params(path, abstract)
+    if dtype == "float32" or run.model.frozen_dtype == "nf4":
+        return params
+    # What the run does not train it may keep in another dtype.
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def base_of(workdir: Path) -> str:

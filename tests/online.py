@@ -4,7 +4,6 @@ import dataclasses
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -44,12 +43,22 @@ SMALL = DecoderConfig(
     rope=(make_rope(8),),
     tied_head=False,
 )
-# EOS and padding are one token, which a prompt may have, too.
-TOKENIZER = SimpleNamespace(
-    eos_token_id=0,
-    chat_template=None,
-    decode=lambda ids, **_: " ".join(map(str, ids)),
-)
+
+
+class Tokenizer:
+    """EOS and padding are one token, which a prompt may have, too."""
+
+    eos_token_id = 0
+    chat_template = None
+
+    def __len__(self):
+        return VOCABULARY
+
+    def decode(self, ids, **options):
+        return " ".join(map(str, ids))
+
+
+TOKENIZER = Tokenizer()
 
 
 def rewarded(sampled):
@@ -147,7 +156,6 @@ def begin(
     decoder=None,
     params=None,
     prompts=((1, 2),),
-    held_out=(),
     reward=rewarded,
     devices=1,
     workdir="",
@@ -198,12 +206,7 @@ def begin(
     )
     train = prompts_of(prompts)
     stream = BatchStream(train, batch_size=config.data.batch_size, budget=parts.budget)
-    source = experience.Rollouts(
-        parts,
-        experience.Prompts(train, stream),
-        experience.Prompts(prompts_of(held_out), None) if held_out else None,
-        Path(workdir),
-    )
+    source = experience.Rollouts(parts, experience.Prompts(train, stream), Path(workdir))
     update = make_update(online.policy, policy, optimizer, schedule, seed=config.seed)
     step = make_step(
         update,

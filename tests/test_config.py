@@ -1,3 +1,4 @@
+import gzip
 import importlib
 import inspect
 import json
@@ -8,15 +9,23 @@ import pytest
 from jaxpref import config as config_lib, losses
 from jaxpref.errors import UserError
 from jaxpref.methods import METHODS, OFFLINE
+from jaxpref.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+ONLINE = [name for name in METHODS if METHODS[name].samples]
+ONLINE_HH = ["ppo", "remax", "rloo", "grpo", "rejection_sampling", "online_dpo"]
 RECIPES = [
     *(("quickstart", name) for name in OFFLINE),
-    *(("rlhf_quickstart", name) for name in METHODS if METHODS[name].samples),
+    *(("rlhf_quickstart", name) for name in ONLINE),
     ("sft_hh", "tiny"),
     ("sft_hh", "paper"),
     ("dpo_hh", "tiny"),
     ("dpo_hh", "paper"),
+    *((f"{name}_hh", size) for name in ONLINE_HH for size in ("tiny", "paper")),
+    *(("rlhf_hh", name + size) for name in ONLINE for size in ("", ",paper")),
+    ("sentiment_sft", None),
+    ("sentiment_reward", None),
+    *(("sentiment_rlhf", name) for name in ONLINE),
     *((name, kind) for name in ("sft", "dpo") for kind in ("", "lora")),
     *(("method", name + kind) for name in OFFLINE for kind in ("", ",lora")),
     *(("methods_hh", name + size) for name in OFFLINE for size in ("", ",paper")),
@@ -26,7 +35,12 @@ RECIPES = [
 @pytest.mark.parametrize(("recipe", "argument"), RECIPES)
 def test_every_recipe_is_a_valid_config(recipe, argument, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    config = importlib.import_module(f"configs.{recipe}").get_config(argument)
+    module = importlib.import_module(f"configs.{recipe}")
+    config = module.get_config() if argument is None else module.get_config(argument)
+    # The runs that come first are checked with it, and give what it leaves open.
+    for stage, workdir in getattr(module, "get_stages", lambda *_: [])(config, "W"):
+        config_lib.check(stage)
+        assert workdir.startswith("W/")
     if not config.data.path and config.data.format != "synthetic":
         config.data.path = "a.jsonl"
     config_lib.check(config)
@@ -36,6 +50,24 @@ def test_every_recipe_is_a_valid_config(recipe, argument, monkeypatch):
 def test_recipes_are_all_tested():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")}
     assert files == {recipe for recipe, _ in RECIPES}
+
+
+def test_the_sentiment_data_is_two_halves_and_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    texts = [f"a {how} film , number {n} ." for n, how in enumerate(["dull", "fine"] * 4)]
+    lines = [json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(texts)]
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.writelines(lines)
+    folder = tmp_path / "folder"
+    importlib.import_module("configs.sentiment_sft").prepare(tmp_path / "x.jsonl.gz", folder, 270)
+    halves = [(folder / f"{name}.jsonl").read_text() for name in ("reward", "policy")]
+    assert "".join(halves) == "".join(lines)
+    assert [half.count("\n") for half in halves] == [4, 4]
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id not in ids
 
 
 def test_every_algorithm_can_be_configured():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxpref.data import sources
 from jaxpref.data.chat import Chat
 from jaxpref.data.convert import adapt
 from jaxpref.data.examples import Example
@@ -80,7 +81,7 @@ KEPT = {
     "stack_exchange": (2, {"few_answers": 1}),
     "imdb": (4, {}),
 }
-KINDS = {"tldr_sft": "sft", "imdb": "prompts", "cnn_dailymail": "prompts"}
+KINDS = {"tldr_sft": "sft", "imdb": "unpaired", "cnn_dailymail": "prompts"}
 
 
 def test_every_source_has_a_fixture():
@@ -152,9 +153,18 @@ def test_imdb_prompts_are_as_many_words_as_the_hash_says():
     for record, example in zip(records("imdb"), examples, strict=True):
         digest = hashlib.sha256(record["text"].encode()).digest()
         words = record["text"].split()[: 2 + int.from_bytes(digest[:8], "big") % 7]
-        assert record["text"].startswith(example.prompt)
+        assert example.prompt + example.responses[0] == record["text"]
         assert example.prompt.split() == words
-        assert example.responses == ()
+        assert example.label == record["label"]
+
+
+def test_a_review_of_one_word_is_a_prompt_too_and_none_needs_a_label():
+    known, none, missing = (
+        sources.imdb({"text": "Short.", **label}, "x:1")
+        for label in ({"label": 0}, {"label": -1}, {})
+    )
+    assert known == Example("Short.", ("",), where="x:1", label=False)
+    assert none == missing == Example("Short.", ("",), where="x:1")
 
 
 def changed(name, **columns):

@@ -91,6 +91,8 @@ def _here(batch: PackedBatch) -> Bool[Array, "rows scored"]:
 def _policy_loss(config: ConfigDict) -> Callable[[ModelOutput, PackedBatch, LossInputs], Objective]:
     knobs, longest = config.algorithm, config.sampling.max_new_tokens
     several = knobs.epochs * knobs.minibatches > 1
+    sampling = config.sampling
+    truncated = bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
 
     def loss(output: ModelOutput, batch: PackedBatch, inputs: LossInputs) -> Objective:
         logps, entropy = _token_logps(output, batch)
@@ -111,6 +113,7 @@ def _policy_loss(config: ConfigDict) -> Callable[[ModelOutput, PackedBatch, Loss
         values, weights = losses.aggregate(sums, lengths, how=knobs.aggregation, longest=longest)
         counts = here.astype(logps.dtype)
         estimates = advantages_lib.kl_estimates(old, jax.lax.stop_gradient(logps))
+        difference = jnp.where(here, old - jnp.asarray(given[SAMPLED]), 0)
         metrics = {
             "policy/entropy": Metric(jax.lax.stop_gradient(entropy), counts),
             "policy/approx_kl": Metric(estimates.k2, counts),
@@ -118,7 +121,11 @@ def _policy_loss(config: ConfigDict) -> Callable[[ModelOutput, PackedBatch, Loss
             "policy/kl_k3": Metric(estimates.k3, counts),
             "policy/ratio": Metric(ratios, counts),
             "policy/clipfrac": Metric(clipped.astype(logps.dtype), counts),
+            "sampling/logp_difference": Metric(jnp.abs(difference), counts),
         }
+        if truncated:
+            # What was sampled from has only this share of the policy's probability.
+            metrics["sampling/kept_mass"] = Metric(jnp.exp(difference), counts)
         return Objective(Metric(values, weights), metrics)
 
     return loss

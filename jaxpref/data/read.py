@@ -24,6 +24,8 @@ Parser = Callable[[Mapping, str], Example]
 
 # UltraFeedback's pairs have these columns beside those of the format implicit.
 _RATED = {"score_chosen", "score_rejected"}
+# The columns of responses that `evaluation.generate_file` has sampled.
+_SAMPLED = {"prompt", "responses", "finish"}
 # How many records are looked at to find out which columns a source has.
 _LOOKED_AT = 100
 
@@ -150,6 +152,9 @@ def detect(record: Mapping, where: str) -> str:
             f"{where}: no format has the columns {', '.join(sorted(map(repr, given)))}. Known "
             f"are\n{columns}\nRename the columns, or name a format with --config.data.format."
         )
+    # What was sampled may have the columns of the data that its prompts came from.
+    if found != "ranked" and given.keys() >= _SAMPLED:
+        return "responses"
     chosen = record.get("chosen")
     # Some data sets have whole conversations, and beside them their first message as `prompt`.
     if found == "explicit" and isinstance(record["prompt"], str) and isinstance(chosen, list):

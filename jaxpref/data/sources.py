@@ -128,17 +128,22 @@ def ultrafeedback(record: Mapping, where: str) -> Example:
 
 
 def imdb(record: Mapping, where: str) -> Example:
-    """stanfordnlp/imdb (Maas et al. 2011), begun reviews as in Rafailov et al. 2023: prompts.
+    """stanfordnlp/imdb (Maas et al. 2011), begun reviews as in Rafailov et al. 2023: unpaired.
 
-    Reads `text`. A prompt is its first 2 to 8 words (arXiv 2305.18290, appendix C.1, has 2
-    to 8 tokens, which depend on the tokenizer); how many follows from the text's hash.
+    Reads `text`, and `label` if it is there: whether the review is positive, or -1 where nobody
+    knows. The prompt is the review's first 2 to 8 words (arXiv 2305.18290, appendix C.1, has 2 to
+    8 tokens, which depend on the tokenizer); how many follows from the text's hash. The response
+    is the rest, which is empty if there is none.
     """
     review = columns.text(record, "text", where)
     low, high = _IMDB_WORDS
     digest = int.from_bytes(hashlib.sha256(review.encode()).digest()[:8], "big")
     count = low + digest % (high - low + 1)
     ends = [word.end() for word in re.finditer(r"\S+", review)][:count]
-    return Example(review[: ends[-1]] if ends else "", (), where=where)
+    end = ends[-1] if ends else 0
+    known = record.get("label") not in (None, -1)
+    label = columns.boolean(record, "label", where) if known else None
+    return Example(review[:end], (review[end:],), where=where, label=label)
 
 
 def cnn_dailymail(record: Mapping, where: str) -> Example:

@@ -50,9 +50,20 @@ def closing_table(lines: list[dict[str, float]]) -> Table | None:
     table.add_column("")
     table.add_column(f"before (step {before['step']:.0f})", justify="right")
     table.add_column(f"after (step {after['step']:.0f})", justify="right")
+    # Other policies were measured once, as `eval/NAME/...`, on the same prompts.
+    others = dict.fromkeys(
+        key.split("/")[1]
+        for line in evaluated[:1]
+        for key in line
+        if key.startswith("eval/") and key.endswith("/objective/kl") and key.count("/") == 3
+    )
+    for name in others:
+        table.add_column(name, justify="right")
     for name, title in _TITLES.items():
         if name in before and name in after:
-            table.add_row(title, f"{before[name]:.3f}", f"{after[name]:.3f}")
+            keys = [name.replace("eval/", f"eval/{other}/", 1) for other in others]
+            values = [before[name], after[name], *(before.get(key) for key in keys)]
+            table.add_row(title, *("" if x is None else f"{x:.3f}" for x in values))
     return table
 
 

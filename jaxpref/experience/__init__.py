@@ -5,7 +5,20 @@ samples are another (`rollouts`), in the same loop.
 """
 
 from jaxpref.experience.base import Experience, Source, Work
+from jaxpref.experience.held_out import HeldOut
 from jaxpref.experience.offline import offline
-from jaxpref.experience.rollouts import Parts, Prompts, Rollouts, budget_of
+from jaxpref.experience.parts import Other, Parts, Prompts, budget_of
+from jaxpref.experience.rollouts import Rollouts
 
-__all__ = ["Experience", "Parts", "Prompts", "Rollouts", "Source", "Work", "budget_of", "offline"]
+__all__ = [
+    "Experience",
+    "HeldOut",
+    "Other",
+    "Parts",
+    "Prompts",
+    "Rollouts",
+    "Source",
+    "Work",
+    "budget_of",
+    "offline",
+]

@@ -1,6 +1,6 @@
 """The frozen reference: how each mode starts, gives log-probs, and moves after an update."""
 
-from jaxpref.reference.another import Another, find_another
+from jaxpref.reference.another import Another, find_another, open_another
 from jaxpref.reference.modes import COLUMN, Free, Live, Mode, Precomputed, Reference, Synced
 from jaxpref.reference.start import Start, describe, has_adapted, moves, start
 from jaxpref.reference.table import digest, load_table, precompute, save_table
@@ -21,6 +21,7 @@ __all__ = [
     "has_adapted",
     "load_table",
     "moves",
+    "open_another",
     "precompute",
     "save_table",
     "start",

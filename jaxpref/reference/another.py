@@ -46,7 +46,7 @@ class Another(NamedTuple):
         """Its parameters, all in a dtype, with the adapters merged."""
         abstract = huggingface.abstract_params(self.adapted, mesh)
         abstract = store_frozen(abstract, dtype, convert=as_abstract)
-        console.print(f"reference: another policy, {self.config.model.init_from}")
+        console.print(f"another policy: {self.config.model.init_from}")
         params = weights.load(self.config, self.source, self.adapted, abstract)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return models.merge_adapters(self.adapted, params)[1]
@@ -92,23 +92,7 @@ def find_another(
         return Another(other, source, weights.build_model(other, source, len(tokenizer)))
     if not config.reference.init_from:
         return None
-    other = _config_of_another(config)
-    try:
-        source = weights.find(other, workdir / _ANOTHER)
-        model = weights.build_model(other, source, len(tokenizer))
-    except UserError as error:
-        # These functions look for the first policy, so their messages name its knob.
-        message = str(error).replace("model.init_from", "reference.init_from")
-        raise UserError(message) from error
-    name = other.tokenizer.name
-    theirs = load_tokenizer(source.tokenizer if name == "auto" else name)
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"reference.init_from={config.reference.init_from}: its tokenizer gives other ids than "
-            "the policy's, so it cannot say how likely the policy's tokens are; give a model with "
-            "the same tokenizer."
-        )
-    another = Another(other, source, model)
+    another = open_another(config, config.reference.init_from, "reference.init_from", tokenizer)
     if config.reference.mode == "synced" and another.model.config != policy.config:
         raise UserError(
             f"reference.init_from={config.reference.init_from}: is of another shape than the "
@@ -117,9 +101,38 @@ def find_another(
     return another
 
 
-def _config_of_another(config: ConfigDict) -> ConfigDict:
+def open_another(config: ConfigDict, path: str, knob: str, tokenizer: Any) -> Another:
+    """Another policy with the same tokenizer.
+
+    Args:
+      config: a checked config.
+      path: a jaxpref workdir, or a Hugging Face directory or hub name.
+      knob: that names the path, for messages.
+      tokenizer: the policy's.
+
+    Raises:
+      UserError: there is no such model, or its tokenizer gives other ids than the policy's.
+    """
+    other = _config_of_another(config, path)
+    try:
+        source = weights.find(other, Path(_ANOTHER))
+        model = weights.build_model(other, source, len(tokenizer))
+    except UserError as error:
+        # These functions look for the first policy, so their messages name its knob.
+        raise UserError(str(error).replace("model.init_from", knob)) from error
+    name = other.tokenizer.name
+    theirs = load_tokenizer(source.tokenizer if name == "auto" else name)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"{knob}={path}: its tokenizer gives other ids than the policy's, so it cannot say how "
+            "likely the policy's tokens are; give a model with the same tokenizer."
+        )
+    return Another(other, source, model)
+
+
+def _config_of_another(config: ConfigDict, path: str) -> ConfigDict:
     other = config_lib.default(config.algorithm.name)
-    described = checkpoint.read_run(Path(config.reference.init_from))
+    described = checkpoint.read_run(Path(path))
     if described is not None:
         there = config_lib.from_flat(described)
         other.model.update(there.model)
@@ -128,5 +141,5 @@ def _config_of_another(config: ConfigDict) -> ConfigDict:
         other.model[name] = config.model[name]
     for name in ("max_length", "max_prompt_length"):
         other.data[name] = config.data[name]
-    other.model.init_from = config.reference.init_from
+    other.model.init_from = path
     return other

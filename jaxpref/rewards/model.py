@@ -24,12 +24,11 @@ from jaxpref import (
 from jaxpref.algorithms import response_scalars
 from jaxpref.data import Example, columns
 from jaxpref.errors import UserError
-from jaxpref.models import Model, huggingface, packed
+from jaxpref.models import Model, packed
 from jaxpref.packing import Budget, Group, PackedBatch
 from jaxpref.rewards.base import Reward, Sampled, shown
 from jaxpref.terminal import console
 from jaxpref.tokenizer import special_tokens
-from jaxpref.trainable import as_abstract
 
 # Prompts whose rows are planned together.
 _WINDOW = 256
@@ -72,14 +71,15 @@ class RewardModel:
         self.config = _config(path, max_length, at_least)
         self.config.tokenizer.chat_template = chat_template or self.config.tokenizer.chat_template
         self._workdir = Path(path)
-        self._source, self.tokenizer, self._decoder = weights.open_run(self.config, self._workdir)
-        self._trained = checkpoint.read_run(self._workdir) is not None
-        if not self._trained and not self._source.has_scalar_head(self._decoder):
+        self._opened = weights.open_run(self.config, self._workdir)
+        source, self.tokenizer, decoder = self._opened
+        trained = checkpoint.read_run(self._workdir) is not None
+        if not trained and not source.has_scalar_head(decoder):
             raise UserError(
                 f"{path}: has no scalar head ('score.weight'), so it is not a reward model."
             )
         self._mesh = mesh or sharding.make_mesh(**self.config.mesh)
-        self._rewards = jax.jit(rewards_of(packed(self._decoder)))
+        self._rewards = jax.jit(rewards_of(packed(decoder)))
 
     @property
     def row_length(self) -> int:
@@ -98,15 +98,7 @@ class RewardModel:
 
     def load(self, dtype: str = "float32") -> Any:
         """Its parameters in a dtype, but for those that its run keeps in four bits."""
-        abstract = huggingface.abstract_params(self._decoder, self._mesh)
-        abstract = jax.tree.map(lambda x: as_abstract(x, dtype), abstract)
-        if not self._trained:
-            return weights.read(self._source, self._decoder, abstract)
-        params, _ = checkpoint.restore_params(self._workdir, abstract)
-        if dtype == "float32" or self.config.model.frozen_dtype == "nf4":
-            return params
-        # What the run does not train it may keep in another dtype.
-        return jax.tree.map(lambda x: x.astype(dtype), params)
+        return weights.load_finished(self._workdir, self._opened, self._mesh, dtype)
 
     def score(
         self,
@@ -318,17 +310,14 @@ def _runs(sampled: Sampled, key: Callable[[int], Any]) -> Iterator[list[int]]:
 
 def _config(path: str | Path, max_length: int, at_least: int = 0) -> ConfigDict:
     """The config of a reward model's run, as its texts are to be read."""
-    described = checkpoint.read_run(Path(path))
-    if described is None:
+    config = weights.config_of(Path(path))
+    if config is None:
         config = config_lib.default("reward")
         config.model.init_from = str(path)
         max_length = max_length or at_least or 1024
     else:
-        config = config_lib.from_flat(described)
         if config.algorithm.name != "reward":
             raise UserError(f"{path}: is a run of {config.algorithm.name}, not of a reward model.")
-        if checkpoint.latest_step(Path(path)) is None:
-            raise UserError(f"{path}: that run has no complete checkpoint yet.")
         if at_least > config.data.max_length and not max_length:
             config.data.max_length = at_least
             config.data.row_length = 0

@@ -1,11 +1,13 @@
 """From a config to all that the loop needs: mesh, state, reference, data, jitted functions."""
 
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -30,7 +32,7 @@ from jaxpref.data.chat import Chat
 from jaxpref.data.synthetic import true_rewards
 from jaxpref.errors import UserError
 from jaxpref.experience.rollouts import MOMENTS
-from jaxpref.measurements import total
+from jaxpref.measurements import Metric, total
 from jaxpref.packing import Budget, PackedBatch
 from jaxpref.terminal import console, progress
 from jaxpref.train.critic import Critic
@@ -288,12 +290,14 @@ def _online(
         tokenizer=opened.tokenizer,
         mesh=mesh,
         budget=experience.budget_of(config, mesh),
+        others=_others(config, opened.tokenizer, mesh) if not begun.start else {},
     )
     stream = begun.stream("train", training=True)
-    held_out = None if data.held_out is None else experience.Prompts(data.held_out, None)
-    source = experience.Rollouts(
-        parts, experience.Prompts(data.train, stream), held_out, begun.workdir
-    )
+    source = experience.Rollouts(parts, experience.Prompts(data.train, stream), begun.workdir)
+    measure = None
+    if data.held_out is not None:
+        prompts = experience.Prompts(data.held_out, None)
+        measure = experience.HeldOut(parts, prompts, begun.workdir)
     _describe(begun, abstract_frozen, parts.budget)
     update = make_update(
         online.policy,
@@ -303,13 +307,23 @@ def _online(
         reference=begun.reference.mode,
         seed=config.seed,
     )
-    step = make_step(
+    updates = make_step(
         update,
         None if critic is None or online.critic is None else critic.update(online.critic),
         epochs=online.epochs,
         stop_kl=online.stop_kl,
         warmup=0 if critic is None else config.critic.warmup,
     )
+
+    def step(number: int, state: State, *given: Any) -> tuple[State, dict[str, Metric]]:
+        began = time.monotonic()
+        state, measured = updates(number, state, *given)
+        jax.block_until_ready(state.roles)
+        seconds = np.asarray(time.monotonic() - began, np.float32)
+        return state, {**measured, "perf/update_seconds": Metric(seconds, np.ones_like(seconds))}
+
+    def evaluate(number: int, state: State) -> dict[str, float]:
+        return {} if measure is None else measure(number, state)
 
     def loss_after(state: State, given: experience.Experience) -> float:
         # What was sampled is the old policy's; that the parameters are finite is what counts.
@@ -318,13 +332,28 @@ def _online(
     return begun.training(
         source,
         step,
-        evaluate=source.evaluate,
+        evaluate=evaluate,
         loss_after=loss_after,
         frozen=Frozen(begun.frozen, parts.critic_frozen),
         patience=len(data.train),
         largest_kl=online.largest_kl,
         samples=True,
     )
+
+
+def _others(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> dict[str, experience.Other]:
+    """The policies that this run is compared with, by the last part of their paths."""
+    found = {}
+    for path in config.sampling.compare:
+        another = reference_lib.open_another(config, path, "sampling.compare", tokenizer)
+        params = another.load(mesh, "float32")
+        found[Path(path).name] = experience.Other(another.model, params)
+    if len(found) < len(config.sampling.compare):
+        raise UserError(
+            f"sampling.compare names policies whose last part is the same: "
+            f"{', '.join(config.sampling.compare)}; it is their name in the table."
+        )
+    return found
 
 
 def _load(config: ConfigDict, tokenizer: Any) -> Data:
@@ -376,7 +405,16 @@ def _describe(begun: _Begun, abstract_frozen: Any, budget: Budget) -> None:
         )
     if config.train.eval_every and data.held_out is None:
         console.print("train.eval_every has no effect, since no data is held out")
-    samples = f", {config.sampling.samples} responses each" if "sampling" in config else ""
+    samples = ""
+    if "sampling" in config:
+        samples = f", {config.sampling.samples} responses each"
+        every = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        cut = [name for name, all in every.items() if config.sampling[name] != all]
+        if cut:
+            console.print(
+                f"sampling.{cut[0]} is {config.sampling[cut[0]]}: the policy is trained on what a "
+                "truncated one has said, and sampling/kept_mass says how much of it that is"
+            )
     console.print(
         f"{config.algorithm.name}: {steps} steps of {config.data.batch_size} examples{samples}, "
         f"rows of {budget.row_length} tokens with {budget.scored_length} scored"

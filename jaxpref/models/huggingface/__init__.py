@@ -12,7 +12,13 @@ From the bottom up; each file imports only from files above it in this list:
 - `peft`: adapters as the library `peft` keeps them, read and written.
 """
 
-from jaxpref.models.huggingface.origin import Origin, copy_small_files, locate, remove_tokenizer
+from jaxpref.models.huggingface.origin import (
+    Origin,
+    copy_small_files,
+    known_stops,
+    locate,
+    remove_tokenizer,
+)
 from jaxpref.models.huggingface.peft import PEFT_CONFIG, SavedAdapters, save_adapters
 from jaxpref.models.huggingface.places import places
 from jaxpref.models.huggingface.read import (
@@ -34,6 +40,7 @@ __all__ = [
     "copy_small_files",
     "from_pretrained",
     "has_scalar_head",
+    "known_stops",
     "load_params",
     "locate",
     "make_rope",

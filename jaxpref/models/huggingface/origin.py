@@ -115,6 +115,14 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
+def known_stops(directory: Path) -> list[int]:
+    """The ids at which a model's generation stops, as its files say."""
+    generation = directory / "generation_config.json"
+    said = generation if generation.exists() else directory / "config.json"
+    ids = json.loads(said.read_text()).get("eos_token_id")
+    return [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
+
+
 def copy_small_files(source: Path, directory: Path, *, but: Collection[str] = ()) -> None:
     """Copies the files of a model that are no weights: configs, tokenizer, templates.
 

@@ -15,7 +15,7 @@ from jaxpref.models.classifiers import features, with_padding
 from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface import safetensors
 from jaxpref.models.huggingface.families import SCORE
-from jaxpref.models.huggingface.origin import remove_tokenizer
+from jaxpref.models.huggingface.origin import known_stops, remove_tokenizer
 from jaxpref.models.huggingface.places import as_ours, leaves_by_path, match, places
 
 
@@ -152,15 +152,12 @@ def _say_special_ids(directory: Path, tokenizer: Any, stop_ids: Sequence[int]) -
     generation = directory / "generation_config.json"
     if tokenizer is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: getattr(tokenizer, name) for name in names}
+        ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in names}
         _say(directory / "config.json", **ids)
+        known = [i for i in (tokenizer.eos_token_id,) if i is not None]
     else:
-        config = json.loads(
-            (generation if generation.exists() else directory / "config.json").read_text()
-        )
-        ids = {"eos_token_id": config.get("eos_token_id")}
-    known = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-    stops = [i for i in dict.fromkeys([*known, *stop_ids]) if i is not None]
+        ids, known = {}, known_stops(directory)
+    stops = list(dict.fromkeys([*known, *stop_ids]))
     if not stops or (tokenizer is None and set(stops) <= set(known)):
         return
     if not generation.exists():

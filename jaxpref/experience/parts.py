@@ -1,0 +1,288 @@
+"""What rollouts and what is sampled for held-out prompts have in common."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from jaxpref import data as data_lib, packing, sampling, sharding
+from jaxpref.algorithms import Online, token_logps, token_values
+from jaxpref.algorithms.policy_gradient import OLD, REFERENCE, SAMPLED, VALUES
+from jaxpref.data import BatchStream, TokenizedDataset
+from jaxpref.data.chat import Chat
+from jaxpref.errors import UserError
+from jaxpref.models import Decoder
+from jaxpref.models.protocol import Model
+from jaxpref.packing import Budget, Group, PackedBatch
+from jaxpref.reference.modes import Mode
+from jaxpref.rewards import Rewards, Sampled
+from jaxpref.sampling import Generated, Sampler, Sampling
+from jaxpref.tokenizer import decode
+
+
+class Prompts(NamedTuple):
+    """Prompts of one side of the data.
+
+    Attributes:
+      dataset: their token ids.
+      stream: which of them each step takes; None for those that are held out.
+    """
+
+    dataset: TokenizedDataset
+    stream: BatchStream | None
+
+    def sampled(
+        self, indices: Sequence[int], said: Generated, tokenizer: Any, samples: range
+    ) -> Sampled:
+        """The responses of these samples to the prompts of these indices, for rewards."""
+        prompts, responses, prompt_ids, response_ids, finished, records = [], [], [], [], [], []
+        for place, index in enumerate(indices):
+            example, ids = self.dataset.examples[index], self.dataset.group(index).prompt
+            prompt = example.prompt
+            each = said.responses(place)
+            for k in samples:
+                stopped = bool(said.stopped[place, k])
+                prompts.append(list(prompt.messages) if isinstance(prompt, Chat) else prompt or "")
+                said_ids = each[k][:-1] if stopped else each[k]
+                responses.append(decode(tokenizer, said_ids.tolist()))
+                prompt_ids.append(ids)
+                response_ids.append(each[k])
+                finished.append(stopped)
+                records.append(example.record)
+        return Sampled(prompts, responses, prompt_ids, response_ids, np.array(finished), records)
+
+
+class Other(NamedTuple):
+    """Another policy than the one that is trained.
+
+    Attributes:
+      decoder: its model.
+      params: of the model.
+    """
+
+    decoder: Decoder
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What rollouts are made of.
+
+    Attributes:
+      config: a checked config of a method that samples.
+      online: the method.
+      decoder: the policy's.
+      policy: the same as a function of a packed batch, at the temperature of sampling.
+      critic: the critic's; None without one.
+      frozen: the policy's parameters that are not trained.
+      critic_frozen: the critic's.
+      others: further policies by name, whose responses to held-out prompts are measured once; they
+        are taken out then.
+      mode: how the reference gives log-probs.
+      reference: its parameters, where they do not move.
+      rewards: of responses.
+      true_rewards: of a response's text to a prompt's, where they are known.
+      tokenizer: the policy's.
+      mesh: over which all is sharded.
+      budget: the shape of a row.
+    """
+
+    config: ConfigDict
+    online: Online
+    decoder: Decoder
+    policy: Model
+    critic: Model | None
+    frozen: Any
+    critic_frozen: Any
+    mode: Mode
+    reference: Any
+    rewards: Rewards
+    true_rewards: Callable[..., Sequence[float]] | None
+    tokenizer: Any
+    mesh: Mesh
+    budget: Budget
+    others: dict[str, Other] = dataclasses.field(default_factory=dict)
+
+    def sampler(
+        self, decoder: Decoder, prompt_length: int, *, greedy: bool, samples: int
+    ) -> Sampler:
+        """Samples from a model as the config says.
+
+        Args:
+          decoder: the model.
+          prompt_length: of the longest prompt.
+          greedy: whether the most probable response comes after the samples.
+          samples: responses to each prompt.
+        """
+        knobs = self.config.sampling
+        stops = dict.fromkeys([*data_lib.stop_ids(self.tokenizer), *knobs.stop_token_ids])
+        temperatures = (float(knobs.temperature),) * samples
+        settings = Sampling(
+            samples=samples + greedy,
+            max_new_tokens=knobs.max_new_tokens,
+            stops=tuple(stops),
+            temperature=(*temperatures, 0.0) if greedy else temperatures,
+            top_k=knobs.top_k,
+            top_p=knobs.top_p,
+            min_p=knobs.min_p,
+            cache_dtype=None if knobs.cache_dtype == "auto" else knobs.cache_dtype,
+        )
+        return Sampler(
+            decoder,
+            settings,
+            mesh=self.mesh,
+            at_once=knobs.at_once,
+            prompt_length=prompt_length,
+        )
+
+
+def say(
+    sampler: Sampler, weights: Any, prompts: Prompts, indices: Sequence[int], seed: int, step: int
+) -> Generated:
+    """Samples responses to prompts, with the noise of a step."""
+    keys = sampling.prompt_keys(seed, step, len(indices))
+    return sampler(weights, [prompts.dataset.group(i).prompt for i in indices], keys)
+
+
+class Packer:
+    """Groups in micro-batches of one shape for each number of groups, however long they are."""
+
+    def __init__(self, config: ConfigDict, budget: Budget):
+        """Takes the shape of a row, and of a micro-batch from the config."""
+        self._config, self._budget = config, budget
+        self._counts: dict[tuple[int, int], int] = {}
+
+    def expect(self, *, batch_size: int, responses: int) -> int:
+        """How many micro-batches there are: as many as the longest groups need, and one more.
+
+        Raises:
+          UserError: the longest prompt with the longest responses does not fit a micro-batch.
+        """
+        config, shape = self._config, (batch_size, responses)
+        if shape not in self._counts:
+            longest = [config.sampling.max_new_tokens] * responses
+            try:
+                plans = packing.plan_micro_batches(
+                    [config.data.max_prompt_length] * batch_size,
+                    [longest] * batch_size,
+                    self._budget,
+                    config.sampling.rows,
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"sampling.rows is {config.sampling.rows}, which the longest prompts with the "
+                    f"longest responses do not fit: {error}"
+                ) from error
+            self._counts[shape] = len(plans) + 1
+        return self._counts[shape]
+
+    def __call__(self, groups: Sequence[Group], *, batch_size: int, responses: int) -> PackedBatch:
+        """The micro-batches; groups that are missing to `batch_size` are absent in the tables.
+
+        Should there be more than were expected, they are compiled for once more. The next step has
+        no more than before, as in a run that is resumed there.
+        """
+        return packing.pack_micro_batches(
+            groups,
+            self._budget,
+            rows=self._config.sampling.rows,
+            micro_batches=self.expect(batch_size=batch_size, responses=responses),
+            responses=responses,
+            batch_size=batch_size,
+        )
+
+
+def with_sampled(batch: PackedBatch, logps: np.ndarray) -> PackedBatch:
+    """The batch with what the sampler said of each token.
+
+    Args:
+      batch: of micro-batches, all of whose responses were sampled.
+      logps: of the tokens `[groups, samples, new]`.
+    """
+    response = np.asarray(batch.response)
+    index = np.stack(
+        [
+            np.asarray(packing.index_in_response(jax.tree.map(lambda x, i=i: x[i], batch)))
+            for i in range(len(batch.tokens))
+        ]
+    )
+    here = response < logps.shape[0] * logps.shape[1]
+    flat = logps.reshape(-1, logps.shape[-1])
+    of_tokens = flat[np.where(here, response, 0), np.where(here, index, 0)]
+    sampled = np.where(here, of_tokens, 0).astype(np.float32)
+    return dataclasses.replace(batch, token_extras={SAMPLED: sampled})
+
+
+class Asked(NamedTuple):
+    """The parameters that `look` needs.
+
+    Attributes:
+      policy: all of the policy's.
+      frozen: those of the run's policy that are not trained, which the reference may share.
+      reference: the reference's own.
+      critic: all of the critic's; None without one.
+    """
+
+    policy: Any
+    frozen: Any
+    reference: Any
+    critic: Any = None
+
+
+def make_look(
+    policy: Model, mode: Mode, critic: Model | None = None
+) -> Callable[[Asked, PackedBatch], dict[str, Array]]:
+    """The jitted function from micro-batches to what is said of each of their scored tokens.
+
+    Args:
+      policy: the model whose log-probs are asked for.
+      mode: how the reference gives them.
+      critic: the model whose values are asked for, if any.
+    """
+    return jax.jit(partial(_look, policy, mode, critic))
+
+
+def _look(
+    policy: Model, mode: Mode, critic: Model | None, asked: Asked, batch: PackedBatch
+) -> dict[str, Array]:
+    def look(micro: PackedBatch) -> dict[str, Array]:
+        found = {OLD: token_logps(policy(asked.policy, micro), micro)}
+        reference = mode.logps(token_logps, asked.reference, asked.frozen, micro)
+        if reference is not None:
+            found[REFERENCE] = reference
+        if critic is not None:
+            found[VALUES] = token_values(critic(asked.critic, micro), micro)
+        return found
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    count = (jnp.asarray(batch.lengths) > 0).any(axis=(1, 2)).sum()
+    shapes = jax.eval_shape(look, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros((len(batch.tokens), *x.shape), x.dtype), shapes)
+
+    def step(index: Array, found: dict[str, Array]) -> dict[str, Array]:
+        said = look(jax.tree.map(lambda x: x[index], batch))
+        return jax.tree.map(lambda all, one: all.at[index].set(one), found, said)
+
+    return jax.lax.fori_loop(0, count, step, zeros)
+
+
+def budget_of(config: ConfigDict, mesh: Mesh) -> Budget:
+    """The shape of a row for responses that are yet to be sampled.
+
+    The table of scored positions has the share that the longest prompt with all of its responses
+    would have of a row, or as much as one response needs if that is more: more would be computed
+    in vain for rows with long prompts, less would leave rows with short ones half empty.
+    """
+    row = config.data.row_length or config.data.max_length
+    longest = config.sampling.max_new_tokens
+    responses = longest * config.sampling.samples
+    share = responses / (config.data.max_prompt_length + responses)
+    scored = config.data.scored_length or min(max(int(share * row), longest), row)
+    return Budget(row, scored, sharding.batch_shards(mesh))
