@@ -508,7 +508,7 @@ class Sampler:
             tokens[seat, : lengths[seat]] = prompts[number]
         put = partial(sharding.put_rows, self._mesh) if self._mesh else jnp.asarray
         # Where there are several processes an array of keys cannot be put on all devices itself.
-        data = np.asarray(jax.random.key_data(keys))[index]
+        data = jax.random.key_data(keys)[index]
         return _begin(
             self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
         )

@@ -180,7 +180,7 @@ def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
     )
 
 
-def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+def put_rows(mesh: Mesh, array: Any) -> jax.Array:
     """Puts an array on the devices, split along its first axis as rows are."""
     return _put(mesh, array, PartitionSpec(("data", "fsdp")))
 

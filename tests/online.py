@@ -125,6 +125,10 @@ class Run:
     def frozen(self):
         return Frozen(self.parts.frozen, self.parts.critic_frozen)
 
+    def placed(self, params):
+        """A copy on all devices of the mesh."""
+        return _placed(self.parts.mesh, params)
+
     def sample(self, number=None):
         with sharding.use(self.parts.mesh):
             return self.source(number or self.number + 1, self.state, lambda: False)

@@ -122,6 +122,7 @@ def test_the_same_command_goes_on_and_another_one_is_refused(folder, tmp_path, c
     assert output.read_bytes() == done
 
 
+@pytest.mark.long
 def test_prompts_that_are_too_long_are_refused_cut_or_left_out(folder, tmp_path):
     settings = SETTINGS._replace(max_new_tokens=2)
     with pytest.raises(UserError, match=r"jsonl:2: the prompt has 16 tokens, over .*\(12\), as "):
@@ -179,6 +180,7 @@ def test_responses_stop_where_the_models_files_say(folder, tmp_path, settings_of
     assert prompt.tolist() == [*tokenizer("Which soup?", add_special_tokens=False).input_ids, 0]
 
 
+@pytest.mark.long
 def test_a_model_with_few_positions_takes_shorter_prompts(tmp_path, settings_of):
     write_model(tmp_path / "gpt2", GPT2)
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "x" * 95}])
@@ -227,6 +229,7 @@ def command(name, *flags):
     return [sys.executable, "-m", f"jaxpref.{name}", *map(str, flags)]
 
 
+@pytest.mark.long
 def test_the_command(folder, tmp_path):
     """It takes what the function takes, and says a mistake in a sentence."""
     flags = [f"--model={folder / 'model'}", f"--prompts={folder / 'prompts.jsonl'}"]
