@@ -38,6 +38,8 @@ def get_config(argument: str = "rloo") -> ConfigDict:
     config.data.on_divergent = "skip"
     config.data.on_empty = "skip"
     config.data.on_long_prompt = "truncate"
+    # Prompts are offensive in places, so none is shown unless it is asked for.
+    config.sampling.shown = 0
     # Workdirs of configs/sft_hh.py and of configs/methods_hh.py:reward.
     config.model.init_from = "A"
     config.reward.path = "R"
@@ -68,6 +70,6 @@ def get_config(argument: str = "rloo") -> ConfigDict:
     if method == "ppo":
         config.critic.init_from = "R"
         config.critic.learning_rate = 2e-4
-    config.train.steps = 30
+    config.train.steps = 20
     config.train.log_every = 5
     return config

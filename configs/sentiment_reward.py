@@ -26,11 +26,11 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_length = 48
     config.data.row_length = 256
     config.data.eval_fraction = 0.1
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.schedule = "linear"
     config.optimizer.warmup_steps = 10
     config.optimizer.weight_decay = 0.1
-    config.train.epochs = 3.0
+    config.train.epochs = 2.0
     config.train.log_every = 20
-    config.train.eval_every = 67
+    config.train.eval_every = 45
     return config
