@@ -9,6 +9,9 @@ how to make; it has the KL in the reward:
     python -m jaxpref.main --config=configs/grpo_hh.py:tiny --workdir=W \
         --config.data.path=hh-harmless.jsonl.gz
 
+On two CPU cores that other work shared (2026-11-22) `:tiny` took 2.6 minutes. The mean reward of 64
+held-out prompts rose from 0.17 to 0.78, at a KL of 3.2 nats (`rlhf_hh.py` says what that is worth).
+
 The paper's setting has not been run here: it needs accelerators.
 """
 

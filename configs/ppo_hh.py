@@ -10,6 +10,10 @@ which get a reward of -1 if they are cut; here dialogues have up to 256, and 1 i
     python -m jaxpref.main --config=configs/ppo_hh.py:tiny --workdir=W \
         --config.data.path=hh-harmless.jsonl.gz
 
+On two CPU cores that other work shared (2026-11-22) 15 of its 20 steps took 5 minutes. The mean
+reward of what is sampled rose from 0.03 to 0.83, at a KL of 3.5 nats (`rlhf_hh.py` says what that
+is worth).
+
 The paper's setting has not been run here: it needs accelerators.
 """
 

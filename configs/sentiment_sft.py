@@ -12,6 +12,10 @@ as one JSON object a line with `text` and `label`. Four commands, on a laptop:
 
 The first one writes the sentences in two halves to `runs/sentiment`, one for the classifier and one
 for the language model and its prompts, and a tokenizer of 2,048 tokens (byte-level BPE).
+
+On two CPU cores that other work shared (2026-11-22) the second one took 4 minutes and brought the
+held-out loss from 7.65 to 5.00 nats a token: sentences of the right kind, with words that are often
+made up.
 """
 
 import gzip

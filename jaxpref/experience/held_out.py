@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpref import models, sharding
+from jaxpref import models, sampling, sharding
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE
 from jaxpref.experience.parts import Asked, Packer, Parts, Prompts, make_look, say
 from jaxpref.packing import Group
@@ -71,14 +71,15 @@ class HeldOut:
         parts = self._parts
         size, count = parts.config.data.batch_size, len(self._prompts.dataset)
         weights = policy.sampler.prepare(policy.params)
+        # A prompt's noise is its own, whatever the size of a batch.
+        keys = sampling.prompt_keys(parts.config.seed, _EVALUATION, count)
         sums: dict[str, list[np.ndarray]] = {}
         shown: list[dict[str, Any]] = []
         for start in range(0, count, size):
             indices = [*range(start, min(start + size, count))]
             # The last prompts are filled up, so that nothing is compiled for their number.
             filled = [*indices, *[indices[0]] * (size - len(indices))]
-            noise = _EVALUATION - start
-            said = say(policy.sampler, weights, self._prompts, filled, parts.config.seed, noise)
+            said = say(policy.sampler, weights, self._prompts, filled, keys[np.array(filled)])
             sampled = self._prompts.sampled(filled, said, parts.tokenizer, range(1))
             values = self._values(policy, state, filled, said, sampled)
             for name, of_name in values.items():

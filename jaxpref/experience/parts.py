@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from jaxpref import data as data_lib, packing, sampling, sharding
+from jaxpref import data as data_lib, packing, sharding
 from jaxpref.algorithms import Online, token_logps, token_values
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE, SAMPLED, VALUES
 from jaxpref.data import BatchStream, TokenizedDataset
@@ -144,10 +144,9 @@ class Parts:
 
 
 def say(
-    sampler: Sampler, weights: Any, prompts: Prompts, indices: Sequence[int], seed: int, step: int
+    sampler: Sampler, weights: Any, prompts: Prompts, indices: Sequence[int], keys: Key[Array, " _"]
 ) -> Generated:
-    """Samples responses to prompts, with the noise of a step."""
-    keys = sampling.prompt_keys(seed, step, len(indices))
+    """Samples responses to the prompts of these indices, each by its own key."""
     return sampler(weights, [prompts.dataset.group(i).prompt for i in indices], keys)
 
 

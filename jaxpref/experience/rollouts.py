@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxpref import sharding
+from jaxpref import sampling, sharding
 from jaxpref.algorithms import Online, Rollout
 from jaxpref.algorithms.policy_gradient import ADVANTAGES, BETA, OLD, REFERENCE, RETURNS, VALUES
 from jaxpref.checkpoint import CRITIC
@@ -64,7 +64,8 @@ class Rollouts:
         assert self._prompts.stream is not None
         indices = self._prompts.stream.indices(step - 1)
         weights = self._sampler.prepare(merge(state.policy, parts.frozen))
-        said = say(self._sampler, weights, self._prompts, indices, parts.config.seed, step)
+        keys = sampling.prompt_keys(parts.config.seed, step, len(indices))
+        said = say(self._sampler, weights, self._prompts, indices, keys)
         # The copy is gone before gradients need its room.
         del weights
         clock.mark("generate")
