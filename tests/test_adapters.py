@@ -547,6 +547,7 @@ def test_the_reference_is_the_policy_that_training_starts_from(mode, sft, tmp_pa
     assert first["eval/rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.long
 def test_adapters_of_the_reference_resume_from_the_workdir(sft, folder, tmp_path):
     live, adapter = (
         lora_run(sft, reference__mode=mode, train__steps=1) for mode in ("live", "adapter")
@@ -603,6 +604,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path, changes, message):
         train.run(small("dpo", folder / "hf", **changes), tmp_path)
 
 
+@pytest.mark.long
 def test_a_bfloat16_reference_takes_half_the_room(folder, tmp_path):
     train.run(small("dpo", folder / "hf", reference__dtype="bfloat16"), tmp_path)
     model = huggingface.read_model(folder / "hf", param_dtype="bfloat16")

@@ -61,7 +61,7 @@ METHODS = {
         {"algorithm__kl_in": "loss", "algorithm__kl_estimator": "sequence_k2"},
     ),
 }
-QUICK = ("ppo", "rloo")
+QUICK = ("rloo",)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import in_float64
 
-from jaxpref import algorithms, config as config_lib, sharding
+from jaxpref import algorithms, config as config_lib, sampling, sharding
 from jaxpref.algorithms import policy_gradient as names
 from jaxpref.experience import rollouts
 from jaxpref.models import Decoder, ModelOutput
@@ -135,7 +135,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("hows", "layouts"),
     [
-        (["response", "token"], ["all at once"]),
+        (["token"], ["all at once"]),
         pytest.param(list(LOSSES), list(LAYOUTS), marks=pytest.mark.long),
     ],
 )
@@ -144,9 +144,10 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(hows, layouts, wide):
     run = wide(data__row_length=32, sampling__rows=8)
     order = np.arange(len(PROMPTS))
     with sharding.use(run.parts.mesh):
-        said = run.source._said(
-            run.source._sampler, run.state, run.source._train, order.tolist(), 1
-        )
+        source, indices = run.source, order.tolist()
+        weights = source._sampler.prepare(run.state.policy)
+        keys = sampling.prompt_keys(0, 1, len(indices))
+        said = rollouts.say(source._sampler, weights, source._prompts, indices, keys)
     assert len(np.unique(said.lengths)) > 2
     whole = weighed(run, said, order)
     held = (whole.lengths > 0).any(axis=(1, 2))
@@ -223,13 +224,12 @@ def learned_by_hand(method, monkeypatch, critic=None, **changes):
     run = online.begin(config, prompts=BY_HAND, reward=reward)
     assert run.source._sampler.settings.stops == (0, 3)
     if critic is not None:
-        run.parts = dataclasses.replace(run.parts, critic=critic)
-        run.source._look = jax.jit(lambda *args: rollouts._look(run.parts, *args))
+        run.source._look = rollouts.make_look(run.parts.policy, run.parts.mode, critic)
         roles = {**run.state.roles, "critic": run.state.roles["policy"]}
         roles["critic"] = roles["critic"]._replace(params={"score": jnp.ones(1)})
         run.state = run.state._replace(roles=roles)
-    monkeypatch.setattr(run.source._train.stream, "indices", lambda step: [0, 1])
-    monkeypatch.setattr(run.source, "_said", lambda *args: said_by_hand())
+    monkeypatch.setattr(run.source._prompts.stream, "indices", lambda step: [0, 1])
+    monkeypatch.setattr(rollouts, "say", lambda *args: said_by_hand())
     given = run.sample()
     (batch,) = given.batches
     found = {}
@@ -296,14 +296,14 @@ def test_whitened_advantages_are_those_of_the_whole_step(monkeypatch):
     assert values.std(ddof=1) == pytest.approx(1, rel=1e-4)
 
 
-def test_the_greedy_response_is_a_baseline_alone():
+def test_the_greedy_response_is_a_baseline_alone(monkeypatch):
     """It is never trained on, and a sample that equals it is as good as it, however scaled."""
     changes = {"algorithm__beta": 0.0, "reward__normalize": True, "sampling__samples": 4}
     params = online.policy_params(SMALL, scale=3.0)
     run = online.begin(config_of("remax", **changes), prompts=PROMPTS, params=params)
     said = []
-    source = run.source._said
-    run.source._said = lambda *args: said.append(source(*args)) or said[-1]
+    say = rollouts.say
+    monkeypatch.setattr(rollouts, "say", lambda *args: said.append(say(*args)) or said[-1])
     (batch,) = run.sample().batches
     assert batch.lengths.shape[2] == 4
     response, advantages = (
@@ -324,7 +324,10 @@ def test_the_greedy_response_is_a_baseline_alone():
 EXPERTS = dataclasses.replace(online.SMALL, experts=4, experts_per_token=2)
 
 
-@pytest.mark.parametrize(("shape", "updates"), [(online.SMALL, 4), (online.SMALL, 1), (EXPERTS, 4)])
+@pytest.mark.parametrize(
+    ("shape", "updates"),
+    [(EXPERTS, 4), (online.SMALL, 1), pytest.param(online.SMALL, 4, marks=pytest.mark.long)],
+)
 def test_the_first_update_is_at_the_policy_that_sampled(shape, updates):
     """At any temperature, and before it the KL is 0; with one update the ratio is exactly 1.
 
@@ -357,23 +360,23 @@ def test_the_first_update_is_at_the_policy_that_sampled(shape, updates):
         assert float(kl.values / kl.weights) < 1e-12
 
 
-def test_nothing_is_compiled_for_the_lengths_of_responses():
+def test_nothing_is_compiled_for_the_lengths_of_responses(monkeypatch):
     """Over 20 steps in which responses are long, short, or of any length."""
     changes = {"sampling__rows": 2, "sampling__max_new_tokens": 6, "data__max_length": 10}
     run = online.begin(config_of("rloo", **changes), prompts=PROMPTS)
     run.train(1)
     rng, micro_batches = np.random.default_rng(0), set()
-    sample = run.source._said
+    say = rollouts.say
 
     def forced(*args):
-        said = sample(*args)
+        said = say(*args)
         longest = rng.choice([1, 3, 6])
         lengths = (
             np.minimum(said.lengths, longest) if longest < 6 else np.full_like(said.lengths, 6)
         )
         return said._replace(lengths=lengths)
 
-    run.source._said = forced
+    monkeypatch.setattr(rollouts, "say", forced)
     compiled = []
 
     def note(event, duration, **details):
@@ -390,7 +393,7 @@ def test_nothing_is_compiled_for_the_lengths_of_responses():
     assert not compiled
 
 
-def test_a_policy_that_only_stops_is_legal_and_a_batch_without_responses_changes_nothing():
+def test_one_token_a_response_is_legal_and_a_batch_without_any_changes_nothing(monkeypatch):
     run = online.begin(
         config_of("rloo", reference__mode="free", algorithm__beta=0.0), prompts=PROMPTS
     )
@@ -399,7 +402,7 @@ def test_a_policy_that_only_stops_is_legal_and_a_batch_without_responses_changes
     eos = Generated(
         zeros.astype(np.int32), np.ones(shape, np.int32), np.ones(shape, bool), zeros, zeros
     )
-    run.source._said = lambda *args: eos
+    monkeypatch.setattr(rollouts, "say", lambda *args: eos)
     before = jax.tree.map(np.asarray, run.state.policy)
     given = run.sample()
     measured = run.learn(given)

@@ -121,7 +121,7 @@ CUTS = {
 
 @pytest.mark.parametrize(
     "cut",
-    [pytest.param(x, marks=[pytest.mark.long] if x.startswith("t") else []) for x in CUTS],
+    [pytest.param(x, marks=[] if x == "all" else [pytest.mark.long]) for x in CUTS],
 )
 def test_samples_have_the_exact_distribution_and_are_independent(cut, task, float64):
     """Chi-square over all responses, at two temperatures and greedily; and of pairs of samples."""

@@ -271,6 +271,7 @@ def test_transformers_reads_the_llama_from_scratch(tmp_path):
     np.testing.assert_allclose(model.apply({"params": params}, tokens), expected, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_mixture_of_experts_trains_its_router_evenly_too(tmp_path):
     """The router's loss, which is 2 for an even use, is part of the loss and logged."""
     write_model(tmp_path / "hf", MIXTURE)

@@ -166,5 +166,7 @@ def _read_dataset(folder: Path) -> TokenizedDataset:
         names = json.loads((folder / group / "names.json").read_text())
         fields[group] = {name: array(f"{group}/{i}") for i, name in enumerate(names)}
     counts = Counter(json.loads((folder / _COUNTS).read_text()))
-    assert {*fields, "counts"} == {f.name for f in dataclasses.fields(TokenizedDataset)}
+    # Examples are there only where responses are yet to be sampled, which are not kept.
+    known = {f.name for f in dataclasses.fields(TokenizedDataset)}
+    assert {*fields, "counts", "examples"} == known
     return TokenizedDataset(**fields, counts=counts)
