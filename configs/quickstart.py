@@ -7,9 +7,10 @@ which is
     python -m jaxpref.main --config=configs/quickstart.py:sft --workdir=runs/quickstart/sft
     python -m jaxpref.main --config=configs/quickstart.py:dpo --workdir=runs/quickstart/dpo
 
-On two CPU cores (2026-11-21) both take about 70 seconds; on held-out pairs DPO reaches a
-preference accuracy of 0.781 (the true reward: 0.807) and a rank correlation of 0.93 with
-the true reward. In the place of `dpo` any other method can stand, such as `reward` or `ipo`.
+On two CPU cores (2026-11-22) both take about two minutes; on held-out pairs DPO reaches a
+preference accuracy of 0.788 (the true reward: 0.807) and a rank correlation of 0.91 with
+the true reward. In the place of `dpo` any other method on data can stand, such as `reward` or
+`ipo`; `configs/rlhf_quickstart.py` has those that sample.
 """
 
 from ml_collections import ConfigDict

@@ -54,12 +54,12 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.sampling.max_new_tokens = 56
     config.sampling.rows = 8
     if "beta" in config.algorithm:
-        config.algorithm.beta = 0.05
+        # With less the policy soon finds what the reward model likes by mistake.
+        config.algorithm.beta = 0.2
     config.optimizer.learning_rate = SETTINGS[method].get("learning_rate", 3e-4)
     config.optimizer.warmup_steps = 5
-    config.train.steps = 40
+    config.train.steps = 30
     config.train.log_every = 5
-    config.train.eval_every = 20
     return config
 
 
