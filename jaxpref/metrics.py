@@ -281,8 +281,8 @@ class Log:
             return
         found = (
             f"step {step}: the gradient was exactly zero everywhere in all {self._trained} steps "
-            "so far, so nothing trains. Are chosen and rejected the same text, or is every "
-            "parameter frozen?"
+            "so far, so nothing trains. Are chosen and rejected the same text, do all samples of a "
+            "prompt get the same reward, or is every parameter frozen?"
         )
         if self._trained >= self._patience or step == self._steps:
             raise UserError(found)
