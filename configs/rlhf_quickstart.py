@@ -36,19 +36,10 @@ def get_config(method: str = "rloo") -> ConfigDict:
         raise ValueError(one_of("the recipe's argument", method, SETTINGS))
     assert METHODS[method].samples
     config = base.default(method)
-    config.model.width = 128
-    config.model.layers = 3
-    config.model.heads = 4
-    config.model.kv_heads = 2
-    config.model.head_dim = 32
-    config.model.feed_forward = 384
-    config.data.format = "synthetic"
-    config.data.synthetic_pairs = 5600
-    config.data.eval_fraction = 0.1
+    shared = _quickstart("sft")
+    config.model.update(shared.model)
+    config.data.update(shared.data)
     config.data.batch_size = 32
-    config.data.max_length = 128
-    config.data.max_prompt_length = 64
-    config.data.row_length = 256
     config.eval.max_examples = 128
     config.sampling.samples = SETTINGS[method].get("samples", 4)
     config.sampling.max_new_tokens = 56
@@ -65,15 +56,19 @@ def get_config(method: str = "rloo") -> ConfigDict:
 
 def get_stages(config: ConfigDict, workdir: str) -> list[tuple[ConfigDict, str]]:
     """SFT and the reward model, unless the config says where they are."""
-    quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]
     sft, reward = (str(Path(workdir) / name) for name in ("sft", "reward"))
     stages = []
     if not config.model.init_from:
-        stages.append((quickstart("sft"), sft))
+        stages.append((_quickstart("sft"), sft))
         config.model.init_from = sft
     if not (config.reward.path or config.reward.function or config.reward.mixture):
-        own = quickstart("reward")
+        own = _quickstart("reward")
         own.model.init_from = config.model.init_from
         stages.append((own, reward))
         config.reward.path = reward
     return stages
+
+
+def _quickstart(stage: str) -> ConfigDict:
+    """A stage of the quickstart, whose model and data these are."""
+    return runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"](stage)
