@@ -1,5 +1,6 @@
 """A model's parameters: random ones, and what is known of them before they have values."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -19,10 +20,16 @@ def init_params(model: Decoder, key: jax.Array, *, boxed: bool = False) -> Any:
       key: a random key.
       boxed: keep the logical axis names, in `flax.linen.LogicallyPartitioned` boxes.
     """
+    params = _init(model.clone(origin=None), key)
+    return params if boxed else nn.meta.unbox(params)
+
+
+# Parameter by parameter it would be compiled many times.
+@partial(jax.jit, static_argnums=0)
+def _init(model: Decoder, key: jax.Array) -> Any:
     # `setup` declares every parameter, so any method of the model will do here.
     tokens = jnp.zeros((1, 2), jnp.int32)
-    params = model.init(key, tokens, method="hidden_states")["params"]
-    return params if boxed else nn.meta.unbox(params)
+    return model.init(key, tokens, method="hidden_states")["params"]
 
 
 def abstract_params(model: Decoder, mesh: Mesh | None = None) -> Any:
