@@ -1,4 +1,4 @@
-"""A GRPO step in TRL: seconds of sampling, scoring and the update.
+"""A GRPO step here and in TRL: seconds of sampling, scoring and the update.
 
     python benchmarks/online_trl.py
 
@@ -6,24 +6,31 @@ Needs, beside jaxpref, what TRL's trainer needs: `pip install torch trl accelera
 
 The 17M-parameter Llama of `decoding.py` in float32 on the CPU; 8 prompts of 64 tokens, 8 samples
 each of 64 new tokens at temperature 1, a reward function in Python, no reference, and one update
-with AdamW over all 64 responses at once. TRL is set to be fast: no gradient checkpointing, no
-logging beside its own. Times are medians of 3 steps after a first one.
+with AdamW over all 64 responses at once. Each side is its trainer as users start it, from the same
+directory with model and tokenizer and the same prompts. TRL is set to be fast: no gradient
+checkpointing, no logging beside its own. The sides take turns; times are medians over the steps
+of all turns but the first step of each, which compiles.
 """
 
+import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import describe_machine
 from decoding import VOCABULARY, build, in_transformers
 
+from jaxpref import config as base, train
+
 PROMPTS, SAMPLES, PROMPT_LENGTH, NEW_TOKENS = 8, 8, 64, 64
-STEPS, LEARNING_RATE = 4, 1e-6
+STEPS, TURNS, LEARNING_RATE = 4, 2, 1e-6
 # Not numbers, since a special token is found inside of words too.
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 PHASES = ("generate", "score", "update")
@@ -37,11 +44,51 @@ def reward(ids: Sequence[int]) -> float:
     return sum(i % 2 for i in ids) / len(ids)
 
 
-def run_trl(params: Any, prompts: np.ndarray) -> Times:
+def ours(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """The reward of responses whose text is their ids."""
+    return [reward([int(word) for word in said.split()]) for said in completions]
+
+
+def run_jaxpref(folder: Path, prompts: np.ndarray) -> Times:
+    """Steps of a run of `python -m jaxpref.main`."""
+    with tempfile.TemporaryDirectory() as root:
+        lines = [json.dumps({"prompt": text}) for text in _texts(prompts)]
+        path = Path(root, "prompts.jsonl")
+        path.write_text("\n".join(lines))
+        config = base.default("grpo")
+        config.model.init_from = str(folder)
+        config.data.path = str(path)
+        config.data.eval_fraction = 0.0
+        config.data.batch_size = PROMPTS
+        config.data.max_prompt_length = PROMPT_LENGTH
+        config.data.max_length = PROMPT_LENGTH + NEW_TOKENS
+        config.data.row_length = PROMPT_LENGTH + SAMPLES * NEW_TOKENS
+        config.sampling.samples = SAMPLES
+        config.sampling.max_new_tokens = NEW_TOKENS
+        config.sampling.rows = PROMPTS
+        config.reward.function = "online_trl:ours"
+        config.reference.mode = "free"
+        config.algorithm.beta = 0.0
+        config.optimizer.learning_rate = LEARNING_RATE
+        config.train.steps = len(prompts)
+        config.train.log_every = 1
+        train.run(config, Path(root, "run"))
+        lines = Path(root, "run", "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "perf/step_seconds" in line]
+    found = {
+        "generate": [line["perf/generate_seconds"] for line in steps],
+        "score": [line["perf/reward_seconds"] for line in steps],
+    }
+    whole = [line["perf/step_seconds"] for line in steps]
+    parts = zip(whole, found["generate"], found["score"], strict=True)
+    return {**found, "update": [all_of - made - scored for all_of, made, scored in parts]}
+
+
+def run_trl(folder: Path, prompts: np.ndarray) -> Times:
     """Steps of TRL's `GRPOTrainer`.
 
     Args:
-      params: of the model.
+      folder: with model and tokenizer.
       prompts: token ids, of shape steps, prompts, tokens.
     """
     import datasets
@@ -77,10 +124,9 @@ def run_trl(params: Any, prompts: np.ndarray) -> Times:
     def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [reward(ids) for ids in completion_ids]
 
-    texts = [" ".join(map(str, ids)) for ids in prompts.reshape(-1, prompts.shape[-1])]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as root:
         settings = trl.GRPOConfig(
-            folder,
+            root,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -98,11 +144,11 @@ def run_trl(params: Any, prompts: np.ndarray) -> Times:
             disable_tqdm=True,
         )
         trainer = Timed(
-            model=in_transformers(params),
+            model=transformers.AutoModelForCausalLM.from_pretrained(folder),
             args=settings,
             reward_funcs=rewards,
-            processing_class=_tokenizer(),
-            train_dataset=datasets.Dataset.from_dict({"prompt": texts}),
+            processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+            train_dataset=datasets.Dataset.from_dict({"prompt": _texts(prompts)}),
             callbacks=[Whole()],
         )
         trainer.train()
@@ -110,6 +156,10 @@ def run_trl(params: Any, prompts: np.ndarray) -> Times:
     whole = times.pop("whole")
     parts = zip(whole, times["generate"], times["score"], strict=True)
     return {**times, "update": [all_of - made - scored for all_of, made, scored in parts]}
+
+
+def _texts(prompts: np.ndarray) -> list[str]:
+    return [" ".join(map(str, ids)) for ids in prompts.reshape(-1, prompts.shape[-1])]
 
 
 def _tokenizer() -> Any:
@@ -125,25 +175,36 @@ def _tokenizer() -> Any:
 
 
 def report(sides: dict[str, Times]) -> None:
-    """Prints a row a side: the median of each phase, without the first step."""
+    """Prints a row a side, the median of each phase, and how much faster ours is."""
     print("| side | " + " | ".join(f"{phase} s" for phase in PHASES) + " | step s |")
     print("|" + "---|" * (len(PHASES) + 2))
+    steps = {}
     for side, times in sides.items():
-        medians = [statistics.median(times[phase][1:]) for phase in PHASES]
-        whole = statistics.median(map(sum, zip(*(times[p][1:] for p in PHASES), strict=True)))
-        print(f"| {side} | " + " | ".join(f"{x:.2f}" for x in (*medians, whole)) + " |")
+        medians = [statistics.median(times[phase]) for phase in PHASES]
+        steps[side] = statistics.median(map(sum, zip(*(times[p] for p in PHASES), strict=True)))
+        print(f"| {side} | " + " | ".join(f"{x:.2f}" for x in (*medians, steps[side])) + " |")
+    print(f"a step of TRL takes {steps['TRL'] / steps['jaxpref']:.2f} times as long as ours")
 
 
-# What is measured; all sides get the same parameters and prompts.
-SIDES: dict[str, Callable[[Any, np.ndarray], Times]] = {"TRL": run_trl}
+# What is measured; all sides get the same directory and prompts.
+SIDES: dict[str, Callable[[Path, np.ndarray], Times]] = {"jaxpref": run_jaxpref, "TRL": run_trl}
 
 
 def main() -> None:
     print(describe_machine())
-    _, params = build()
+    # The reward function is found by the name of this module.
+    sys.path.insert(0, str(Path(__file__).parent))
     shape = (STEPS, PROMPTS, PROMPT_LENGTH)
     prompts = np.random.default_rng(0).integers(len(SPECIAL), VOCABULARY, shape, dtype=np.int32)
-    report({side: run(params, prompts) for side, run in SIDES.items()})
+    found: dict[str, Times] = {side: defaultdict(list) for side in SIDES}
+    with tempfile.TemporaryDirectory() as root:
+        in_transformers(build()[1]).save_pretrained(root)
+        _tokenizer().save_pretrained(root)
+        for _ in range(TURNS):
+            for side, run in SIDES.items():
+                for phase, seconds in run(Path(root), prompts).items():
+                    found[side][phase] += seconds[1:]
+    report(found)
 
 
 if __name__ == "__main__":
