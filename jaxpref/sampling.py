@@ -215,8 +215,8 @@ def _done(rows: _Rows) -> Bool[Array, "P K"]:
 def _said(settings: Sampling, logits: Array, rows: _Rows) -> _Rows:
     """One more token in every sample that is not done, from its logits `[P, K, vocabulary]`."""
     temperatures = settings.temperatures
-    whole = jax.nn.logsumexp(logits, axis=-1)
     warm = jnp.asarray([t or 1.0 for t in temperatures], logits.dtype)
+    # Then what is drawn from is the policy itself.
     usual = all(t == 1 for t in temperatures) and settings[4:7] == Sampling()[4:7]
     cut = logits if usual else logits / warm[None, :, None]
     cut = truncated(cut, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p)
@@ -231,7 +231,10 @@ def _said(settings: Sampling, logits: Array, rows: _Rows) -> _Rows:
         greedy = jnp.asarray([t == 0 for t in temperatures])[None]
         token = jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
         sampled = jnp.where(greedy, 0, sampled)
-    logp = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - whole
+    logp = sampled
+    if not usual:
+        of_token = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        logp = of_token - jax.nn.logsumexp(logits, axis=-1)
     goes_on = ~_done(rows)
     places = jnp.arange(rows.tokens.shape[-1])[None, None]
     here = (places == rows.lengths[..., None]) & goes_on[..., None]
