@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before JAX starts: a mesh to shard over, and products in full float32 on every backend.
@@ -32,7 +33,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpref import algorithms, packing, sharding
+from jaxpref import algorithms, evaluation, packing, sharding
 from jaxpref.models import Decoder, DecoderConfig, init_params, make_rope, packed
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -45,6 +46,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("torch"):
                 item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+
+
+plot_curves = evaluation.plot_curves
+
+
+@pytest.fixture(autouse=True, scope="session")
+def without_curves():
+    """To draw curves takes as long as the rest of a small run; `plot_curves` above draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "plot_curves", lambda lines, path, title: None)
+        yield
 
 
 # Compiled programs that a worker keeps in memory; those on disk are soon read again.
@@ -66,8 +78,8 @@ def forget_programs():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.fixture(scope="module")
-def one_device():
+@contextmanager
+def on_one_device():
     """Runs take one device unless they ask for more: their steps compile in half the time."""
     make_mesh = sharding.make_mesh
 
@@ -77,6 +89,13 @@ def one_device():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", small_mesh)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """See `on_one_device`."""
+    with on_one_device():
         yield
 
 

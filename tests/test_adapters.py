@@ -51,7 +51,10 @@ def adapted(name, **settings):
     return model, merge(base, adapters), base
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma3", marks=pytest.mark.long), "phi3"])
+@pytest.mark.parametrize(
+    "name",
+    ["phi3", *(pytest.param(name, marks=pytest.mark.long) for name in ("gemma3", "gpt2"))],
+)
 def test_adapters_merge_into_the_weights(name, float64):
     model, params, base = adapted(name)
     _, base = in_float64(model, base)
@@ -60,9 +63,10 @@ def test_adapters_merge_into_the_weights(name, float64):
     merged_model, merged = models.merge_adapters(model, params)
     assert merged_model == plain
     assert jax.tree.structure(merged) == jax.tree.structure(base)
-    ours = model.apply({"params": params}, TOKENS)
-    np.testing.assert_allclose(ours, plain.apply({"params": merged}, TOKENS), atol=1e-9)
-    assert np.abs(ours - plain.apply({"params": base}, TOKENS)).max() > 0.01
+    ours = jax.jit(model.apply)({"params": params}, TOKENS)
+    apply = jax.jit(plain.apply)
+    np.testing.assert_allclose(ours, apply({"params": merged}, TOKENS), atol=1e-9)
+    assert np.abs(ours - apply({"params": base}, TOKENS)).max() > 0.01
 
 
 def test_fresh_adapters_change_nothing():
@@ -240,6 +244,7 @@ def test_the_base_is_the_reference_without_a_second_copy(folder):
     assert jax.tree.leaves(checkpoint.restore_reference(folder / "live", kept))
 
 
+@pytest.mark.long
 def test_a_run_with_adapters_resumes_bit_for_bit(folder, tmp_path):
     """Dropout's masks depend on seed and step alone; where the weights were is forgotten."""
     config = lora_run(folder / "hf", model__lora__dropout=0.1, train__steps=4)
@@ -270,7 +275,7 @@ def test_export_merges_or_writes_the_adapters(folder, tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "pythia", "phi3"])
+@pytest.mark.parametrize("name", ["pythia", "phi3", pytest.param("gpt2", marks=pytest.mark.long)])
 def test_saved_adapters_merge_as_ours_do(name, tmp_path):
     model, params, base = adapted(name)
     models.save_adapters(model, params, tmp_path)
@@ -328,6 +333,7 @@ def test_an_embedding_that_peft_unties_is_refused(tmp_path):
         huggingface.SavedAdapters(tmp_path).merge(model, params)
 
 
+@pytest.mark.long
 def test_a_run_from_adapters_resumes_and_exports_without_them(folder, tmp_path):
     export.run(folder / "adapter", tmp_path / "adapters", adapters=True)
     train.run(small("dpo", tmp_path / "adapters"), tmp_path / "run")
@@ -369,6 +375,7 @@ def test_adapters_for_adapters_and_a_config_that_is_none_are_refused(folder, tmp
         train.run(small("dpo", tmp_path / "two"), tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_reward_models_adapters_score_and_train_on(folder, tmp_path):
     train.run(lora_run(folder / "hf", "reward"), tmp_path / "reward")
     export.run(tmp_path / "reward", tmp_path / "adapters", adapters=True)
@@ -528,13 +535,16 @@ def sft(folder):
     return folder / "sft"
 
 
+@pytest.mark.long
 def test_adapters_go_on_from_another_run(sft, tmp_path):
     with pytest.raises(UserError, match=r"model.lora.rank is 2 there and 0 here"):
         train.run(small("dpo", sft), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "mode", ["live", "precomputed", "adapter", pytest.param("synced", marks=pytest.mark.long)]
+    "mode",
+    ["adapter"]
+    + [pytest.param(m, marks=pytest.mark.long) for m in ("live", "precomputed", "synced")],
 )
 def test_the_reference_is_the_policy_that_training_starts_from(mode, sft, tmp_path):
     """SFT's adapters are DPO's first policy, and they are on in its reference."""
@@ -568,6 +578,7 @@ def test_adapters_of_the_reference_resume_from_the_workdir(sft, folder, tmp_path
         train.run(adapter.copy_and_resolve_references(), tmp_path / "adapter")
 
 
+@pytest.mark.long
 def test_any_part_can_be_trained_by_a_pattern(folder, tmp_path):
     config = small("sft", folder / "hf", train__trainable="norm/scale|^embedding")
     train.run(config, tmp_path / "run")

@@ -192,7 +192,7 @@ EVERY_MODE = ("dpo", "bco", "aot", "kto", "plackett_luce_dpo")
             name,
             mode,
             marks=[pytest.mark.long]
-            if mode in ("adapter", "synced") and name not in EVERY_MODE
+            if mode in ("adapter", "precomputed", "synced") and name not in EVERY_MODE
             else [],
         )
         for name, mode in CASES

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -79,13 +80,15 @@ def test_a_reward_is_what_the_head_says_at_the_last_token(float64):
     model, params = in_float64(*grown("llama3"))
     groups = random_groups(1)
     batch = packing.pack(groups, row_length=24, scored_length=24)
-    rewards = response_scalars(models.packed(model)(params, batch), batch)
+    rewards = jax.jit(lambda p: response_scalars(models.packed(model)(p, batch), batch))(params)
     assert rewards.shape == (4, 3)
+    scalars = jax.jit(partial(model.apply, method="scalars"))
     for g, group in enumerate(groups):
         for k, response in enumerate(group.responses):
-            tokens = np.concatenate([group.prompt, response])[None]
-            alone = model.apply({"params": params}, tokens, method="scalars")
-            np.testing.assert_allclose(rewards[g, k], alone[0, -1], rtol=1e-9, atol=1e-9)
+            text = np.concatenate([group.prompt, response])
+            # What comes after the text is seen by none of its tokens.
+            alone = scalars({"params": params}, np.pad(text, (0, 24 - len(text)))[None])
+            np.testing.assert_allclose(rewards[g, k], alone[0, len(text) - 1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_policy_at_a_temperature_has_its_log_probs(tiny_model, tiny_params, float64):

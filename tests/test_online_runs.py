@@ -1,11 +1,16 @@
 """Whole runs of methods that sample: they resume exactly, and say what they cannot use."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import conftest
 import pytest
 from test_train import assert_same_params, lines_of, small
 
-from jaxpref import checkpoint, train
+from jaxpref import checkpoint, metrics, sampling, train
 from jaxpref.errors import UserError
 from jaxpref.experience import rollouts
 
@@ -103,6 +108,41 @@ def test_a_run_that_died_ends_as_if_it_had_not(method, where, whole, tmp_path, m
     if method == "remax":
         samples = [(folder / "samples.jsonl").read_text() for folder in (tmp_path, whole(method))]
         assert samples[0] == samples[1]
+
+
+def run_until_killed(where, workdir):
+    """The whole PPO run, whose process dies by SIGKILL in its third step, or in its first save."""
+    owner, name, call = {
+        "generating": (sampling, "_fetched", 3),
+        "scoring": (rollouts.shaping, "update", 3),
+        "updating": (metrics.Log, "dispatched", 3),
+        "saving": (checkpoint.Checkpoints, "save", 1),
+    }[where]
+    whole, calls = getattr(owner, name), []
+
+    def mortal(*args):
+        calls.append(args)
+        if len(calls) == call:
+            # What was asked of the device, or of the thread that writes, is still under way.
+            if where == "saving":
+                whole(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args)
+
+    setattr(owner, name, mortal)
+    with conftest.on_one_device():
+        train.run(config_of(**PPO), workdir)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["generating", "scoring", "updating", "saving"])
+def test_kill_9_then_the_same_command_ends_bit_identical(where, whole, tmp_path):
+    script = f"import test_online_runs as t; t.run_until_killed({where!r}, {str(tmp_path)!r})"
+    found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
+    assert found.returncode == -signal.SIGKILL
+    assert checkpoint.latest_step(tmp_path) in ((None, 2) if where == "saving" else (2,))
+    train.run(config_of(**PPO), tmp_path)
+    assert_same_params(tmp_path, whole("ppo"))
 
 
 def test_before_the_first_update_policy_and_reference_are_one(whole):

@@ -69,7 +69,10 @@ def assert_parity(directory, said):
         assert np.abs(theirs).max() > 0, path
 
 
-@pytest.mark.parametrize("name", pretrained.CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] if n in ALIKE else []) for n in pretrained.CASES],
+)
 def test_logits_and_gradient_equal_transformers(name):
     directory = pretrained.FIXTURES / name
     assert_parity(directory, np.load(directory / "said.npz"))
@@ -218,7 +221,10 @@ def test_a_tied_head_that_is_stored_too_is_written_too(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-@pytest.mark.parametrize("name", ["gpt2", "pythia", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "qwen3_moe", *(pytest.param(n, marks=pytest.mark.long) for n in ("pythia", "phi3"))],
+)
 def test_weights_go_into_their_shards_and_back(name, shape, tmp_path):
     source = pretrained.FIXTURES / name
     mesh = sharding.make_mesh(*shape)
@@ -245,6 +251,7 @@ def test_every_layout_gives_the_same_response_logps(family, float64):
     def logps(batch):
         return response_logps(model, params, batch)
 
+    apply = jax.jit(partial(model.apply, {"params": params}))
     tree = logps(pack(groups))
     padded = logps(pack(groups, planner=packing.plan_padded))
     np.testing.assert_allclose(tree, padded, rtol=1e-9, atol=1e-9)
@@ -260,12 +267,12 @@ def test_every_layout_gives_the_same_response_logps(family, float64):
     positions = np.maximum(index[None] - pads[:, None], 0)
     real = (index[None] >= pads[:, None]).astype(int)
     tree = packing.Tree(group=real, branch=np.zeros_like(real))
-    logits = model.apply({"params": params}, tokens, positions, tree)
+    logits = apply(tokens, positions, tree)
     each = from_logits(logits[:, :-1], jnp.asarray(tokens[:, 1:]))
     left = [each[i, LENGTH - 1 - len(g.responses[0]) :].sum() for i, g in enumerate(groups)]
     np.testing.assert_allclose(np.stack(left), padded[:, 0], rtol=1e-9, atol=1e-9)
 
-    alone = model.apply({"params": params}, rows[0][None])
+    alone = apply(rows[0][None])
     targets = jnp.asarray(rows[0][None, 1:])
     expected = from_logits(alone[:, :-1], targets)[0, len(groups[0].prompt) - 1 :].sum()
     np.testing.assert_allclose(padded[0, 0], expected, rtol=1e-9, atol=1e-9)
@@ -281,27 +288,33 @@ def test_step_by_step_decoding_gives_the_full_forward_pass(family, float64):
     for prompt, length in enumerate(start):
         tokens[prompt, 1, :length] = tokens[prompt, 0, :length]
     flat = tokens.reshape(4, LENGTH)
-    full = model.apply({"params": params}, flat).reshape(2, 2, LENGTH, -1)
+    apply = jax.jit(partial(model.apply, {"params": params}))
+    full = apply(flat).reshape(2, 2, LENGTH, -1)
     prompts = np.zeros((2, 8), np.int32)
     prompts[0, 3:], prompts[1, :6] = tokens[0, 0, :5], tokens[1, 0, :6]
     real = np.stack([np.arange(8) >= 3, np.arange(8) < 6])
     unrolled, weights = models.unroll(model, params)
     variables = {"params": weights}
-    hidden, kept = unrolled.apply(variables, prompts, real, method="prefill")
-    head = unrolled.apply(variables, method="lm_head")
+
+    @jax.jit
+    def begin(prompts, real):
+        hidden, kept = unrolled.apply(variables, prompts, real, method="prefill")
+        cache = models.branch(kept, real, branches=2, slots=LENGTH - 6)
+        return unrolled.apply(variables, method="lm_head").logits(hidden), cache
+
     both = np.arange(2)
-    np.testing.assert_allclose(head.logits(hidden), full[both, 0, start - 1], atol=1e-9)
-    cache = models.branch(kept, jnp.asarray(real), branches=2, slots=LENGTH - 6)
-    step = jax.jit(
-        lambda tokens, positions, cache: unrolled.apply(
-            variables, tokens, positions, cache, method="step"
-        )
-    )
+    logits, cache = begin(prompts, real)
+    np.testing.assert_allclose(logits, full[both, 0, start - 1], atol=1e-9)
+
+    @jax.jit
+    def step(tokens, positions, cache):
+        hidden, cache = unrolled.apply(variables, tokens, positions, cache, method="step")
+        return unrolled.apply(variables, method="lm_head").logits(hidden), cache
+
     for number in range(LENGTH - 6):
         place = start + number
         positions = jnp.broadcast_to(jnp.asarray(place)[:, None], (2, 2))
-        hidden, cache = step(jnp.asarray(tokens[both, :, place]), positions, cache)
-        logits = head.logits(hidden)
+        logits, cache = step(jnp.asarray(tokens[both, :, place]), positions, cache)
         np.testing.assert_allclose(logits, full[both, :, place], atol=1e-9)
     assert int(cache.places.used) == LENGTH - 6
 

@@ -11,16 +11,27 @@ from jaxpref.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder_of(tmp_path_factory):
     """SFT runs of the policy's shape and of another one, a Hugging Face model, adapters on it."""
-    folder = tmp_path_factory.mktemp("references")
+    root = tmp_path_factory.mktemp("references")
     fast = {"optimizer__learning_rate": 1e-2, "train__steps": 2}
-    train.run(small("sft", **fast), folder / "same")
-    train.run(small("sft", **fast, model__layers=2, model__width=24), folder / "other")
-    write_model(folder / "hf", QWEN3)
-    adapters = {"model__lora__rank": 2, "optimizer__learning_rate": 0.1}
-    train.run(from_weights("sft", folder / "hf", **adapters), folder / "adapters")
-    return folder
+
+    def made(name):
+        folder = root / name
+        if folder.exists():
+            return folder
+        if name == "same":
+            train.run(small("sft", **fast), folder)
+        elif name == "other":
+            train.run(small("sft", **fast, model__layers=2, model__width=24), folder)
+        elif name == "hf":
+            write_model(folder, QWEN3)
+        else:
+            adapters = {"model__lora__rank": 2, "optimizer__learning_rate": 0.1}
+            train.run(from_weights("sft", made("hf"), **adapters), folder)
+        return folder
+
+    return made
 
 
 def reference_logps(workdir, beta=0.1):
@@ -42,16 +53,16 @@ def said(workdir):
         pytest.param("synced", "same", marks=pytest.mark.long),
     ],
 )
-def test_the_reference_is_what_it_was_named(mode, name, folder, tmp_path):
+def test_the_reference_is_what_it_was_named(mode, name, folder_of, tmp_path):
     """And a run that resumes needs it no more."""
-    source = shutil.copytree(folder / name, tmp_path / "source")
+    source = shutil.copytree(folder_of(name), tmp_path / "source")
     config = small(reference__mode=mode, reference__init_from=str(source), train__steps=1)
     if mode == "synced":
         config.reference.sync_every = 1
     whole = config.copy_and_resolve_references()
     whole.train.steps = 2
     train.run(whole, tmp_path / "whole")
-    assert reference_logps(tmp_path / "whole") == pytest.approx(said(folder / name), rel=1e-5)
+    assert reference_logps(tmp_path / "whole") == pytest.approx(said(folder_of(name)), rel=1e-5)
     assert abs(lines_of(tmp_path / "whole")[0]["eval/rewards/chosen"]) > 0.01
     train.run(config, tmp_path / "parts")
     shutil.rmtree(source)
@@ -62,16 +73,16 @@ def test_the_reference_is_what_it_was_named(mode, name, folder, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["hf", "adapters"])
-def test_hugging_face_models_and_adapters_can_be_the_reference(name, folder, tmp_path):
+def test_hugging_face_models_and_adapters_can_be_the_reference(name, folder_of, tmp_path):
     """Each is the reference of the other; adapters are merged."""
     policy = {"hf": "adapters", "adapters": "hf"}[name]
     lora = {"model__lora__rank": 2} if policy == "adapters" else {}
-    named = {"reference__init_from": str(folder / name), "train__steps": 1}
-    train.run(from_weights("dpo", folder / policy, **lora, **named), tmp_path / "run")
-    adapted = lines_of(folder / "adapters")
+    named = {"reference__init_from": str(folder_of(name)), "train__steps": 1}
+    train.run(from_weights("dpo", folder_of(policy), **lora, **named), tmp_path / "run")
+    adapted = lines_of(folder_of("adapters"))
     expected = (adapted[0] if name == "hf" else adapted[-1])["eval/logps/chosen"]
     assert reference_logps(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
-    again = from_weights("dpo", folder / policy, **lora, **{**named, "train__steps": 2})
+    again = from_weights("dpo", folder_of(policy), **lora, **{**named, "train__steps": 2})
     train.run(again, tmp_path / "run")
     assert lines_of(tmp_path / "run")[-1]["step"] == 2
 
@@ -96,8 +107,8 @@ def test_hugging_face_models_and_adapters_can_be_the_reference(name, folder, tmp
         ("dpo", {"tokenizer__name": "HF"}, "its tokenizer gives other ids than the policy's"),
     ],
 )
-def test_a_reference_that_cannot_be_is_refused(algorithm, changes, message, folder, tmp_path):
-    changes = {"reference__init_from": str(folder / "other"), **changes}
+def test_a_reference_that_cannot_be_is_refused(algorithm, changes, message, folder_of, tmp_path):
+    changes = {"reference__init_from": str(folder_of("other")), **changes}
     if changes.get("tokenizer__name"):
         changes["tokenizer__name"] = str(other_tokenizer(tmp_path / "tokenizer"))
     with pytest.raises(UserError, match=message):

@@ -31,8 +31,11 @@ class Death(BaseException):
     """What no `except` of the run catches."""
 
 
-# Of the same kind of data and of state as others.
+# Of the same kind of data or of state as others.
 LONG = (
+    "mismatched",
+    "bfloat16",
+    "a reference that moves",
     "pairs, running mean",
     "mixture of losses",
     "ranked",

@@ -71,7 +71,9 @@ def one_device():
         return jax.device_get(state.policy), measured
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name", ["all", *(pytest.param(name, marks=pytest.mark.long) for name in ("data", "fsdp"))]
+)
 def test_eight_devices_equal_one(name, one_device, float64):
     params, measured = one_device
     state, sharded = three_steps(MESHES[name])

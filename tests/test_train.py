@@ -1,6 +1,7 @@
 import contextlib
 import json
 
+import conftest
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,8 @@ def small(algorithm="dpo", **changes):
             "data.synthetic_pairs": 60,
             "data.eval_fraction": 0.2,
             "data.batch_size": 8,
+            # A whole batch of those held out, so that one shape is compiled.
+            "eval.max_examples": 8,
             "data.max_length": 128,
             "data.max_prompt_length": 64,
             "optimizer.learning_rate": 1e-3,
@@ -82,7 +85,7 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_what_it_promises(finished):
+def test_a_run_leaves_what_it_promises(finished, tmp_path):
     workdir = finished / "dpo"
     lines = lines_of(workdir)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
@@ -105,8 +108,10 @@ def test_a_run_leaves_what_it_promises(finished):
     truth = {"eval/rewards/rank_correlation", "eval/rewards/best_accuracy"}
     assert evaluated | truth <= lines[0].keys()
     assert evaluated | truth <= lines[-1].keys()
-    assert lines[0]["data/train_examples"] + lines[0]["data/held_out_examples"] == 60
-    assert (workdir / "curves.png").stat().st_size > 10_000
+    sides = ("train_examples", "held_out_examples", "held_out_unused")
+    assert sum(lines[0][f"data/{side}"] for side in sides) == 60
+    conftest.plot_curves(lines, tmp_path / "curves.png", "dpo")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert list((workdir / "tensorboard").iterdir())
     assert checkpoint.latest_step(workdir) == 4
 

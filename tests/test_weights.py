@@ -343,7 +343,7 @@ def test_rows_that_are_scored_do_not_depend_on_how_those_of_training_were(tmp_pa
         assert (found.data.scored_length, found.data.row_length) == (0, row_length)
 
 
-@pytest.mark.parametrize("begin", ["hf", "sft"])
+@pytest.mark.parametrize("begin", [pytest.param("hf", marks=pytest.mark.long), "sft"])
 def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_path, begin):
     config = small("reward", folder / begin, train__steps=3)
     train.run(config, tmp_path / "reward")
