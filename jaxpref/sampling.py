@@ -26,6 +26,8 @@ _BLOCK = 128
 _PROMPT_STEP = 64
 # Branches begin with room for so many tokens, or all; growing to more is another loop to compile.
 _FIRST_SLOTS = 32
+# Rooms of more tokens than this are multiples of it, which CPUs read faster.
+_SLOT_STEP = 16
 
 
 class Sampling(NamedTuple):
@@ -428,12 +430,12 @@ class Sampler:
         at_once = min(self._at_once or len(prompts), len(prompts))
         seats = -(-at_once // shards) * shards
         begin = partial(self._begin, weights, prompts, keys, length)
-        slots = max(self.settings.max_new_tokens - 1, 1)
+        slots = _room(self.settings.max_new_tokens - 1)
         if seats < len(prompts):
             yield from self._in_turn(weights, begin, len(prompts), seats, slots)
             return
-        first = min(max(slots // 4, _FIRST_SLOTS), slots)
-        sizes = tuple(sorted({first, max(slots // 2, first), slots}))
+        first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
+        sizes = tuple(sorted({first, max(_room(slots // 2), first), slots}))
         with self._in_mesh():
             rows = begin(range(len(prompts)), seats, sizes[0])
             settings = self.settings
@@ -515,6 +517,11 @@ class Sampler:
         return _begin(
             self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
         )
+
+
+def _room(tokens: int) -> int:
+    """Slots for so many tokens of a branch, at least one."""
+    return -(-tokens // _SLOT_STEP) * _SLOT_STEP if tokens > _SLOT_STEP else max(tokens, 1)
 
 
 def _fetched(rows: _Rows, seats: Sequence[int]) -> Generated:
