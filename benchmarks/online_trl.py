@@ -44,9 +44,9 @@ def reward(ids: Sequence[int]) -> float:
     return sum(i % 2 for i in ids) / len(ids)
 
 
-def ours(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The reward of responses whose text is their ids."""
-    return [reward([int(word) for word in said.split()]) for said in completions]
+def rewards(completion_ids: list[Sequence[int]], **_: Any) -> list[float]:
+    """The rewards of responses, as both sides ask for them."""
+    return [reward(ids) for ids in completion_ids]
 
 
 def run_jaxpref(folder: Path, prompts: np.ndarray) -> Times:
@@ -66,7 +66,7 @@ def run_jaxpref(folder: Path, prompts: np.ndarray) -> Times:
         config.sampling.samples = SAMPLES
         config.sampling.max_new_tokens = NEW_TOKENS
         config.sampling.rows = PROMPTS
-        config.reward.function = "online_trl:ours"
+        config.reward.function = "online_trl:rewards"
         config.reference.mode = "free"
         config.algorithm.beta = 0.0
         config.optimizer.learning_rate = LEARNING_RATE
@@ -120,9 +120,6 @@ def run_trl(folder: Path, prompts: np.ndarray) -> Times:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times["whole"].append(time.perf_counter() - self.began)
-
-    def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
-        return [reward(ids) for ids in completion_ids]
 
     with tempfile.TemporaryDirectory() as root:
         settings = trl.GRPOConfig(
