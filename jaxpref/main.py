@@ -9,7 +9,7 @@ from absl import app, flags
 
 from jaxpref import config as config_lib, explain
 from jaxpref.commands import WORKDIR, fail, quiet, show, told
-from jaxpref.recipes import CONFIG, listed, parse_flags
+from jaxpref.recipes import CONFIG, listed, parse_flags, stages
 
 # --help shows these two as well.
 flags.declare_key_flag("config")
@@ -30,7 +30,7 @@ _PROCESS = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
-    """Hands the config to the train loop."""
+    """Hands the config to the train loop, after those of the runs that it begins from."""
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --workdir=DIR.")
     if CONFIG.value is None:
@@ -45,12 +45,15 @@ def main(argv: list[str]) -> None:
     _check_processes()
     quiet()
     with told():
-        config_lib.check(CONFIG.value)
+        runs = [*stages(CONFIG.value, workdir), (CONFIG.value, workdir)]
+        for config, _ in runs:
+            config_lib.check(config)
         # JAX loads here, so that everything above answers at once.
         from jaxpref import sharding, train
 
         sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        train.run(CONFIG.value, workdir)
+        for config, folder in runs:
+            train.run(config, folder)
 
 
 def _check_processes() -> None:

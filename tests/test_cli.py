@@ -205,3 +205,28 @@ def test_errors_of_a_run_are_one_message_without_a_trace(tmp_path):
     assert result.stderr.startswith("jaxpref: ")
     assert "x.jsonl:1: no column 'chosen'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+RECORDED = """
+import sys
+from absl import app
+from jaxpref import main, recipes, train
+train.run = lambda config, folder: print(config.algorithm.name, folder, config.model.init_from)
+app.run(main.main, argv=["main", *sys.argv[1:]], flags_parser=recipes.parse_flags)
+"""
+
+
+@pytest.mark.parametrize("given", [[], ["--config.model.init_from=A"]])
+def test_what_a_recipe_begins_from_is_run_before_it(given):
+    flags = ["--config=configs/rlhf_quickstart.py:ppo", "--workdir=W", *given]
+    result = subprocess.run(
+        [sys.executable, "-c", RECORDED, *flags],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    began = "A" if given else "W/sft"
+    made = [f"reward W/reward {began}", f"ppo W {began}"]
+    assert result.stdout.split("\n")[:-1] == (made if given else ["sft W/sft ", *made])

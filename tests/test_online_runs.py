@@ -214,6 +214,7 @@ def raises(prompts, completions, **columns):
         ("ppo", {"algorithm__kl_in": "loss"}, "'k1' in the loss has a gradient of 0"),
         ("ppo", {"algorithm__kl_estimator": "k3"}, "there only 'k1' is right"),
         ("rloo", {"sampling__max_new_tokens": 120}, "a response might find no room"),
+        ("rloo", {"data__max_prompt_length": 8}, r"prompt has \d+ tokens, over .*length \(8\)"),
         ("ppo", {"critic__init_from": "/nowhere"}, "the workdir of a run of algorithm reward"),
     ],
 )
