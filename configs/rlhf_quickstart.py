@@ -25,7 +25,7 @@ SETTINGS = {
     "reinforce_pp": {"samples": 2},
     "rloo": {},
     "grpo": {},
-    # Nothing holds these two to the reference but few and small steps.
+    # In larger steps these two find what the reward model likes by mistake.
     "rejection_sampling": {"learning_rate": 1e-4},
     "online_dpo": {"learning_rate": 1e-4},
 }
