@@ -59,23 +59,30 @@ def without_curves():
         yield
 
 
-# Compiled programs that a worker keeps in memory; those on disk are soon read again.
-_MOST_BYTES = 1.5e9
+# Resident memory at which a worker's compiled programs go, and by how much it grows until then.
+# What remains without them is more from test to test; to compile anew after each one takes long.
+_MOST_BYTES, _GROWTH = 1.5e9, 3e8
+_limit = _MOST_BYTES
 
 
 @pytest.fixture(autouse=True)
 def forget_programs():
     """Compiled programs go when a worker holds too much: it would keep gigabytes of them."""
+    global _limit
     yield
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return
-    resident = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    if resident > _MOST_BYTES:
+    if _resident_bytes() > _limit:
         jax.clear_caches()
         gc.collect()
         # glibc keeps what was freed in pieces, unless it is asked.
         ctypes.CDLL(None).malloc_trim(0)
+        _limit = max(_MOST_BYTES, _resident_bytes() + _GROWTH)
+
+
+def _resident_bytes():
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
