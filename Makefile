@@ -3,7 +3,7 @@ BIN := .venv/bin
 RUNS ?= runs/quickstart
 DATA ?= hh-harmless.jsonl.gz
 
-.PHONY: quickstart test test-isa test-torch test-long check docs format benchmark clean
+.PHONY: quickstart test test-process test-isa test-torch test-long check docs format benchmark clean
 
 # Generated preference data, SFT, then DPO, and RLHF beside it, in five minutes on a laptop.
 quickstart: .venv/installed
@@ -17,7 +17,11 @@ quickstart: .venv/installed
 		--config.sampling.compare="('$(RUNS)/dpo',)"
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not process"
+
+# Runs in processes of their own, which are killed, interrupted, or train together.
+test-process: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist load -m "process and not long" tests/test_cli.py tests/test_processes.py
 
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.

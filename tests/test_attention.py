@@ -53,7 +53,12 @@ def under_mask(query, key, value, mask, soft_cap):
 
 
 @pytest.mark.parametrize(
-    ("window", "soft_cap"), [(None, None), (None, 2.0), (0, None), (3, None), (3, 2.0)]
+    ("window", "soft_cap"),
+    [
+        (None, None),
+        (3, 2.0),
+        *(pytest.param(*x, marks=pytest.mark.long) for x in ((None, 2.0), (0, None), (3, None))),
+    ],
 )
 def test_attention_by_seats_equals_attention_under_the_mask(batch, window, soft_cap, float64):
     """Values and gradients."""

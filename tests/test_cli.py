@@ -134,6 +134,7 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(
     "moment", ["while saving", pytest.param("between saves", marks=pytest.mark.long)]
 )
+@pytest.mark.process
 def test_kill_9_then_the_same_command_ends_bit_identical(moment, uninterrupted, tmp_path):
     process = start(*SMALL, f"--workdir={tmp_path}")
     checkpoints = tmp_path / "checkpoints"
@@ -180,6 +181,7 @@ def test_kill_9_before_the_first_checkpoint_of_a_run_with_a_reference(uninterrup
 @pytest.mark.parametrize(
     "which", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )
+@pytest.mark.process
 def test_interrupt_saves_then_exits_and_the_same_command_resumes(which, uninterrupted, tmp_path):
     flags = [f for f in SMALL if "save_every" not in f]
     process = start(*flags, f"--workdir={tmp_path}")

@@ -66,6 +66,7 @@ def one(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.process
 def test_two_processes_train_as_one(one, tmp_path):
     """With rows and parameters split between them."""
     split = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]

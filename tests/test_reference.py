@@ -48,7 +48,7 @@ def said(workdir):
 @pytest.mark.parametrize(
     ("mode", "name"),
     [
-        ("live", "other"),
+        pytest.param("live", "other", marks=pytest.mark.long),
         pytest.param("precomputed", "other", marks=pytest.mark.long),
         pytest.param("synced", "same", marks=pytest.mark.long),
     ],

@@ -206,6 +206,7 @@ def mixture(tmp_path):
     return {"data__format": "auto", "data__mixture": tuple(entries)}
 
 
+@pytest.mark.long
 def test_mixed_sources_are_evaluated_apart_and_resume_bit_identical(mixture, tmp_path, capsys):
     train.run(small(**mixture), tmp_path / "whole")
     train.run(small(**mixture, train__steps=2), tmp_path / "parts")

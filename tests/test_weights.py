@@ -173,6 +173,7 @@ def test_resuming_and_exporting_need_only_the_workdir(folder, tmp_path):
     assert (tmp_path / "out" / "tokenizer_config.json").exists()
 
 
+@pytest.mark.long
 def test_a_model_from_scratch_is_exported_as_a_llama(tmp_path):
     config = small("sft", "", model__width=16, model__heads=2, model__kv_heads=1)
     config.model.update(head_dim=8, feed_forward=24, layers=1, rope_theta=500.0, norm_epsilon=1e-5)
