@@ -55,7 +55,6 @@ METHODS = {
     "remax": ("remax", 200, {"optimizer__learning_rate": 5e-3}),
     "grpo without a scale": ("grpo", 200, {"algorithm__scale": "none"}),
     "reinforce++": ("reinforce_pp", 200, {}),
-    "online dpo": ("online_dpo", 200, {"sampling__samples": 2, "data__batch_size": 64}),
     "rloo with the KL in the loss": (
         "rloo",
         200,
@@ -65,27 +64,12 @@ METHODS = {
 QUICK = ("rloo",)
 
 
-def annotated():
-    """Rewards whose order is that of Bradley-Terry annotators: with Gumbel noise on each.
-
-    Without it the better one always wins, and the optimum of DPO on such pairs is another one.
-    """
-    rng = np.random.default_rng(0)
-
-    def reward(sampled):
-        exact = online.rewarded(sampled)
-        return exact + rng.gumbel(size=exact.shape).astype(np.float32)
-
-    return reward
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.long]) for n in METHODS]
 )
 def test_a_method_finds_the_optimum_of_the_objective(name, params, logps):
     method, steps, changes = METHODS[name]
-    reward = annotated() if method == "online_dpo" else online.rewarded
-    run = online.begin(config_of(method, steps, **changes), params=params, reward=reward)
+    run = online.begin(config_of(method, steps, **changes), params=params)
     reference = logps(params)
     best = float(enumerable.optimum(reference, TASK.rewards, beta=TASK.beta).value)
     first = enumerable.objective(reference, reference, TASK.rewards, beta=TASK.beta).value

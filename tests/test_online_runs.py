@@ -140,7 +140,8 @@ def test_kill_9_then_the_same_command_ends_bit_identical(where, whole, tmp_path)
     script = f"import test_online_runs as t; t.run_until_killed({where!r}, {str(tmp_path)!r})"
     found = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, check=False)
     assert found.returncode == -signal.SIGKILL
-    assert checkpoint.latest_step(tmp_path) in ((None, 2) if where == "saving" else (2,))
+    # What the second step has begun to save may still be under way in the third.
+    assert checkpoint.latest_step(tmp_path) in (None, 2)
     train.run(config_of(**PPO), tmp_path)
     assert_same_params(tmp_path, whole("ppo"))
 
