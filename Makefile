@@ -27,7 +27,7 @@ test-process: .venv/installed-test
 # each from an empty cache: other rounding, the same results.
 ISAS ?= SSE4_2 AVX2
 NUMERICAL := $(addprefix tests/test_,advantages.py algorithms.py attention.py enumerable.py \
-	heads.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py rollouts.py \
+	heads.py logprobs.py models.py packing.py policy_gradient.py pretrained.py \
 	sampling.py sharding.py trl_rollouts.py)
 test-isa: .venv/installed-test
 	for isa in $(ISAS); do \
