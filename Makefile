@@ -26,7 +26,7 @@ test-process: .venv/installed-test
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.
 ISAS ?= SSE4_2 AVX2
-NUMERICAL := $(addprefix tests/test_,advantages.py algorithms.py attention.py enumerable.py \
+NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py enumerable.py \
 	heads.py logprobs.py models.py packing.py policy_gradient.py pretrained.py \
 	sampling.py sharding.py trl_rollouts.py)
 test-isa: .venv/installed-test

@@ -27,7 +27,7 @@ import numpy as np
 from common import describe_machine
 
 from jaxpref import models, sampling
-from jaxpref.sampling import Sampler, Sampling
+from jaxpref.sampling import Sampler, Sampling, decode
 
 VOCABULARY, WIDTH, LAYERS, HEADS, INNER = 16_384, 384, 6, 6, 1_024
 TURNS = 3
@@ -193,7 +193,7 @@ def memory(model: models.Decoder, params: Any, rng: np.random.Generator) -> None
     prompts = prompts_of(rng, 32, 64)
     keys = sampling.prompt_keys(0, 0, 32)
     rows = sampler._begin(weights, prompts, keys, 64, range(32), 32, 512)
-    compiled = sampling._decode_ring.lower(
+    compiled = decode.decode_ring.lower(
         sampler._model, settings, (512,), weights, rows, jnp.asarray(32)
     ).compile()
     plan = compiled.memory_analysis()

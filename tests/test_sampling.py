@@ -14,7 +14,16 @@ from scipy import stats
 from jaxpref import logprobs, models, packing, sampling, sharding
 from jaxpref.evaluation import enumerable
 from jaxpref.models import Decoder, Lora, packed
-from jaxpref.sampling import Sampler, Sampling, draw, generate, prompt_keys, truncated
+from jaxpref.sampling import (
+    Generated,
+    Sampler,
+    Sampling,
+    decode,
+    draw,
+    generate,
+    prompt_keys,
+    truncated,
+)
 
 # Token 0 is what fills up rows, and a stop as well, as where the padding token is EOS.
 STOPS = (0, *range(7, 32))
@@ -222,7 +231,7 @@ def said(tiny):
 
 
 def taken(said, order):
-    return sampling.Generated(*(x[list(order)] for x in said))
+    return Generated(*(x[list(order)] for x in said))
 
 
 def test_responses_end_with_the_first_stop_or_at_their_greatest_length(said):
@@ -287,10 +296,10 @@ def test_other_prompts_and_their_order_change_nothing(order, tiny, said):
 
 def test_other_branches_and_room_that_grows_change_nothing(tiny, said, monkeypatch):
     """Branch 0 beside a greedy branch and a cooler one, and beside two like itself."""
-    monkeypatch.setattr(sampling, "_FIRST_SLOTS", 1)
+    monkeypatch.setattr(sampling.sampler, "_FIRST_SLOTS", 1)
     other = sampled(tiny, settings=SETTINGS._replace(temperature=1.0))
     assert (other.tokens[:, 1:] != said.tokens[:, 1:]).any()
-    assert_same(*(sampling.Generated(*(x[:, :1] for x in s)) for s in (other, said)))
+    assert_same(*(Generated(*(x[:, :1] for x in s)) for s in (other, said)))
 
 
 @pytest.mark.parametrize("seats", [2, pytest.param(4, marks=pytest.mark.long)])
@@ -314,7 +323,7 @@ def test_devices_change_nothing(shape, options, tiny, said):
 def test_everything_compiles_once_whatever_the_lengths(tiny):
     model, params = tiny
     sampler = Sampler(model, SETTINGS, prompt_length=64, at_once=2)
-    functions = (sampling._begin, sampling._decode_ring, sampling._seat)
+    functions = (decode.begin, decode.decode_ring, decode.seat)
     with jax.enable_x64(True):
         weights = sampler.prepare(params)
         counts = []
@@ -337,7 +346,7 @@ def test_the_cache_is_written_in_place():
         lambda w: sampler._begin(w, prompts, prompt_keys(0, 0, 4), 64, range(4), 4, 1024), weights
     )
     plan = (
-        sampling._decode_ring.lower(
+        decode.decode_ring.lower(
             sampler._model, settings, (1024,), weights, rows, jax.ShapeDtypeStruct((), jnp.int32)
         )
         .compile()

@@ -3,6 +3,7 @@
 from jaxpref.losses import divergences, weighting
 from jaxpref.losses.language_modeling import nll
 from jaxpref.losses.mixture import mpo
+from jaxpref.losses.pairs import PreferenceOutput, smoothed_logistic
 from jaxpref.losses.policy_gradient import (
     Aggregated,
     PolicyOutput,
@@ -15,9 +16,6 @@ from jaxpref.losses.policy_gradient import (
     reinforce,
 )
 from jaxpref.losses.preference import (
-    PreferenceOutput,
-    aot,
-    aot_unpaired,
     apo_down,
     apo_zero,
     bco,
@@ -28,9 +26,9 @@ from jaxpref.losses.preference import (
     ipo,
     nca,
     robust_dpo,
-    smoothed_logistic,
     sppo_hard,
 )
+from jaxpref.losses.quantiles import aot, aot_unpaired
 from jaxpref.losses.ranked import RankedOutput, all_pairs, plackett_luce_dpo, rrhf
 from jaxpref.losses.reference_free import cpo, orpo, simpo, slic_hf, unlikelihood
 from jaxpref.losses.reward import (

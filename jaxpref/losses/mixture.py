@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpref.losses.language_modeling import nll
-from jaxpref.losses.preference import PreferenceOutput, Scalar, bco, dpo
+from jaxpref.losses.pairs import PreferenceOutput, Scalar
+from jaxpref.losses.preference import bco, dpo
 
 
 def mpo(

@@ -6,31 +6,21 @@ gradient flows into the reference. All return one value per pair.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxpref.losses.divergences import reverse_kl
 from jaxpref.losses.inputs import check_range, check_smoothing, checked, per_token
-
-Scalar = float | Float[Array, ""]
-
-
-class PreferenceOutput(NamedTuple):
-    """What a pairwise preference loss returns, one value per pair.
-
-    Attributes:
-      losses: the loss of each pair.
-      chosen_rewards: the implicit reward of the chosen response, for most losses beta
-        times its log-ratio; no gradient.
-      rejected_rewards: the same for the rejected response; no gradient.
-    """
-
-    losses: Float[Array, "*batch"]
-    chosen_rewards: Float[Array, "*batch"]
-    rejected_rewards: Float[Array, "*batch"]
+from jaxpref.losses.pairs import (
+    PreferenceOutput,
+    Scalar,
+    implicit_rewards,
+    log_ratios,
+    smoothed_logistic,
+    without_gradient,
+)
 
 
 def dpo(
@@ -99,7 +89,7 @@ def dpo(
         )
     check_range("dpo", above=0, beta=beta)
     check_smoothing("dpo", label_smoothing)
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         "dpo",
         policy_chosen_logps,
         policy_rejected_logps,
@@ -142,7 +132,7 @@ def robust_dpo(
       ValueError: the shapes differ, or a parameter is out of range.
     """
     check_smoothing("robust_dpo", label_smoothing)
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "robust_dpo",
         beta,
         policy_chosen_logps,
@@ -191,7 +181,7 @@ def ipo(
       ValueError: the shapes differ, only one length is given, or beta is not above 0.
     """
     check_range("ipo", above=0, beta=beta)
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         "ipo",
         policy_chosen_logps,
         policy_rejected_logps,
@@ -229,7 +219,7 @@ def hinge(
     Raises:
       ValueError: the shapes differ, or a parameter is out of range.
     """
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "hinge",
         beta,
         policy_chosen_logps,
@@ -272,7 +262,7 @@ def exo(
       ValueError: the shapes differ, or a parameter is out of range.
     """
     check_range("exo", above=0, below=0.5, label_smoothing=label_smoothing)
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "exo",
         beta,
         policy_chosen_logps,
@@ -316,7 +306,7 @@ def nca(
     Raises:
       ValueError: the shapes differ, or a parameter is out of range.
     """
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "nca",
         beta,
         policy_chosen_logps,
@@ -357,7 +347,7 @@ def sppo_hard(
       ValueError: the shapes differ, or a parameter is out of range.
     """
     check_range("sppo_hard", above=0, beta=beta)
-    chosen, rejected = _log_ratios(
+    chosen, rejected = log_ratios(
         "sppo_hard",
         policy_chosen_logps,
         policy_rejected_logps,
@@ -367,108 +357,6 @@ def sppo_hard(
     target = 1 / (2 * beta)
     losses = jnp.square(chosen - target) + jnp.square(rejected + target)
     return without_gradient(losses, beta * chosen, beta * rejected)
-
-
-def aot(
-    policy_chosen_logps: Float[Array, "*batch pairs"],
-    policy_rejected_logps: Float[Array, "*batch pairs"],
-    reference_chosen_logps: Float[Array, "*batch pairs"],
-    reference_rejected_logps: Float[Array, "*batch pairs"],
-    *,
-    beta: Scalar = 0.1,
-    label_smoothing: Scalar = 0.0,
-    where: Bool[Array, "*batch pairs"] | None = None,
-) -> PreferenceOutput:
-    """AOT for pairs: the policy's margins dominate the reference's, quantile by quantile.
-
-    Formula, with margins $h = \\log \\pi(y_w|x) - \\log \\pi(y_l|x)$ of a batch and
-    $h_{(k)}$ the k-th smallest: $L_{(k)} = -\\log \\sigma(\\beta (h_{\\theta (k)}
-    - h_{ref (k)}))$, smoothed as in `dpo`. A loss belongs to the pair that has the
-    policy's k-th margin.
-
-    Source: Melnyk et al. 2024 (arXiv 2406.05882), equation 8 (paired, logistic).
-
-    Args:
-      policy_chosen_logps: see `dpo`, as are the three that follow; the last axis is the
-        batch whose quantiles are compared.
-      policy_rejected_logps: of the rejected responses.
-      reference_chosen_logps: under the reference.
-      reference_rejected_logps: under the reference.
-      beta: inverse temperature.
-      label_smoothing: probability that a label is wrong, from 0 to below 0.5.
-      where: True for the pairs that count; the others give loss 0.
-
-    Returns:
-      See `dpo`.
-
-    Raises:
-      ValueError: the shapes differ, or a parameter is out of range.
-    """
-    check_range("aot", above=0, beta=beta)
-    check_smoothing("aot", label_smoothing)
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = checked(
-        "aot",
-        policy_chosen_logps=policy_chosen_logps,
-        policy_rejected_logps=policy_rejected_logps,
-        reference_chosen_logps=jax.lax.stop_gradient(reference_chosen_logps),
-        reference_rejected_logps=jax.lax.stop_gradient(reference_rejected_logps),
-    )
-    differences = _quantile_differences(
-        policy_chosen - policy_rejected, reference_chosen - reference_rejected, where
-    )
-    losses = smoothed_logistic(beta * differences, label_smoothing)
-    return without_gradient(
-        losses if where is None else jnp.where(where, losses, 0.0),
-        beta * (policy_chosen - reference_chosen),
-        beta * (policy_rejected - reference_rejected),
-    )
-
-
-def aot_unpaired(
-    policy_chosen_logps: Float[Array, "*batch pairs"],
-    policy_rejected_logps: Float[Array, "*batch pairs"],
-    reference_chosen_logps: Float[Array, "*batch pairs"],
-    reference_rejected_logps: Float[Array, "*batch pairs"],
-    *,
-    beta: Scalar = 0.1,
-    label_smoothing: Scalar = 0.0,
-    where: Bool[Array, "*batch pairs"] | None = None,
-) -> PreferenceOutput:
-    """AOT for unpaired data: chosen log-ratios dominate rejected ones, quantile by quantile.
-
-    Formula, with rewards as in `dpo`, the chosen ones sorted and the rejected ones sorted:
-    $L_{(k)} = -\\log \\sigma(\\hat r_{w (k)} - \\hat r_{l (k)})$. A loss belongs to the pair
-    that has the k-th chosen reward.
-
-    Source: Melnyk et al. 2024 (arXiv 2406.05882), equation 10 (unpaired, logistic).
-
-    Args:
-      policy_chosen_logps: see `aot`, as is all that follows.
-      policy_rejected_logps: of the rejected responses.
-      reference_chosen_logps: under the reference.
-      reference_rejected_logps: under the reference.
-      beta: inverse temperature of the implicit reward.
-      label_smoothing: probability that a label is wrong, from 0 to below 0.5.
-      where: True for the pairs that count; the others give loss 0.
-
-    Returns:
-      See `dpo`.
-
-    Raises:
-      ValueError: the shapes differ, or a parameter is out of range.
-    """
-    check_smoothing("aot_unpaired", label_smoothing)
-    chosen, rejected = _rewards(
-        "aot_unpaired",
-        beta,
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-    )
-    losses = smoothed_logistic(_quantile_differences(chosen, rejected, where), label_smoothing)
-    losses = losses if where is None else jnp.where(where, losses, 0.0)
-    return without_gradient(losses, chosen, rejected)
 
 
 def apo_zero(
@@ -499,7 +387,7 @@ def apo_zero(
     Raises:
       ValueError: the shapes differ, or a parameter is out of range.
     """
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "apo_zero",
         beta,
         policy_chosen_logps,
@@ -538,7 +426,7 @@ def apo_down(
     Raises:
       ValueError: the shapes differ, or a parameter is out of range.
     """
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "apo_down",
         beta,
         policy_chosen_logps,
@@ -581,7 +469,7 @@ def discopop(
       ValueError: the shapes differ, or a parameter is out of range.
     """
     check_range("discopop", above=0, below=1, temperature=temperature)
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "discopop",
         beta,
         policy_chosen_logps,
@@ -629,7 +517,7 @@ def bco(
     Raises:
       ValueError: the shapes differ, or a parameter is out of range.
     """
-    chosen, rejected = _rewards(
+    chosen, rejected = implicit_rewards(
         "bco",
         beta,
         policy_chosen_logps,
@@ -640,47 +528,6 @@ def bco(
     shift = jax.lax.stop_gradient(shift)
     losses = -jax.nn.log_sigmoid(chosen - shift) - jax.nn.log_sigmoid(shift - rejected)
     return without_gradient(losses, chosen, rejected)
-
-
-def without_gradient(
-    losses: Float[Array, "*batch"],
-    chosen_rewards: Float[Array, "*batch"],
-    rejected_rewards: Float[Array, "*batch"],
-) -> PreferenceOutput:
-    """The output of a loss, with rewards that carry no gradient."""
-    stop = jax.lax.stop_gradient
-    return PreferenceOutput(losses, stop(chosen_rewards), stop(rejected_rewards))
-
-
-def smoothed_logistic(
-    margins: Float[Array, "*batch"], label_smoothing: Scalar = 0.0
-) -> Float[Array, "*batch"]:
-    """$-(1 - \\epsilon) \\log \\sigma(m) - \\epsilon \\log \\sigma(-m)$ of margins, in nats."""
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(
-        margins
-    ) - label_smoothing * jax.nn.log_sigmoid(-margins)
-
-
-def _log_ratios(
-    loss: str, policy_chosen: Array, policy_rejected: Array, chosen: Array, rejected: Array
-) -> tuple[Array, Array]:
-    """Log-ratios of policy to reference, of the chosen and of the rejected responses."""
-    policy_chosen, policy_rejected, chosen, rejected = checked(
-        loss,
-        policy_chosen_logps=policy_chosen,
-        policy_rejected_logps=policy_rejected,
-        reference_chosen_logps=chosen,
-        reference_rejected_logps=rejected,
-    )
-    stop = jax.lax.stop_gradient
-    return policy_chosen - stop(chosen), policy_rejected - stop(rejected)
-
-
-def _rewards(loss: str, beta: Scalar, *logps: Array) -> tuple[Array, Array]:
-    """Implicit rewards of the chosen and of the rejected responses."""
-    check_range(loss, above=0, beta=beta)
-    chosen, rejected = _log_ratios(loss, *logps)
-    return beta * chosen, beta * rejected
 
 
 def _per_token(
@@ -696,16 +543,3 @@ def _per_token(
         raise ValueError(f"{loss} got one of chosen_lengths and rejected_lengths; pass both.")
     checked(loss, chosen=chosen, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     return per_token(chosen, chosen_lengths), per_token(rejected, rejected_lengths)
-
-
-def _quantile_differences(a: Array, b: Array, where: Array | None) -> Array:
-    """The k-th smallest `a` less the k-th smallest `b`, at the place of the k-th `a`."""
-    # Pairs that do not count are sorted to the end of both, so that the others have the same
-    # ranks in both.
-    last = 0.0 if where is None else jnp.where(where, 0.0, jnp.inf)
-    if where is not None:
-        # The value of a pair that does not count may be anything, even NaN.
-        a, b = jnp.where(where, a, 0.0), jnp.where(where, b, 0.0)
-    by_a, by_b = (jnp.argsort(jax.lax.stop_gradient(x) + last, axis=-1) for x in (a, b))
-    differences = jnp.take_along_axis(a, by_a, -1) - jnp.take_along_axis(b, by_b, -1)
-    return jnp.take_along_axis(differences, jnp.argsort(by_a, axis=-1), -1)

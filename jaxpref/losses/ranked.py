@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses.inputs import check_range, checked, per_token
-from jaxpref.losses.preference import Scalar
+from jaxpref.losses.pairs import Scalar
 from jaxpref.losses.reward import plackett_luce
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpref.losses.inputs import check_range, check_smoothing, checked, per_token
-from jaxpref.losses.preference import (
+from jaxpref.losses.pairs import (
     PreferenceOutput,
     Scalar,
     smoothed_logistic,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses.inputs import check_range, checked, in_float32
-from jaxpref.losses.preference import Scalar
+from jaxpref.losses.pairs import Scalar
 
 
 def bradley_terry(

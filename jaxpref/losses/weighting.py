@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxpref.losses.inputs import check_range, checked
-from jaxpref.losses.preference import Scalar
+from jaxpref.losses.pairs import Scalar
 
 
 def length_desensitized(

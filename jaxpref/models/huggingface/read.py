@@ -160,7 +160,7 @@ def load_params(model: Decoder, abstract: Any) -> Any:
                 params[part.path] = value
                 continue
             if part.path not in params:
-                params[part.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)
+                params[part.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)()
             index = np.asarray(place.entry, np.int32)
             # This waits, because a tensor is in host memory until its device has it.
             params[part.path] = jax.block_until_ready(
@@ -192,8 +192,10 @@ def _unstacked(sharding: Sharding, stack: int) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stack:]))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
+    """A function that makes an empty stack where it shall be; compiled once for its shape."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache

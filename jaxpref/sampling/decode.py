@@ -1,0 +1,163 @@
+"""The compiled part of generation: prompts are read, then one token after another is sampled."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from jaxpref import models
+from jaxpref.models import Cache, Decoder
+from jaxpref.sampling.distribution import Sampling, draw, truncated
+
+
+class Rows(NamedTuple):
+    """What is being decoded: P prompts with K samples each.
+
+    Attributes:
+      cache: keys and values.
+      keys: of the prompts' random numbers.
+      prompt_lengths: tokens of each prompt.
+      tokens: sampled so far; 0 after.
+      logps: see `Generated`.
+      sampled_logps: see `Generated`.
+      lengths: tokens sampled so far.
+      stopped: whether a stop token was among them; True as well where there is no prompt.
+    """
+
+    cache: Cache
+    keys: Key[Array, " P"]
+    prompt_lengths: Int[Array, " P"]
+    tokens: Int[Array, "P K new"]
+    logps: Float[Array, "P K new"]
+    sampled_logps: Float[Array, "P K new"]
+    lengths: Int[Array, "P K"]
+    stopped: Bool[Array, "P K"]
+
+
+def done(rows: Rows) -> Bool[Array, "P K"]:
+    """Which responses have ended, by a stop token or by their length."""
+    return rows.stopped | (rows.lengths >= rows.tokens.shape[-1])
+
+
+def _said(settings: Sampling, logits: Array, rows: Rows) -> Rows:
+    """One more token in every sample that is not done, from its logits `[P, K, vocabulary]`."""
+    temperatures = settings.temperatures
+    warm = jnp.asarray([t or 1.0 for t in temperatures], logits.dtype)
+    plain = settings.plain
+    cut = logits if plain else logits / warm[None, :, None]
+    cut = truncated(cut, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p)
+
+    def key_of(key: Array, sample: Array, place: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(key, sample), place)
+
+    of_samples = jax.vmap(key_of, (None, 0, 0))
+    keys = jax.vmap(of_samples, (0, None, 0))(rows.keys, jnp.arange(settings.samples), rows.lengths)
+    token, sampled = jax.vmap(jax.vmap(draw))(keys, cut)
+    if 0 in temperatures:
+        greedy = jnp.asarray([t == 0 for t in temperatures])[None]
+        token = jnp.where(greedy, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
+        sampled = jnp.where(greedy, 0, sampled)
+    logp = sampled
+    if not plain:
+        of_token = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+        logp = of_token - jax.nn.logsumexp(logits, axis=-1)
+    goes_on = ~done(rows)
+    places = jnp.arange(rows.tokens.shape[-1])[None, None]
+    here = (places == rows.lengths[..., None]) & goes_on[..., None]
+    stops = jnp.isin(token, jnp.asarray(settings.stops, jnp.int32)) if settings.stops else False
+
+    def noted(values: Array, new: Array) -> Array:
+        return jnp.where(here, new[..., None].astype(values.dtype), values)
+
+    return rows._replace(
+        tokens=noted(rows.tokens, token),
+        logps=noted(rows.logps, logp),
+        sampled_logps=noted(rows.sampled_logps, sampled),
+        lengths=rows.lengths + goes_on,
+        stopped=rows.stopped | (goes_on & stops),
+    )
+
+
+def _logits(model: Decoder, weights: Any, hidden: Array) -> Array:
+    return model.apply({"params": weights}, method="lm_head").logits(hidden)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def begin(
+    model: Decoder,
+    settings: Sampling,
+    slots: int,
+    weights: Any,
+    tokens: Int[Array, "P length"],
+    lengths: Int[Array, " P"],
+    key_data: UInt[Array, "P words"],
+) -> Rows:
+    """Reads prompts, padded on the right, and samples the first token of each response."""
+    prompts, length = tokens.shape
+    # A row without a prompt reads its padding, since a softmax needs something to look at.
+    real = jnp.arange(length)[None] < jnp.maximum(lengths, 1)[:, None]
+    hidden, kept = model.apply({"params": weights}, tokens, real, method="prefill")
+    cache = models.branch(kept, real, settings.samples, slots, settings.cache_dtype)
+    logits = _logits(model, weights, hidden)
+    shape = (prompts, settings.samples)
+    nothing = jnp.zeros((*shape, settings.max_new_tokens), logits.dtype)
+    rows = Rows(
+        cache,
+        jax.random.wrap_key_data(key_data),
+        lengths,
+        nothing.astype(jnp.int32),
+        nothing,
+        nothing,
+        jnp.zeros(shape, jnp.int32),
+        jnp.broadcast_to((lengths == 0)[:, None], shape),
+    )
+    return _said(settings, jnp.broadcast_to(logits[:, None], (*shape, logits.shape[-1])), rows)
+
+
+def _decode(
+    model: Decoder,
+    settings: Sampling,
+    sizes: tuple[int, ...],
+    weights: Any,
+    rows: Rows,
+    groups: Int[Array, ""],
+) -> Rows:
+    """Samples until so many prompts have all of their responses.
+
+    The branches have room for `sizes[0]` tokens at first, which grows, so that the first tokens
+    are not paid for by reading empty slots. The last size is a ring that goes round and round.
+    """
+
+    def step(rows: Rows) -> Rows:
+        last = jnp.maximum(rows.lengths - 1, 0)
+        token = jnp.take_along_axis(rows.tokens, last[..., None], axis=-1)[..., 0]
+        positions = rows.prompt_lengths[:, None] + last
+        hidden, cache = model.apply(
+            {"params": weights}, token, positions, rows.cache, method="step"
+        )
+        return _said(settings, _logits(model, weights, hidden), rows._replace(cache=cache))
+
+    for size in sizes:
+        rows = rows._replace(cache=models.widened(rows.cache, size))
+
+        def goes_on(rows: Rows, size: int = size) -> Array:
+            more = done(rows).all(axis=1).sum() < groups
+            return more if size == sizes[-1] else more & (rows.cache.places.used < size)
+
+        rows = jax.lax.while_loop(goes_on, step, rows)
+    return rows
+
+
+# Room that grows leaves buffers of the old size, which no result can take over.
+decode_growing = jax.jit(_decode, static_argnums=(0, 1, 2))
+decode_ring = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4)
+
+
+@partial(jax.jit, donate_argnums=0)
+def seat(rows: Rows, new: Rows, seats: Int[Array, " new"]) -> Rows:
+    """Puts other prompts into the seats of those that are done."""
+    used = rows.cache.places.used
+    put = jax.tree.map(lambda old, x: old.at[seats].set(x) if x.ndim else old, rows, new)
+    return put._replace(cache=put.cache._replace(places=put.cache.places._replace(used=used)))

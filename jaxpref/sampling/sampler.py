@@ -1,0 +1,308 @@
+"""Prompts go in, responses come out: where a prompt sits, and how much room its samples get."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxpref import models, sharding
+from jaxpref.models import Decoder
+from jaxpref.sampling import decode
+from jaxpref.sampling.decode import Rows
+from jaxpref.sampling.distribution import Sampling
+
+# Prompts are padded to a multiple of this, so that few lengths are compiled.
+_PROMPT_STEP = 64
+# Branches begin with room for so many tokens, or all; growing to more is another loop to compile.
+_FIRST_SLOTS = 32
+# Rooms of more tokens than this are multiples of it, which CPUs read faster.
+_SLOT_STEP = 16
+
+
+class Generated(NamedTuple):
+    """What was said to prompts, as NumPy arrays.
+
+    Attributes:
+      tokens: ids; 0 after a response's end.
+      lengths: tokens of each response, the stop token among them; at least 1.
+      stopped: whether a response ended with a stop token; else it was cut.
+      logps: of each token under the policy, at temperature 1 and without truncation, in nats; 0
+        after a response's end.
+      sampled_logps: of each token under the distribution that it was drawn from; for a greedy
+        sample 0.
+    """
+
+    tokens: Int[np.ndarray, "prompts samples new"]
+    lengths: Int[np.ndarray, "prompts samples"]
+    stopped: Bool[np.ndarray, "prompts samples"]
+    logps: Float[np.ndarray, "prompts samples new"]
+    sampled_logps: Float[np.ndarray, "prompts samples new"]
+
+    def responses(self, prompt: int) -> list[Int[np.ndarray, " _"]]:
+        """The token ids of each response to a prompt."""
+        return [
+            row[:length]
+            for row, length in zip(self.tokens[prompt], self.lengths[prompt], strict=True)
+        ]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
+    """See `Sampler.prepare`."""
+    dtype = jnp.dtype(model.config.dtype)
+    base, merged = models.merge_adapters(model, params)
+    unrolled, weights = models.unroll(base, models.dequantize(merged))
+    # Norms stay as they are: they are computed in float32.
+    weights = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
+    if mesh is None:
+        return weights
+    boxed = jax.eval_shape(lambda: models.init_params(unrolled, jax.random.key(0), boxed=True))
+    places = sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
+    return jax.lax.with_sharding_constraint(weights, places)
+
+
+class Sampler:
+    """Samples from one model by the same settings, again and again."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        settings: Sampling,
+        *,
+        mesh: Mesh | None = None,
+        at_once: int = 0,
+        prompt_length: int = 0,
+    ):
+        """Prepares what does not depend on the parameters.
+
+        Args:
+          model: a language model.
+          settings: how to sample.
+          mesh: over which prompts are split; None for one device.
+          at_once: prompts that are decoded together; others wait until some are done. 0: all.
+          prompt_length: what prompts are padded to, at least; with a bound of their lengths here
+            they are compiled for once.
+
+        Raises:
+          ValueError: the settings cannot be used, or the model has no LM head.
+        """
+        settings.check()
+        if model.config.scalar_head:
+            raise ValueError("a model with a scalar head gives no words to sample from.")
+        self.settings = settings
+        self._mesh, self._at_once, self._prompt_length = mesh, at_once, prompt_length
+        self._given = model
+        base = models.without_adapters(model)
+        self._model = Decoder(base.config, unrolled=True)
+
+    def prepare(self, params: Any) -> Any:
+        """The parameters as decoding takes them: adapters merged, in the compute dtype.
+
+        They are a copy, whole on every device but for what `mesh.tensor` splits: from parts along
+        their width they would be gathered anew for every token.
+        """
+        return _prepared(self._given, self._mesh, params)
+
+    def __call__(
+        self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
+    ) -> Generated:
+        """Samples responses.
+
+        Args:
+          weights: from `prepare`.
+          prompts: token ids of each, at least one.
+          keys: of each prompt's random numbers, see `prompt_keys`.
+
+        Raises:
+          ValueError: there are no prompts, or not as many keys; a prompt is empty, has ids that
+            the model does not know, or is so long that a response would leave its positions.
+        """
+        numbers, said = zip(*self.as_they_end(weights, prompts, keys), strict=True)
+        order = np.argsort(np.concatenate(numbers))
+        return Generated(*(np.concatenate(parts)[order] for parts in zip(*said, strict=True)))
+
+    def as_they_end(
+        self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
+    ) -> Iterator[tuple[list[int], Generated]]:
+        """The same, as soon as all samples of some prompts have ended.
+
+        Yields:
+          The numbers of these prompts, and what was said to them.
+        """
+        if len(prompts) != len(keys) or not len(prompts):
+            raise ValueError(f"expected a key a prompt; got {len(keys)} for {len(prompts)}.")
+        self._check(prompts)
+        longest = max(map(len, prompts))
+        if longest > (length := self._prompt_length):
+            length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+        shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
+        at_once = min(self._at_once or len(prompts), len(prompts))
+        seats = -(-at_once // shards) * shards
+        begin = partial(self._begin, weights, prompts, keys, length)
+        slots = _room(self.settings.max_new_tokens - 1)
+        if seats < len(prompts):
+            yield from self._in_turn(weights, begin, len(prompts), seats, slots)
+            return
+        first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
+        sizes = tuple(sorted({first, max(_room(slots // 2), first), slots}))
+        with self._in_mesh():
+            rows = begin(range(len(prompts)), seats, sizes[0])
+            settings = self.settings
+            rows = decode.decode_growing(
+                self._model, settings, sizes, weights, rows, jnp.asarray(seats)
+            )
+        yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
+
+    def _in_mesh(self) -> AbstractContextManager[None]:
+        if self._mesh is None:
+            return nullcontext()
+        return sharding.use(self._mesh, sharding.GENERATION_RULES)
+
+    def _check(self, prompts: Sequence[np.ndarray]) -> None:
+        config = self._model.config
+        # The last token of a response is not read any more.
+        room = config.max_length - self.settings.max_new_tokens + 1
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {number} is empty; BOS will do.")
+            if not 0 <= prompt.min() <= prompt.max() < config.vocabulary_size:
+                raise ValueError(
+                    f"prompt {number} should have ids from 0 to {config.vocabulary_size - 1}; got "
+                    f"{prompt.min()} to {prompt.max()}."
+                )
+            if config.max_length and len(prompt) > room:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens, and max_new_tokens is "
+                    f"{self.settings.max_new_tokens}, but the model knows only "
+                    f"{config.max_length} positions."
+                )
+
+    def _in_turn(
+        self, weights: Any, begin: Callable[..., Rows], prompts: int, seats: int, slots: int
+    ) -> Iterator[tuple[list[int], Generated]]:
+        """More prompts than seats: those that are done make room for those that wait."""
+        # A quarter of the seats is filled at a time: to read one prompt costs nearly as much as
+        # to read several, and to wait until all are done would leave seats idle.
+        shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
+        few = -(-max(seats // 4, 1) // shards) * shards
+        waiting = deque(range(seats, prompts))
+        sitting: list[int | None] = list(range(seats))
+        with self._in_mesh():
+            rows = begin(range(seats), seats, slots)
+        while any(number is not None for number in sitting):
+            target = jnp.asarray(few if waiting else seats)
+            with self._in_mesh():
+                rows = decode.decode_ring(
+                    self._model, self.settings, (slots,), weights, rows, target
+                )
+            done = np.all(np.asarray(sharding.fetch(decode.done(rows))), axis=1).tolist()
+            ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
+            sitting = [None if seat in ended else n for seat, n in enumerate(sitting)]
+            yield list(ended.values()), _fetched(rows, list(ended))
+            free = [seat for seat, number in enumerate(sitting) if number is None]
+            while waiting and len(free) >= few:
+                numbers = [waiting.popleft() for _ in range(min(few, len(waiting)))]
+                taken, free = free[:few], free[few:]
+                with self._in_mesh():
+                    rows = decode.seat(
+                        rows, begin(numbers, few, slots), jnp.asarray(taken, jnp.int32)
+                    )
+                for seat, number in zip(taken, numbers, strict=False):
+                    sitting[seat] = number
+
+    def _begin(
+        self,
+        weights: Any,
+        prompts: Sequence[np.ndarray],
+        keys: Array,
+        length: int,
+        numbers: Sequence[int],
+        seats: int,
+        slots: int,
+    ) -> Rows:
+        """Seats the prompts of these numbers; further seats stay empty."""
+        tokens, lengths = np.zeros((seats, length), np.int32), np.zeros(seats, np.int32)
+        index = np.zeros(seats, np.int32)
+        for seat, number in enumerate(numbers):
+            index[seat], lengths[seat] = number, len(prompts[number])
+            tokens[seat, : lengths[seat]] = prompts[number]
+        put = partial(sharding.put_rows, self._mesh) if self._mesh else jnp.asarray
+        # Where there are several processes an array of keys cannot be put on all devices itself.
+        data = jax.random.key_data(keys)[index]
+        return decode.begin(
+            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
+        )
+
+
+def _room(tokens: int) -> int:
+    """Slots for so many tokens of a branch, at least one."""
+    return -(-tokens // _SLOT_STEP) * _SLOT_STEP if tokens > _SLOT_STEP else max(tokens, 1)
+
+
+def _fetched(rows: Rows, seats: Sequence[int]) -> Generated:
+    """What was said in these seats."""
+    fields = (rows.tokens, rows.lengths, rows.stopped, rows.logps, rows.sampled_logps)
+    index = np.asarray(list(seats), np.int64)
+    return Generated(*(np.asarray(x)[index] for x in sharding.fetch(fields)))
+
+
+def generate(
+    model: Decoder,
+    params: Any,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    keys: Key[Array, " prompts"],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 128,
+    stops: Sequence[int] = (),
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    cache_dtype: str | None = None,
+    at_once: int = 0,
+) -> Generated:
+    """Samples responses to prompts.
+
+    Args:
+      model: a language model.
+      params: of the model.
+      prompts: token ids of each, at least one.
+      keys: of each prompt's random numbers, see `prompt_keys`.
+      samples: see `Sampling`, also for those that follow.
+      max_new_tokens: of a response.
+      stops: token ids.
+      temperature: one for all samples, or one for each.
+      top_k: see `Sampling`.
+      top_p: see `Sampling`.
+      min_p: see `Sampling`.
+      cache_dtype: see `Sampling`.
+      at_once: prompts that are decoded together; 0: all.
+
+    Raises:
+      ValueError: something of it cannot be used.
+
+    >>> from jaxpref import models
+    >>> from jaxpref.sampling import prompt_keys
+    >>> shape = {"width": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8,
+    ...          "feed_forward": 8, "rope": (models.make_rope(head_dim=8),)}
+    >>> model = models.Decoder(models.DecoderConfig(vocabulary_size=16, **shape))
+    >>> params = models.init_params(model, jax.random.key(0))
+    >>> said = generate(model, params, [np.array([1, 2, 3])], prompt_keys(0, 0, 1), samples=2,
+    ...                 max_new_tokens=4, stops=[5])
+    >>> said.tokens.shape, bool((said.lengths <= 4).all())
+    ((1, 2, 4), True)
+    """
+    given = temperature if isinstance(temperature, int | float) else tuple(temperature)
+    settings = Sampling(
+        samples, max_new_tokens, tuple(stops), given, top_k, top_p, min_p, cache_dtype
+    )
+    sampler = Sampler(model, settings, at_once=at_once)
+    return sampler(sampler.prepare(params), prompts, keys)
