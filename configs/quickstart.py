@@ -43,12 +43,12 @@ def get_config(stage: str = "sft") -> ConfigDict:
     config.train.log_every = 10
     if stage == "sft":
         config.optimizer.learning_rate = 3e-3
-        config.train.steps = 160
+        config.train.steps = 100
     else:
         config.model.init_from = "runs/quickstart/sft"
         if stage == "dpo":
             config.algorithm.beta = 0.3
         config.optimizer.learning_rate = 3e-4
-        config.train.steps = 80
-        config.train.eval_every = 20
+        config.train.steps = 60
+        config.train.eval_every = 30
     return config

@@ -50,11 +50,25 @@ def attention(
         window: Array | int | None,
     ) -> Array:
         # Keeps nothing for the backward pass, where mask and scores are computed again.
-        mask = sees(queries, keys, window)
-        if soft_cap is None and query.dtype != jnp.float64:
-            return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
-        return _written_out(query, key, value, mask, scale, soft_cap)
+        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+        # With heads first the products need no other order of their operands.
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        scores = jnp.einsum("rhqd,rhkd->rhqk", query, key, preferred_element_type=dtype)
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        if soft_cap is not None:
+            scores, factor = soft_cap * jnp.tanh(scores * (factor / soft_cap)), 1.0
+        # Added, not chosen by the mask, which XLA fuses with the rest; half of the lowest number
+        # leaves room for the score.
+        scores += jnp.where(sees(queries, keys, window), 0, jnp.finfo(dtype).min / 2)[:, None]
+        highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(factor * (scores - highest))
+        found = jnp.einsum(
+            "rhqk,rhkd->rhqd", weights.astype(value.dtype), value, preferred_element_type=dtype
+        )
+        # To divide what is found is less work than to divide every weight.
+        return (found / weights.sum(axis=-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
 
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
     length, blocks = query.shape[1], []
     for start in range(0, length, block_size):
         end = min(start + block_size, length)
@@ -69,25 +83,3 @@ def attention(
             )
         )
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
-
-
-def _written_out(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array,
-    scale: float | None,
-    soft_cap: float | None,
-) -> Array:
-    """With what `jax.nn.dot_product_attention` lacks: bounded scores, a softmax in float64."""
-    rows, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(rows, length, kv_heads, heads // kv_heads, head_dim)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("rqkgd,rskd->rkgqs", grouped, key, preferred_element_type=dtype)
-    scores *= head_dim**-0.5 if scale is None else scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("rkgqs,rskd->rqkgd", weights, value).reshape(query.shape)
