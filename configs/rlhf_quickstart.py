@@ -50,7 +50,7 @@ def get_config(method: str = "rloo") -> ConfigDict:
         config.algorithm.beta = 0.2
     config.optimizer.learning_rate = SETTINGS[method].get("learning_rate", 3e-4)
     config.optimizer.warmup_steps = 5
-    config.train.steps = 25
+    config.train.steps = 30
     config.train.log_every = 5
     return config
 
