@@ -207,7 +207,9 @@ def begin(
     train = prompts_of(prompts)
     stream = BatchStream(train, batch_size=config.data.batch_size, budget=parts.budget)
     source = experience.Rollouts(parts, experience.Prompts(train, stream), Path(workdir))
-    update = make_update(online.policy, policy, optimizer, schedule, seed=config.seed)
+    update = make_update(
+        online.policy, policy, optimizer, schedule, reference=mode, seed=config.seed
+    )
     step = make_step(
         update,
         None if critic is None else critic.update(online.critic),

@@ -175,7 +175,8 @@ def attend(
         visible = held >= 0
         if window is not None:
             visible &= positions[..., None] - held < window
-        return jnp.where(visible[:, :, None, None], scores, jnp.finfo(accumulator).min)
+        # Added, see `attention`.
+        return scores + jnp.where(visible, 0, jnp.finfo(accumulator).min / 2)[:, :, None, None]
 
     each, new_keys, new_values = (x.reshape(*shape, -1, head_dim) for x in (query, key, value))
     of_prompt = by_branch(scores(by_prompt(each), held.prompt_keys))

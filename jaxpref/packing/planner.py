@@ -105,25 +105,29 @@ def plan_micro_batches(
         scored_tokens + len(of_group) * prompt
         for scored_tokens, of_group, prompt in zip(scored, parts, prompt_lengths, strict=True)
     ]
-    found: list[tuple[list[int], Plan]] = []
+    most = rows * budget.row_length, rows * budget.scored_length
+    opened: list[_Filling] = []
+    found: list[Plan] = []
     for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
-        for number, (held, _) in enumerate([*found, ([], [])]):
-            groups = [*held, group]
-            if (
-                sum(sizes[g] for g in groups) > rows * budget.row_length
-                or sum(scored[g] for g in groups) > rows * budget.scored_length
-            ):
+        wanted = np.array([sizes[group], scored[group]])
+        for number, filling in enumerate([*opened, _Filling([], [], np.zeros(2, int))]):
+            if (filling.held + wanted > most).any():
                 continue
-            packed = _best_fit(
-                [part for g in groups for part in parts[g]],
+            # Groups come longest first, so that each is added to what was placed before it.
+            tried = _Filling(
+                [list(row) for row in filling.rows], list(filling.free), filling.held + wanted
+            )
+            _best_fit(
+                parts[group],
                 prompt_lengths,
                 response_lengths,
                 budget.row_length,
                 table,
+                into=tried,
             )
-            dealt = _dealt(packed, response_lengths, budget, rows)
+            dealt = _dealt(tried.rows, response_lengths, budget, rows)
             if dealt is not None:
-                found[number : number + 1] = [(groups, dealt)]
+                opened[number : number + 1], found[number : number + 1] = [tried], [dealt]
                 break
         else:
             raise ValueError(
@@ -132,7 +136,7 @@ def plan_micro_batches(
                 f"{budget.row_length} tokens and {budget.scored_length} scored ones each. Give it "
                 "more rows (sampling.rows), or make them longer (data.row_length)."
             )
-    return [dealt for _, dealt in found]
+    return found
 
 
 def plan_padded(
@@ -215,12 +219,27 @@ def _split(
     return [Part(group, tuple(sorted(part))) for part in parts]
 
 
+class _Filling(NamedTuple):
+    """Rows that are being filled.
+
+    Attributes:
+      rows: the parts of each.
+      free: tokens, and scored tokens, that each has room for.
+      held: tokens and scored tokens of all groups in them.
+    """
+
+    rows: Plan
+    free: list[tuple[int, int]]
+    held: Int[np.ndarray, " two"]
+
+
 def _best_fit(
     parts: Sequence[Part],
     prompt_lengths: Sequence[int],
     response_lengths: Lengths,
     row_length: int,
     scored_length: int | None = None,
+    into: _Filling | None = None,
 ) -> Plan:
     """Parts in rows, longest first, each in the fullest row that has room for it.
 
@@ -229,8 +248,7 @@ def _best_fit(
     most = row_length if scored_length is None else scored_length
     scored = {p: sum(response_lengths[p.group][k] for k in p.responses) for p in parts}
     sizes = {part: prompt_lengths[part.group] + scored[part] for part in parts}
-    rows: Plan = []
-    free: list[tuple[int, int]] = []
+    rows, free, _ = into or _Filling([], [], np.zeros(2, int))
     for part in sorted(parts, key=lambda part: -sizes[part]):
         fits = [
             (room, row)
