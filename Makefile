@@ -16,8 +16,9 @@ quickstart: .venv/installed
 		--config.model.init_from=$(RUNS)/sft --config.reward.path=$(RUNS)/reward \
 		--config.sampling.compare="('$(RUNS)/dpo',)"
 
+# Three workers keep two cores busy: a run waits now and then.
 test: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not process"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not long and not process"
 
 # Runs in processes of their own, which are killed, interrupted, or train together.
 test-process: .venv/installed-test

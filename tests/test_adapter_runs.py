@@ -259,11 +259,8 @@ def test_adapters_go_on_from_another_run(sft, tmp_path):
         train.run(small("dpo", sft), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    ["adapter"]
-    + [pytest.param(m, marks=pytest.mark.long) for m in ("live", "precomputed", "synced")],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["adapter", "live", "precomputed", "synced"])
 def test_the_reference_is_the_policy_that_training_starts_from(mode, sft, tmp_path):
     """SFT's adapters are DPO's first policy, and they are on in its reference."""
     config = lora_run(sft, reference__mode=mode, train__steps=1)

@@ -94,6 +94,7 @@ def test_the_base_takes_four_bits_and_the_bits_of_its_scales(folder):
     assert params["layers"]["query_lora_a"].dtype == jnp.float32
 
 
+@pytest.mark.long
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(folder, tmp_path):
     lines = metrics.read(folder / "run" / "metrics.jsonl")
     assert lines[0]["eval/loss"] == pytest.approx(np.log(2), rel=1e-3)
