@@ -28,18 +28,18 @@ test-process: .venv/installed-test
 # each from an empty cache: other rounding, the same results.
 ISAS ?= SSE4_2 AVX2
 NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py enumerable.py \
-	heads.py logprobs.py models.py packing.py policy_gradient.py pretrained.py \
-	sampling.py sharding.py trl_rollouts.py)
+	heads.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py \
+	rollouts.py sampling.py sharding.py trl_rollouts.py)
 test-isa: .venv/installed-test
 	for isa in $(ISAS); do \
 		rm -rf .jax_cache/$$isa; \
 		XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_max_isa=$$isa" JAX_COMPILATION_CACHE_DIR=.jax_cache/$$isa \
-			$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not torch" $(NUMERICAL) || exit 1; \
+			$(BIN)/python -m pytest -n 3 --dist loadfile -m "not long and not torch" $(NUMERICAL) || exit 1; \
 	done
 
 # Against transformers' PyTorch models, live; otherwise committed fixtures stand in for them.
 test-torch: .venv/installed-torch
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m torch
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m torch
 
 test-long: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
