@@ -182,7 +182,7 @@ def live(name):
 
 
 # A mode does not know the method: these are one of each family, and of each kind of state.
-EVERY_MODE = ("dpo", "bco", "kto", "plackett_luce_dpo")
+EVERY_MODE = ("dpo", "bco", "aot", "kto", "plackett_luce_dpo")
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,10 @@ def logps():
 
 
 def judged():
-    """Rewards of someone who prefers as the Bradley-Terry model has it: two of them differ by
-    the logistic noise that its labels are drawn with."""
+    """Rewards with Gumbel noise, so that which of two is higher is a Bradley-Terry label.
+
+    Without the noise the better one always wins, and DPO has another optimum.
+    """
     noise = np.random.default_rng(0)
     return lambda sampled: (
         online.rewarded(sampled) + noise.gumbel(size=len(sampled.response_ids)).astype(np.float32)

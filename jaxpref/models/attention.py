@@ -57,8 +57,8 @@ def attention(
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         if soft_cap is not None:
             scores, factor = soft_cap * jnp.tanh(scores * (factor / soft_cap)), 1.0
-        # Added, not chosen by the mask, which XLA fuses with the rest; half of the lowest number
-        # leaves room for the score.
+        # The mask is added: on CPUs XLA fuses an addition with the products, but not a choice.
+        # Half of the lowest number leaves room for the score.
         scores += jnp.where(sees(queries, keys, window), 0, jnp.finfo(dtype).min / 2)[:, None]
         highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(factor * (scores - highest))

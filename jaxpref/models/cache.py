@@ -175,7 +175,7 @@ def attend(
         visible = held >= 0
         if window is not None:
             visible &= positions[..., None] - held < window
-        # Added, see `attention`.
+        # The mask is added because that is faster, as in `jaxpref.models.attention`.
         return scores + jnp.where(visible, 0, jnp.finfo(accumulator).min / 2)[:, :, None, None]
 
     each, new_keys, new_values = (x.reshape(*shape, -1, head_dim) for x in (query, key, value))

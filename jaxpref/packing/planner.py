@@ -243,7 +243,8 @@ def _best_fit(
 ) -> Plan:
     """Parts in rows, longest first, each in the fullest row that has room for it.
 
-    A row has at most `scored_length` tokens of responses, unless a single one has more.
+    A row has at most `scored_length` tokens of responses, unless a single one has more. Where rows
+    are given in `into`, the parts are added to them in place.
     """
     most = row_length if scored_length is None else scored_length
     scored = {p: sum(response_lengths[p.group][k] for k in p.responses) for p in parts}
