@@ -1,10 +1,11 @@
 """Offline steps: one batch with as many rows as it needs, or micro-batches of one shape.
 
-    python benchmarks/micro_batches.py
+    python benchmarks/micro_batches.py [--data_path=hh-harmless.jsonl.gz]
 
-DPO at `configs/quickstart.py:dpo`. A batch as it is now compiles once for each number of rows;
-micro-batches of `--rows` rows compile once, and a step has as many as its groups need. Both sides
-train on the same pairs and take turns; steps are timed after all is compiled.
+DPO at `configs/quickstart.py:dpo`, or on HH at `configs/dpo_hh.py:tiny` with random weights. A
+whole batch compiles once for each number of rows; micro-batches of `--rows` rows (0: what
+`data.rows` chooses) compile once, and a step has as many as its groups need. All sides train on the
+same pairs and take turns; steps are timed after all is compiled.
 """
 
 import argparse
@@ -32,37 +33,38 @@ from jaxpref import (
 from jaxpref.reference import Live
 from jaxpref.tokenizer import load_tokenizer
 
-RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.py"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16], help="of a micro-batch")
+    parser.add_argument("--rows", type=int, nargs="+", default=[0, 4, 16], help="of a micro-batch")
     parser.add_argument("--steps", type=int, default=12, help="batches that each side trains on")
+    parser.add_argument("--data_path", help="of HH")
     args = parser.parse_args()
-    config = runpy.run_path(str(RECIPE))["get_config"]("dpo")
+    recipe, size = ("dpo_hh", "tiny") if args.data_path else ("quickstart", "dpo")
+    config = runpy.run_path(str(CONFIGS / f"{recipe}.py"))["get_config"](size)
+    if args.data_path:
+        config.data.path = args.data_path
     config.model.init_from = ""
     config_lib.check(config)
     tokenizer = load_tokenizer("bytes")
     model = models.build(config.model, len(tokenizer))
     dataset = data.load(config, tokenizer, "pairs").train
-    scored = packing.scored_budget(
-        dataset.prompt_lengths, dataset.response_lengths, config.data.row_length
-    )
-    budget = packing.Budget(config.data.row_length, scored)
-    stream = data.BatchStream(dataset, batch_size=config.data.batch_size, budget=budget)
-    steps = [[dataset.group(index) for index in stream.indices(step)] for step in range(args.steps)]
-    sides: dict[str, list[Any]] = {"one batch": [stream.batch(s) for s in range(args.steps)]}
-    for rows in args.rows:
-        found = [packing.pack_micro_batches(groups, budget, rows=rows) for groups in steps]
-        # As many as the longest step needs; those at the end that are empty are not computed.
-        most = max(len(batch.tokens) for batch in found)
-        sides[f"{rows} rows"] = [
-            packing.pack_micro_batches(groups, budget, rows=rows, micro_batches=most)
-            for groups in steps
-        ]
-
     mesh = sharding.make_mesh()
+    budget = data.budget_of(config, dataset, mesh)
+    size = config.data.batch_size
+    shapes: dict[str, Any] = {"one batch": None}
+    for rows in args.rows:
+        shape = packing.fixed_shape(
+            dataset.prompt_lengths, dataset.response_lengths, budget, batch_size=size, rows=rows
+        )
+        shapes[f"{shape.rows} rows{'' if rows else ', chosen'}"] = shape
+    sides: dict[str, list[Any]] = {}
+    for side, shape in shapes.items():
+        stream = data.BatchStream(dataset, batch_size=size, budget=budget, shape=shape)
+        sides[side] = [stream.batch(step) for step in range(args.steps)]
+
     optimizer, schedule = optimizer_lib.build(config.optimizer, args.steps)
     abstract, _ = train.abstract_state(model, optimizer, mesh)
     params = weights.load(config, weights.Source(None, None), model, abstract.policy)

@@ -52,7 +52,7 @@ def recipe(method: str, reward: str) -> ConfigDict:
     config = model_of(base.default(method))
     config.sampling.samples = 4
     config.sampling.max_new_tokens = 64
-    config.sampling.rows = 4
+    config.data.rows = 4
     config.reference.dtype = "bfloat16"
     config.reward.path = reward
     config.reward.dtype = "bfloat16"

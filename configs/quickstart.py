@@ -8,7 +8,7 @@ which is
     python -m jaxpref.main --config=configs/quickstart.py:dpo --workdir=runs/quickstart/dpo
 
 On two CPU cores (2026-11-22) both take less than two minutes; on held-out pairs DPO reaches
-a preference accuracy of 0.788 (the true reward: 0.807) and a rank correlation of 0.94 with
+a preference accuracy of 0.809 (the true reward: 0.807) and a rank correlation of 0.95 with
 the true reward. In the place of `dpo` any other method on data can stand, such as `reward` or
 `ipo`; `configs/rlhf_quickstart.py` has those that sample.
 """
@@ -49,6 +49,6 @@ def get_config(stage: str = "sft") -> ConfigDict:
         if stage == "dpo":
             config.algorithm.beta = 0.3
         config.optimizer.learning_rate = 3e-4
-        config.train.steps = 60
-        config.train.eval_every = 30
+        config.train.steps = 80
+        config.train.eval_every = 40
     return config

@@ -44,7 +44,7 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.eval.max_examples = 128
     config.sampling.samples = SETTINGS[method].get("samples", 4)
     config.sampling.max_new_tokens = 56
-    config.sampling.rows = 8
+    config.data.rows = 8
     if "beta" in config.algorithm:
         # With less the policy soon finds what the reward model likes by mistake.
         config.algorithm.beta = 0.2

@@ -41,7 +41,7 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.data.row_length = 256
     config.data.batch_size = RESPONSES // config.sampling.samples
     config.sampling.max_new_tokens = 64
-    config.sampling.rows = 8
+    config.data.rows = 8
     # All held-out prompts that are used are shown, since their rewards' signs are of interest.
     config.sampling.shown = 128
     config.eval.max_examples = 128

@@ -175,16 +175,11 @@ def _check_training(config: ConfigDict, method: Method) -> None:
             f"train.steps is 0 and train.epochs {config.train.epochs}, which is no number of "
             "steps; give either."
         )
-    if method.whole_batch and config.train.micro_batches > 1:
+    if method.compares_examples == "quantiles" and config.data.rows:
         raise UserError(
-            f"train.micro_batches is {config.train.micro_batches}, but {config.algorithm.name} "
-            "compares quantiles of a whole batch; leave it at 1, with a smaller data.batch_size if "
-            "need be."
-        )
-    if config.data.batch_size % config.train.micro_batches:
-        raise UserError(
-            f"train.micro_batches ({config.train.micro_batches}) should divide data.batch_size "
-            f"({config.data.batch_size})."
+            f"data.rows is {config.data.rows}, but {config.algorithm.name} compares quantiles of a "
+            "whole batch, which cannot be cut into micro-batches; leave it at 0, with a smaller "
+            "data.batch_size if need be."
         )
 
 
@@ -208,11 +203,6 @@ def _check_sampling(config: ConfigDict) -> None:
             f"model.lora.dropout is {config.model.lora.dropout}: the policy that is trained would "
             "not be the one that has sampled, so that ratios would not be 1 before any update; "
             "leave it at 0."
-        )
-    if config.train.micro_batches > 1:
-        raise UserError(
-            "train.micro_batches cuts a batch of data; sampled responses are trained "
-            "sampling.rows rows at a time, so leave it at 1."
         )
     if algorithm.get("kl_in") == "loss" and algorithm.kl_estimator == "k1":
         raise UserError(

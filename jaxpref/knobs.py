@@ -271,6 +271,16 @@ KNOBS: dict[str, Knob] = {
         "scored tokens in a row of the batch; 0: what the data's share of responses calls for",
         at_least=0,
     ),
+    "data.rows": Knob(
+        0,
+        "rows of a micro-batch, over all devices. A step has as many micro-batches as its groups "
+        "need, and adds up their gradients; memory grows with the rows, while what a step computes "
+        "does not depend on them. 0: an eighth of what an average batch needs (where responses are "
+        "sampled, one with the longest), or 2,048 tokens a device if that is more; for methods "
+        "that compare the examples of a step (aot, aot_unpaired, kto) all of a batch",
+        at_least=0,
+        resumable=True,
+    ),
     "data.turns": Knob(
         "all",
         "turns of the assistant that are trained in a conversation, after the first question, or "
@@ -377,12 +387,6 @@ KNOBS: dict[str, Knob] = {
         "parameters to train, as a regular expression for paths such as layers/query; empty: the "
         "adapters, with a reward model's head, if there are any, else all",
     ),
-    "train.micro_batches": Knob(
-        1,
-        "parts of a batch whose gradients are added up before the update. Held-out data is looked "
-        "at in parts of that size, and KTO's reference point there is that of a part.",
-        at_least=1,
-    ),
     "train.log_every": Knob(
         10, "steps between two lines of measurements", at_least=1, resumable=True
     ),
@@ -457,12 +461,6 @@ SAMPLING_KNOBS: dict[str, Knob] = {
         "prompts that are decoded together; those that are done make room for others. 0: all of a "
         "step",
         at_least=0,
-    ),
-    "sampling.rows": Knob(
-        8,
-        "rows of tokens that are trained at a time, over all devices. Memory grows with it; what a "
-        "step computes does not depend on it.",
-        at_least=1,
     ),
     "sampling.compare": Knob(
         (),

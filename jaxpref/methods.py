@@ -30,8 +30,9 @@ class Method:
       groups: the groups of knobs that it has beside those of every run, see `knobs.GROUPS`.
       defaults: what it sets otherwise than those groups, by dotted key.
       least_samples: the fewest responses to a prompt that it can learn from, where it samples.
-      whole_batch: whether it compares the examples of a step with each other, so that a batch
-        cannot be cut into micro-batches.
+      compares_examples: how it compares the examples of a step with each other: not at all (""),
+        by their "quantiles", so that a batch cannot be cut into micro-batches, or with a "mean",
+        which takes another forward pass over a batch that is cut.
     """
 
     summary: str
@@ -42,7 +43,7 @@ class Method:
     takes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     running: tuple[str, ...] = ()
-    whole_batch: bool = False
+    compares_examples: str = ""
     data_where: Mapping[str, Effect] = dataclasses.field(default_factory=dict)
     groups: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -268,14 +269,14 @@ METHODS: dict[str, Method] = {
         {**_RATIOS, **_SMOOTHED},
         reference="optional",
         takes=("where",),
-        whole_batch=True,
+        compares_examples="quantiles",
     ),
     "aot_unpaired": _pairs(
         "log-ratios of chosen and rejected responses compared by quantile (arXiv 2406.05882)",
         {**_RATIOS, **_SMOOTHED},
         reference="optional",
         takes=("where",),
-        whole_batch=True,
+        compares_examples="quantiles",
     ),
     "apo_zero": _pairs("pushes chosen rewards up, rejected ones down (arXiv 2408.06266)", _PAIRS),
     "apo_down": _pairs("pushes both down, rejected ones further (arXiv 2408.06266)", _PAIRS),
@@ -355,6 +356,7 @@ METHODS: dict[str, Method] = {
             "undesirable_weight": _weight(1.0, "responses labelled bad"),
         },
         reads=("labels",),
+        compares_examples="mean",
     ),
     "bco_unpaired": Method(
         "single responses, good or bad, with the mean reward as threshold (arXiv 2404.04656)",
@@ -410,7 +412,9 @@ METHODS: dict[str, Method] = {
 
 # Methods on pairs that look at each pair by itself, and so can learn from sampled ones.
 PAIRWISE = tuple(
-    name for name, method in METHODS.items() if method.family == "pairs" and not method.whole_batch
+    name
+    for name, method in METHODS.items()
+    if method.family == "pairs" and not method.compares_examples
 )
 
 # Methods that learn from what the policy samples.

@@ -217,9 +217,10 @@ class Log:
         if compiles:
             self.settle()
             self._shapes.add(shape)
+            count, rows, length = shape
             console.print(
-                f"step {step}: compiling for {shape[1]} rows of {shape[2]} tokens"
-                f" (shape {len(self._shapes)})"
+                f"step {step}: compiling for {'micro-batches of ' if count > 1 else ''}{rows} rows "
+                f"of {length} tokens (shape {len(self._shapes)})"
             )
         self._next = _Step(step, {}, tokens, groups, timed=not compiles)
 

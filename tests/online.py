@@ -92,7 +92,7 @@ def config_of(method, **changes):
             "data.max_prompt_length": 4,
             "data.row_length": 16,
             "sampling.max_new_tokens": 3,
-            "sampling.rows": 4,
+            "data.rows": 4,
             "algorithm.beta": 0.5,
             "reward.function": "online:rewarded",
             "train.steps": 4,

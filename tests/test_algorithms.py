@@ -55,8 +55,11 @@ def config_of(name, mode="live", **knobs):
 
 
 @functools.cache
-def batch_of(kind: str, groups: int = GROUPS, shards: int = 1, micro_batches: int = 1):
-    """Good responses are of tokens below 30, bad ones of those above, more the worse."""
+def batch_of(kind: str, groups: int = GROUPS, shards: int = 1, rows: int = 0):
+    """Good responses are of tokens below 30, bad ones of those above, more the worse.
+
+    Micro-batches have as many rows as they are said to; without, one has a row for each group.
+    """
     rng = np.random.default_rng(7)
     count = RESPONSES[kind]
     labels = np.arange(groups) % 2 == 0
@@ -71,17 +74,13 @@ def batch_of(kind: str, groups: int = GROUPS, shards: int = 1, micro_batches: in
         ]
         prompt = rng.integers(1, 60, 3).astype(np.int32)
         made.append(Group(prompt, [x.astype(np.int32) for x in ids]))
-    budget, size = Budget(32, 24, shards), groups // micro_batches
-    parts = []
-    for start in range(0, groups, size):
-        part = made[start : start + size]
-        plan = packing.widen(packing.plan(part, budget), groups, shards)
-        batch = packing.materialise(plan, part, budget, responses=count, batch_size=size)
-        if kind in ("unpaired", "mismatched"):
-            extras = {"labels": labels[start : start + size].astype(np.float32)}
-            batch = dataclasses.replace(batch, extras=extras)
-        parts.append(batch)
-    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+    batch = packing.pack_micro_batches(
+        made, Budget(32, 24, shards), shape=packing.Shape(rows or groups, 1), responses=count
+    )
+    if kind in ("unpaired", "mismatched"):
+        extras = {"labels": np.tile(labels.astype(np.float32), (len(batch.tokens), 1))}
+        batch = dataclasses.replace(batch, extras=extras)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def bigram(params, batch, key=None):
@@ -123,12 +122,12 @@ def mode_of(config, model):
     }[knobs.mode]
 
 
-def run(name, mode, steps=STEPS, micro_batches=1, **knobs):
+def run(name, mode, steps=STEPS, rows=0, **knobs):
     """Losses of some updates on one batch, and the last state."""
     config = config_of(name, mode, **knobs)
     model, params = model_for(name), params_of(mode == "adapter")
     algorithm = algorithms.build(config)
-    batch = batch_of(config_lib.data_kind(config), micro_batches=micro_batches)
+    batch = batch_of(config_lib.data_kind(config), rows=rows)
     trained, frozen = partition(params, config_lib.trainable(config))
     optimizer = optax.adam(3e-2)
     update = train.make_update(algorithm, model, optimizer, reference=mode_of(config, model))
@@ -350,17 +349,33 @@ def test_bco_reads_the_mean_reward_of_all_steps_before():
 @pytest.mark.parametrize("name", ["kto", "bco_unpaired", "dpo"])
 def test_micro_batches_change_no_update(name):
     """KTO's reference point too is that of the whole batch."""
-    whole, cut = live(name)[:3], run(name, "live", steps=3, micro_batches=4)[0]
+    whole, cut = live(name)[:3], run(name, "live", steps=3, rows=1)[0]
     assert_same_measurements(cut, whole)
     if name == "kto":
         assert whole[2]["kl"] > 0
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "kto", "all_pairs_dpo", "reward"])
+def test_micro_batches_change_nothing_that_is_measured_of_an_example(name):
+    mode = "live" if METHODS[name].reference == "needed" else "free"
+    config, model, params = config_of(name, mode), model_for(name), params_of()
+    other = jax.tree.map(lambda x: 1.1 * x, params)
+    look = train.make_eval_step(algorithms.build(config), model, reference=mode_of(config, model))
+    optimizer = optax.sgd(1.0)
+    state = train.initial_state(jax.tree.map(jnp.copy, params), optimizer)
+    whole, cut = (look(state, {}, other, batch_of(METHODS[name].data, rows=n)) for n in (0, 1))
+    # The lowest and the highest reward are those of a micro-batch.
+    for metric in whole.metrics.keys() - {"min_reward", "max_reward"}:
+        np.testing.assert_allclose(cut.metrics[metric], whole.metrics[metric], rtol=1e-9)
+    np.testing.assert_allclose(cut.loss, whole.loss, rtol=1e-9)
+    assert (whole.loss.weights > 0).all()
 
 
 @pytest.mark.parametrize("name", ["cpo", "orpo"])
 def test_a_likelihood_per_token_is_the_mean_over_the_batchs_tokens(name):
     """Also where the batch is cut into micro-batches of unequal lengths."""
     found, _ = run(name, "free", steps=2, nll_per_token=True)
-    cut, _ = run(name, "free", steps=2, micro_batches=4, nll_per_token=True)
+    cut, _ = run(name, "free", steps=2, rows=1, nll_per_token=True)
     assert_same_measurements(cut, found)
     batch = whole(batch_of("pairs"))
     logps, lengths = response_logps(params_of(), batch).T, batch.lengths.T
@@ -377,7 +392,7 @@ def test_a_likelihood_per_token_is_the_mean_over_the_batchs_tokens(name):
 
 def test_quantiles_need_the_whole_batch():
     config = config_of("aot")
-    config.train.micro_batches = 2
+    config.data.rows = 2
     with pytest.raises(config_lib.UserError, match="aot compares quantiles of a whole batch"):
         config_lib.check(config)
 

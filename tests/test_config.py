@@ -170,7 +170,6 @@ BAD = [
     ({"algorithm__name": "sft"}, "start from a recipe for sft"),
     ({"data__max_prompt_length": 512}, "max_prompt_length .512. should be below"),
     ({"data__row_length": 100}, "row_length .100. should be at least data.max_length"),
-    ({"train__micro_batches": 3}, "micro_batches .3. should divide data.batch_size .64."),
     ({"data__path": ""}, "data.path is empty"),
     ({"data__format": "synthetic"}, "leave data.path empty"),
     ({"data__eval_fraction": 1.0}, "eval_fraction should be from 0"),

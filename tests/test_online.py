@@ -51,7 +51,7 @@ def config_of(method, steps, **changes):
         "data__batch_size": 16,
         "data__row_length": 32,
         "sampling__samples": 8,
-        "sampling__rows": 16,
+        "data__rows": 16,
         "optimizer__learning_rate": 1e-2,
         "optimizer__schedule": "linear",
         "train__steps": steps,
@@ -79,7 +79,7 @@ METHODS = {
         {
             "sampling__samples": 2,
             "data__batch_size": 1024,
-            "sampling__rows": 256,
+            "data__rows": 256,
             "optimizer__learning_rate": 5e-3,
         },
     ),

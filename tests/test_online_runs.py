@@ -207,7 +207,7 @@ def raises(prompts, completions, **columns):
         ),
         ("rloo", {"reward__function": "test_online_runs:only_one"}, r"shape \(1,\) .*prompt: 'G"),
         ("rloo", {"reward__function": "test_online_runs:raises"}, "no network .*the prompt 'Guest"),
-        ("rloo", {"sampling__rows": 1, "sampling__samples": 9}, "sampling.rows is 1, which the"),
+        ("rloo", {"data__rows": 1, "sampling__samples": 9}, "data.rows is 1, which the"),
         ("rloo", {"reference__mode": "precomputed"}, "yet to be sampled"),
         ("rloo", {"data__batch_size": 3, "algorithm__minibatches": 2}, "should divide"),
         ("rloo", {"sampling__samples": 1}, "it needs at least 2"),

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 # Every kind of data beside sft's, and every piece of state beside parameters and moments: means
 # over the run, means over micro-batches, a reference that moves; computing in bfloat16.
 CASES = {
-    "mismatched": ("kto", {"train__micro_batches": 2}),
+    "mismatched": ("kto", {"data__rows": 2}),
     "unpaired, running mean": ("bco_unpaired", {}),
     "pairs, running mean": ("bco", {}),
     "mixture of losses": ("mpo", {}),

@@ -125,10 +125,10 @@ def assert_close(one, other):
 
 # Knobs, devices, and whether prompts change places.
 LAYOUTS = {
-    "all at once": ({"data__row_length": 9, "sampling__rows": 8}, 8, True),
-    "micro-batches": ({"data__row_length": 9, "sampling__rows": 3}, 1, False),
-    "permuted": ({"data__row_length": 16, "sampling__rows": 6}, 1, True),
-    "long rows": ({"data__row_length": 64, "sampling__rows": 2}, 1, False),
+    "all at once": ({"data__row_length": 9, "data__rows": 8}, 8, True),
+    "micro-batches": ({"data__row_length": 9, "data__rows": 3}, 1, False),
+    "permuted": ({"data__row_length": 16, "data__rows": 6}, 1, True),
+    "long rows": ({"data__row_length": 64, "data__rows": 2}, 1, False),
 }
 
 
@@ -141,7 +141,7 @@ LAYOUTS = {
 )
 def test_gradients_do_not_depend_on_how_a_step_is_cut(hows, layouts, wide):
     """Neither on micro-batches, rows, devices, the order of prompts, nor on what padding holds."""
-    run = wide(data__row_length=32, sampling__rows=8)
+    run = wide(data__row_length=32, data__rows=8)
     order = np.arange(len(PROMPTS))
     with sharding.use(run.parts.mesh):
         source, indices = run.source, order.tolist()
@@ -281,7 +281,7 @@ def test_groups_have_baselines_of_their_own(monkeypatch):
 
 def test_whitened_advantages_are_those_of_the_whole_step(monkeypatch):
     """Each prompt is an update, and a micro-batch, by itself."""
-    changes = {"algorithm__minibatches": 2, "sampling__rows": 3, "data__row_length": 8}
+    changes = {"algorithm__minibatches": 2, "data__rows": 3, "data__row_length": 8}
     run = online.begin(config_of("reinforce_pp", **changes), prompts=PROMPTS)
     given = run.sample()
     assert len(given.batches) == 2
@@ -362,7 +362,7 @@ def test_the_first_update_is_at_the_policy_that_sampled(shape, updates):
 
 def test_nothing_is_compiled_for_the_lengths_of_responses(monkeypatch):
     """Over 20 steps in which responses are long, short, or of any length."""
-    changes = {"sampling__rows": 2, "sampling__max_new_tokens": 6, "data__max_length": 10}
+    changes = {"data__rows": 2, "sampling__max_new_tokens": 6, "data__max_length": 10}
     run = online.begin(config_of("rloo", **changes), prompts=PROMPTS)
     run.train(1)
     rng, micro_batches = np.random.default_rng(0), set()

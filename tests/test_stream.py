@@ -2,11 +2,12 @@ from collections import Counter
 
 import jax
 import numpy as np
+import pytest
 from conftest import random_groups
 
 from jaxpref import packing
 from jaxpref.data import BatchStream, TokenizedDataset
-from jaxpref.packing import Budget
+from jaxpref.packing import Budget, Shape
 
 
 def dataset(count=23, responses=2, **fields):
@@ -65,20 +66,22 @@ def test_micro_batches_are_the_batch_in_parts_of_one_shape():
     data = dataset()
     extras = {"scores": np.arange(46.0).reshape(23, 2)}
     whole = stream(data, extras=extras).batch(1)
-    parts = stream(data, extras=extras, micro_batches=4).batch(1)
-    assert parts.tokens.ndim == 3
-    assert parts.tokens.shape[0] == 4
-    np.testing.assert_array_equal(parts.lengths.reshape(8, 2), whole.lengths[0])
-    np.testing.assert_array_equal(parts.extras["scores"].reshape(8, 2), whole.extras["scores"][0])
+    parts = stream(data, extras=extras, shape=Shape(2, 6)).batch(1)
+    assert parts.tokens.shape == (6, 2, 24)
+    assert parts.lengths.any(axis=(1, 2)).sum() == 2
+    np.testing.assert_array_equal(parts.lengths.sum(0), whole.lengths[0])
+    for scores in parts.extras["scores"]:
+        np.testing.assert_array_equal(scores, whole.extras["scores"][0])
     np.testing.assert_array_equal(
         whole.extras["scores"][0], extras["scores"][stream(data).indices(1)]
     )
 
 
-def test_once_gives_every_example_in_order_and_absent_groups_at_the_end():
+@pytest.mark.parametrize("shape", [None, Shape(2, 6)])
+def test_once_gives_every_example_in_order_and_absent_groups_at_the_end(shape):
     data = dataset()
-    batches = list(stream(data).once())
-    lengths = np.concatenate([b.lengths[0] for b in batches])
+    batches = list(stream(data, shape=shape).once())
+    lengths = np.concatenate([b.lengths.sum(0) for b in batches])
     assert lengths.shape == (24, 2)
     np.testing.assert_array_equal(lengths[:23], data.response_lengths)
     np.testing.assert_array_equal(lengths[23:], 0)

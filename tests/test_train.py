@@ -309,7 +309,7 @@ def test_reference_free_runs(tmp_path, capsys):
 
 def test_micro_batches_and_row_length_change_no_update(finished, tmp_path):
     """One global normaliser, and packing that only changes the cost: the same gradient."""
-    config = small("sft", train__micro_batches=4, data__row_length=160, train__steps=1)
+    config = small("sft", data__rows=2, data__row_length=160, train__steps=1)
     train.run(config, tmp_path)
     ours, whole = lines_of(tmp_path)[1], lines_of(finished / "sft")[1]
     for key in ("loss", "grad_norm", "logps/chosen"):

@@ -276,7 +276,7 @@ def test_transformers_reads_the_llama_from_scratch(tmp_path):
 def test_a_mixture_of_experts_trains_its_router_evenly_too(tmp_path):
     """The router's loss, which is 2 for an even use, is part of the loss and logged."""
     write_model(tmp_path / "hf", MIXTURE)
-    train.run(small("dpo", tmp_path / "hf", train__micro_batches=4), tmp_path / "run")
+    train.run(small("dpo", tmp_path / "hf", data__rows=1), tmp_path / "run")
     before, first, *_ = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert 0.5 * 1.9 < first["router_loss"] < 0.5 * 4
     np.testing.assert_allclose(first["loss"], np.log(2) + first["router_loss"], rtol=1e-5)

@@ -87,14 +87,16 @@ class Fill(NamedTuple):
 
 
 def fill(batches: Iterable[PackedBatch]) -> Fill:
-    """How full some batches are; each has a leading axis of micro-batches."""
+    """How full some batches are; micro-batches without any response are not computed."""
     rows: dict[int, int] = {}
     used, places, scored, table = 0, 0, 0, 0
     for batch in batches:
-        group = np.asarray(batch.group)
-        rows[group.shape[1]] = rows.get(group.shape[1], 0) + 1
+        held = (np.asarray(batch.lengths) > 0).any(axis=(1, 2))
+        group, target = np.asarray(batch.group)[held], np.asarray(batch.target)[held]
+        number = len(group) * group.shape[1]
+        rows[number] = rows.get(number, 0) + 1
         used, places = used + int((group > 0).sum()), places + group.size
-        scored, table = scored + int(np.sum(batch.lengths)), table + np.size(batch.target)
+        scored, table = scored + int(np.sum(batch.lengths)), table + target.size
     return Fill(rows, used / max(places, 1), scored / max(table, 1))
 
 

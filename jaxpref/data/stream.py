@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from jaxpref import packing, sharding
+from jaxpref import config as config_lib, packing, sharding
 from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.load import Data
-from jaxpref.packing import Budget, PackedBatch, Planner
+from jaxpref.errors import UserError
+from jaxpref.packing import Budget, PackedBatch, Planner, Shape
 
 _PREFETCH_THREADS = 2
 _PREFETCH_BATCHES = 4
@@ -35,7 +36,7 @@ class BatchStream:
         batch_size: int,
         budget: Budget,
         seed: int = 0,
-        micro_batches: int = 1,
+        shape: Shape | None = None,
         extras: dict[str, Float[np.ndarray, "examples ..."]] | None = None,
         weights: Mapping[str, float] | None = None,
         planner: Planner = packing.plan_tree,
@@ -47,17 +48,18 @@ class BatchStream:
           batch_size: groups a step.
           budget: the shape of a row.
           seed: of the order.
-          micro_batches: how many parts a batch has, stacked along a leading axis.
+          shape: of micro-batches that a batch is cut into, which are compiled for once (see
+            `packing.fixed_shape`). None: one, with as many rows as its groups need.
           extras: further values of each example, for `PackedBatch.extras`; they join those
             that the data set has.
           weights: the share of each of the data set's sources, by name. Without weights every
             example comes once in an epoch.
-          planner: how groups are placed in rows.
+          planner: how groups are placed in rows, where there is one micro-batch.
         """
         self._dataset = dataset
         self._batch_size = batch_size
         self.budget = budget
-        self._micro_batches = micro_batches
+        self._shape = shape
         self._extras = {**dataset.extras, **(extras or {})}
         self._planner = planner
         self._order = _order(dataset, seed, weights or {})
@@ -91,28 +93,24 @@ class BatchStream:
         return iter(grain.MapDataset.source(keys).map(batch).to_iter_dataset(options))
 
     def _pack(self, indices: list[int]) -> PackedBatch:
-        size = self._batch_size // self._micro_batches
-        parts = [indices[i * size : (i + 1) * size] for i in range(self._micro_batches)]
-        groups = [[self._dataset.group(i) for i in part] for part in parts]
-        plans = [packing.plan(part, self.budget, self._planner) for part in groups]
-        rows = max(map(len, plans))
-        micro = [
-            packing.materialise(
-                packing.widen(plan, rows, self.budget.shards),
-                part,
-                self.budget,
-                responses=self._dataset.responses,
-                batch_size=size,
+        groups = [self._dataset.group(index) for index in indices]
+        size: dict[str, Any] = {
+            "responses": self._dataset.responses,
+            "batch_size": self._batch_size,
+        }
+        if self._shape is None:
+            plan = packing.plan(groups, self.budget, self._planner)
+            one = packing.materialise(plan, groups, self.budget, **size)
+            batch = jax.tree.map(lambda x: x[None], one)
+        else:
+            batch = packing.pack_micro_batches(groups, self.budget, shape=self._shape, **size)
+        extras = {
+            name: np.broadcast_to(
+                rows := _rows(values, indices, self._batch_size), (len(batch.tokens), *rows.shape)
             )
-            for plan, part in zip(plans, groups, strict=True)
-        ]
-        micro = [
-            dataclasses.replace(
-                batch, extras={k: _rows(x, part, size) for k, x in self._extras.items()}
-            )
-            for batch, part in zip(micro, parts, strict=True)
-        ]
-        return jax.tree.map(lambda *xs: np.stack(xs), *micro)
+            for name, values in self._extras.items()
+        }
+        return dataclasses.replace(batch, extras=extras)
 
 
 def stream_of(
@@ -131,23 +129,49 @@ def stream_of(
       data: its data.
       side: "train" or "held_out".
       mesh: over whose devices the rows are dealt out.
-      training: whether it is trained on them, in micro-batches and with the sources' weights;
-        else each batch is one micro-batch.
+      training: whether it is trained on them, with the sources' weights.
       columns: further values of each example, for `PackedBatch.extras`.
+
+    Raises:
+      UserError: a group does not fit a micro-batch.
     """
-    batch_size, micro_batches = config.data.batch_size, config.train.micro_batches
-    if not training:
-        # A forward pass alone, over no more at a time than training takes.
-        batch_size, micro_batches = batch_size // micro_batches, 1
+    budget = budget_of(config, data.train, mesh)
     return BatchStream(
         getattr(data, side),
-        batch_size=batch_size,
-        budget=budget_of(config, data.train, mesh),
+        batch_size=config.data.batch_size,
+        budget=budget,
         seed=config.seed,
-        micro_batches=micro_batches,
+        shape=_shape_of(config, data, budget),
         extras=dict(columns or {}),
         weights=data.weights if training else None,
     )
+
+
+def _shape_of(config: ConfigDict, data: Data, budget: Budget) -> Shape | None:
+    """The shape of micro-batches, the same for all of the data, so that it is compiled for once.
+
+    None for methods that want a batch in one, or whose responses are yet to be sampled.
+    """
+    method = config_lib.method_of(config.algorithm.name)
+    if method.samples or (method.compares_examples and not config.data.rows):
+        return None
+    sides = [data.train] if data.held_out is None else [data.train, data.held_out]
+    responses = max(side.responses for side in sides)
+
+    def table(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, [(0, 0), (0, responses - values.shape[1])])
+
+    try:
+        return packing.fixed_shape(
+            np.concatenate([side.prompt_lengths for side in sides]),
+            np.concatenate([table(side.response_lengths) for side in sides]),
+            budget,
+            batch_size=config.data.batch_size,
+            rows=config.data.rows,
+            scored_lengths=np.concatenate([table(side.scored_lengths) for side in sides]),
+        )
+    except ValueError as error:
+        raise UserError(f"data.rows is {config.data.rows}: {error}") from error
 
 
 def budget_of(config: ConfigDict, dataset: TokenizedDataset, mesh: Mesh) -> Budget:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
@@ -20,7 +19,7 @@ from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder
 from jaxpref.models.protocol import Model
-from jaxpref.packing import Budget, Group, PackedBatch
+from jaxpref.packing import Budget, Group, PackedBatch, Shape
 from jaxpref.reference.modes import Mode
 from jaxpref.rewards import Rewards, Sampled
 from jaxpref.sampling import Generated, Sampler, Sampling
@@ -156,31 +155,30 @@ class Packer:
     def __init__(self, config: ConfigDict, budget: Budget):
         """Takes the shape of a row, and of a micro-batch from the config."""
         self._config, self._budget = config, budget
-        self._counts: dict[tuple[int, int], int] = {}
+        self._shapes: dict[tuple[int, int], Shape] = {}
 
-    def expect(self, *, batch_size: int, responses: int) -> int:
-        """How many micro-batches there are: as many as the longest groups need, and one more.
+    def expect(self, *, batch_size: int, responses: int) -> Shape:
+        """The shape that the longest groups fit.
 
         Raises:
           UserError: the longest prompt with the longest responses does not fit a micro-batch.
         """
-        config, shape = self._config, (batch_size, responses)
-        if shape not in self._counts:
-            longest = [config.sampling.max_new_tokens] * responses
+        config, size = self._config, (batch_size, responses)
+        if size not in self._shapes:
             try:
-                plans = packing.plan_micro_batches(
-                    [config.data.max_prompt_length] * batch_size,
-                    [longest] * batch_size,
+                self._shapes[size] = packing.fixed_shape(
+                    np.full(1, config.data.max_prompt_length),
+                    np.full((1, responses), config.sampling.max_new_tokens),
                     self._budget,
-                    config.sampling.rows,
+                    batch_size=batch_size,
+                    rows=config.data.rows,
                 )
             except ValueError as error:
                 raise UserError(
-                    f"sampling.rows is {config.sampling.rows}, which the longest prompts with the "
-                    f"longest responses do not fit: {error}"
+                    f"data.rows is {config.data.rows}, which the longest prompts with the longest "
+                    f"responses do not fit: {error}"
                 ) from error
-            self._counts[shape] = len(plans) + 1
-        return self._counts[shape]
+        return self._shapes[size]
 
     def __call__(self, groups: Sequence[Group], *, batch_size: int, responses: int) -> PackedBatch:
         """The micro-batches; groups that are missing to `batch_size` are absent in the tables.
@@ -191,8 +189,7 @@ class Packer:
         return packing.pack_micro_batches(
             groups,
             self._budget,
-            rows=self._config.sampling.rows,
-            micro_batches=self.expect(batch_size=batch_size, responses=responses),
+            shape=self.expect(batch_size=batch_size, responses=responses),
             responses=responses,
             batch_size=batch_size,
         )
@@ -251,7 +248,7 @@ def make_look(
 def _look(
     policy: Model, mode: Mode, critic: Model | None, asked: Asked, batch: PackedBatch
 ) -> dict[str, Array]:
-    def look(micro: PackedBatch) -> dict[str, Array]:
+    def look(micro: PackedBatch, _: Array) -> dict[str, Array]:
         found = {OLD: token_logps(policy(asked.policy, micro), micro)}
         reference = mode.logps(token_logps, asked.reference, asked.frozen, micro)
         if reference is not None:
@@ -260,16 +257,7 @@ def _look(
             found[VALUES] = token_values(critic(asked.critic, micro), micro)
         return found
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    count = (jnp.asarray(batch.lengths) > 0).any(axis=(1, 2)).sum()
-    shapes = jax.eval_shape(look, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros((len(batch.tokens), *x.shape), x.dtype), shapes)
-
-    def step(index: Array, found: dict[str, Array]) -> dict[str, Array]:
-        said = look(jax.tree.map(lambda x: x[index], batch))
-        return jax.tree.map(lambda all, one: all.at[index].set(one), found, said)
-
-    return jax.lax.fori_loop(0, count, step, zeros)
+    return packing.map_micro_batches(look, batch)
 
 
 def budget_of(config: ConfigDict, mesh: Mesh) -> Budget:

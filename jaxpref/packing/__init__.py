@@ -38,18 +38,20 @@ from jaxpref.packing.batch import (
     response_sums,
     sum_by_response,
 )
+from jaxpref.packing.micro_batches import map_micro_batches, sum_micro_batches
 from jaxpref.packing.planner import (
     Budget,
     Lengths,
     Part,
     Plan,
     Planner,
+    Shape,
+    fixed_shape,
     plan_micro_batches,
     plan_padded,
     plan_tree,
     round_rows,
     scored_budget,
-    widen,
 )
 from jaxpref.packing.tree import Group, Seats, Tree, sees
 from jaxpref.packing.writer import materialise, pack, pack_micro_batches, plan
@@ -64,13 +66,16 @@ __all__ = [
     "Plan",
     "Planner",
     "Seats",
+    "Shape",
     "Tree",
     "attention_mask",
+    "fixed_shape",
     "gather_places",
     "gather_sources",
     "index_in_response",
     "is_last",
     "last_places",
+    "map_micro_batches",
     "materialise",
     "pack",
     "pack_micro_batches",
@@ -84,5 +89,5 @@ __all__ = [
     "scored_budget",
     "sees",
     "sum_by_response",
-    "widen",
+    "sum_micro_batches",
 ]

@@ -1,10 +1,14 @@
 """Which group goes into which row, by lengths alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+# Fewer at a time leave a device idle.
+_LEAST_TOKENS = 2_048
 
 
 class Budget(NamedTuple):
@@ -19,6 +23,18 @@ class Budget(NamedTuple):
     row_length: int
     scored_length: int
     shards: int = 1
+
+
+class Shape(NamedTuple):
+    """What micro-batches of one shape are compiled for.
+
+    Attributes:
+      rows: of a micro-batch, over all shards.
+      micro_batches: how many there are; the last ones may be empty.
+    """
+
+    rows: int
+    micro_batches: int
 
 
 class Part(NamedTuple):
@@ -60,14 +76,14 @@ def plan_tree(
     Raises:
       ValueError: a prompt with one response is longer than a row.
     """
-    parts = _split_all(prompt_lengths, response_lengths, budget.row_length)
-    rows = _best_fit(
-        [part for group in parts for part in group],
-        prompt_lengths,
-        response_lengths,
-        budget.row_length,
+    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths)
+    # Rows share a table of scored tokens, so that these alone close none.
+    parts = _split_all(lengths, budget.row_length, None)
+    filling = _Filling.empty()
+    _best_fit(
+        [part for group in parts for part in group], lengths, budget.row_length, None, filling
     )
-    return _deal(rows, scored_lengths or response_lengths, budget)
+    return _deal(filling.rows, lengths.scored, budget)
 
 
 def plan_micro_batches(
@@ -75,6 +91,7 @@ def plan_micro_batches(
     response_lengths: Lengths,
     budget: Budget,
     rows: int,
+    scored_lengths: Lengths | None = None,
 ) -> list[Plan]:
     """Places groups in micro-batches of a fixed shape, as few as first fit finds.
 
@@ -86,6 +103,7 @@ def plan_micro_batches(
       response_lengths: tokens of each group's responses.
       budget: the shape of a row.
       rows: of a micro-batch, over all shards.
+      scored_lengths: those of the responses' tokens that are scored; None: all.
 
     Returns:
       The rows of each micro-batch.
@@ -96,36 +114,23 @@ def plan_micro_batches(
     """
     if rows % budget.shards:
         raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
+    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths)
     # A row with more scored tokens than the table of its shard would find no place.
     table = rows // budget.shards * budget.scored_length
-    parts = _split_all(prompt_lengths, response_lengths, budget.row_length, table)
-    scored = [sum(lengths) for lengths in response_lengths]
+    parts = _split_all(lengths, budget.row_length, table)
     # The prompt is in each of the rows that a group is split over.
-    sizes = [
-        scored_tokens + len(of_group) * prompt
-        for scored_tokens, of_group, prompt in zip(scored, parts, prompt_lengths, strict=True)
-    ]
+    sizes = [np.sum([lengths.of_part(part) for part in of_group], axis=0) for of_group in parts]
     most = rows * budget.row_length, rows * budget.scored_length
     opened: list[_Filling] = []
     found: list[Plan] = []
-    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
-        wanted = np.array([sizes[group], scored[group]])
-        for number, filling in enumerate([*opened, _Filling([], [], np.zeros(2, int))]):
-            if (filling.held + wanted > most).any():
+    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group][0]):
+        for number, filling in enumerate([*opened, _Filling.empty()]):
+            if (filling.held + sizes[group] > most).any():
                 continue
             # Groups come longest first, so that each is added to what was placed before it.
-            tried = _Filling(
-                [list(row) for row in filling.rows], list(filling.free), filling.held + wanted
-            )
-            _best_fit(
-                parts[group],
-                prompt_lengths,
-                response_lengths,
-                budget.row_length,
-                table,
-                into=tried,
-            )
-            dealt = _dealt(tried.rows, response_lengths, budget, rows)
+            tried = filling.copy()
+            _best_fit(parts[group], lengths, budget.row_length, table, tried)
+            dealt = _dealt(tried.rows, lengths.scored, budget, rows)
             if dealt is not None:
                 opened[number : number + 1], found[number : number + 1] = [tried], [dealt]
                 break
@@ -134,9 +139,66 @@ def plan_micro_batches(
                 f"group {group}, with a prompt of {prompt_lengths[group]} tokens and responses of "
                 f"{list(response_lengths[group])}, does not fit a micro-batch of {rows} rows with "
                 f"{budget.row_length} tokens and {budget.scored_length} scored ones each. Give it "
-                "more rows (sampling.rows), or make them longer (data.row_length)."
+                "more rows (data.rows), or make them longer (data.row_length)."
             )
     return found
+
+
+def fixed_shape(
+    prompt_lengths: Int[np.ndarray, " groups"],
+    response_lengths: Int[np.ndarray, "groups responses"],
+    budget: Budget,
+    *,
+    batch_size: int,
+    rows: int = 0,
+    scored_lengths: Int[np.ndarray, "groups responses"] | None = None,
+) -> Shape:
+    """The shape of micro-batches for whatever groups a batch has of these.
+
+    Args:
+      prompt_lengths: tokens of each group's prompt.
+      response_lengths: tokens of each group's responses; 0 where there is none.
+      budget: the shape of a row.
+      batch_size: groups a batch; where there are fewer groups than that, they are in it repeatedly.
+      rows: of a micro-batch, over all shards; 0: an eighth of what an average batch needs, or
+        2,048 tokens a shard if that is more, and as many as any of the groups needs.
+      scored_lengths: those of the responses' tokens that are scored; None: all.
+
+    Returns:
+      The rows, and as many micro-batches as the longest groups need, with one to spare.
+
+    Raises:
+      ValueError: see `plan_micro_batches`.
+    """
+    scored_lengths = response_lengths if scored_lengths is None else scored_lengths
+    tokens = prompt_lengths + response_lengths.sum(1)
+    scored = scored_lengths.sum(1)
+
+    def of(groups: np.ndarray) -> tuple[list[int], Lengths, Lengths]:
+        here = response_lengths[groups] > 0
+        return (
+            prompt_lengths[groups].tolist(),
+            [x[y].tolist() for x, y in zip(response_lengths[groups], here, strict=True)],
+            [x[y].tolist() for x, y in zip(scored_lengths[groups], here, strict=True)],
+        )
+
+    # All others fit one row of any micro-batch.
+    large = np.flatnonzero((tokens > budget.row_length) | (scored > budget.scored_length))
+    each = [of(large[i : i + 1]) for i in range(len(large))]
+    if rows:
+        for prompts, responses, of_scored in each:
+            plan_micro_batches(prompts, responses, budget, rows, of_scored)
+    else:
+        share = max(tokens.mean() / budget.row_length, scored.mean() / budget.scored_length)
+        average = batch_size * share / budget.shards
+        least = min(_LEAST_TOKENS / budget.row_length, 1.1 * average)
+        rows = math.ceil(max(average / 8, least)) * budget.shards
+        for prompts, responses, of_scored in each:
+            rows = max(rows, len(plan_tree(prompts, responses, budget, of_scored)))
+    longest = np.resize(np.argsort(-tokens, kind="stable")[:batch_size], batch_size)
+    prompts, responses, of_scored = of(longest)
+    plans = plan_micro_batches(prompts, responses, budget, rows, of_scored)
+    return Shape(rows, len(plans) + 1)
 
 
 def plan_padded(
@@ -178,45 +240,24 @@ def scored_budget(
     return min(-(-int(1.1 * share * row_length + 1) // 16) * 16, row_length)
 
 
-def widen(plan: Plan, rows: int, shards: int = 1) -> Plan:
-    """The plan with empty rows added to each shard until there are `rows` in all."""
-    old, new = len(plan) // shards, rows // shards
-    blocks = [plan[i * old : (i + 1) * old] for i in range(shards)]
-    return [row for block in blocks for row in [*block, *([] for _ in range(new - old))]]
+class _Lengths(NamedTuple):
+    """Tokens of each group: of its prompt, of its responses, and those of these that are scored."""
 
+    prompts: Sequence[int]
+    responses: Lengths
+    scored: Lengths
 
-def _split_all(
-    prompt_lengths: Sequence[int],
-    response_lengths: Lengths,
-    row_length: int,
-    scored_length: int | None = None,
-) -> list[list[Part]]:
-    """The parts of each group, none of which is too long for a row."""
-    return [
-        _split(group, prompt, responses, row_length, scored_length or row_length)
-        for group, (prompt, responses) in enumerate(
-            zip(prompt_lengths, response_lengths, strict=True)
-        )
-    ]
+    @classmethod
+    def of(cls, prompts: Sequence[int], responses: Lengths, scored: Lengths | None) -> "_Lengths":
+        """Where nothing else is said, all tokens of responses are scored."""
+        return cls(prompts, responses, responses if scored is None else scored)
 
-
-def _split(
-    group: int, prompt: int, responses: Sequence[int], row_length: int, scored_length: int
-) -> list[Part]:
-    """The group whole if it fits a row, else in parts that do, first fit decreasing."""
-    room = min(row_length - prompt, scored_length)
-    if sum(responses) <= room:
-        return [Part(group, tuple(range(len(responses))))]
-    parts: list[list[int]] = []
-    for k in sorted(range(len(responses)), key=lambda k: -responses[k]):
-        _check_fits(group, k, prompt, responses[k], row_length)
-        for part in parts:
-            if sum(responses[j] for j in part) + responses[k] <= room:
-                part.append(k)
-                break
-        else:
-            parts.append([k])
-    return [Part(group, tuple(sorted(part))) for part in parts]
+    def of_part(self, part: Part) -> tuple[int, int]:
+        """Tokens that a part takes of a row, and scored ones."""
+        group, chosen = part
+        responses, scored = self.responses[group], self.scored[group]
+        tokens = self.prompts[group] + sum(responses[k] for k in chosen)
+        return tokens, sum(scored[k] for k in chosen)
 
 
 class _Filling(NamedTuple):
@@ -225,47 +266,81 @@ class _Filling(NamedTuple):
     Attributes:
       rows: the parts of each.
       free: tokens, and scored tokens, that each has room for.
-      held: tokens and scored tokens of all groups in them.
+      held: tokens and scored tokens in all of them.
     """
 
     rows: Plan
-    free: list[tuple[int, int]]
+    free: list[tuple[float, float]]
     held: Int[np.ndarray, " two"]
+
+    @classmethod
+    def empty(cls) -> "_Filling":
+        """No rows."""
+        return cls([], [], np.zeros(2, int))
+
+    def copy(self) -> "_Filling":
+        """Another that can be filled further, while this one stays."""
+        return _Filling([list(row) for row in self.rows], list(self.free), self.held.copy())
+
+
+def _split_all(lengths: _Lengths, row_length: int, scored_length: int | None) -> list[list[Part]]:
+    """The parts of each group, none of which is too long for a row."""
+    most = math.inf if scored_length is None else scored_length
+    return [_split(group, lengths, row_length, most) for group in range(len(lengths.prompts))]
+
+
+def _split(group: int, lengths: _Lengths, row_length: int, scored_length: float) -> list[Part]:
+    """The group whole if it fits a row, else in parts that do, first fit decreasing."""
+    prompt, responses = lengths.prompts[group], lengths.responses[group]
+
+    def fits(chosen: Sequence[int]) -> bool:
+        tokens, scored = lengths.of_part(Part(group, tuple(chosen)))
+        return tokens <= row_length and scored <= scored_length
+
+    if fits(range(len(responses))):
+        return [Part(group, tuple(range(len(responses))))]
+    parts: list[list[int]] = []
+    for k in sorted(range(len(responses)), key=lambda k: -responses[k]):
+        _check_fits(group, k, prompt, responses[k], row_length)
+        for part in parts:
+            if fits([*part, k]):
+                part.append(k)
+                break
+        else:
+            parts.append([k])
+    return [Part(group, tuple(sorted(part))) for part in parts]
 
 
 def _best_fit(
     parts: Sequence[Part],
-    prompt_lengths: Sequence[int],
-    response_lengths: Lengths,
+    lengths: _Lengths,
     row_length: int,
-    scored_length: int | None = None,
-    into: _Filling | None = None,
-) -> Plan:
-    """Parts in rows, longest first, each in the fullest row that has room for it.
+    scored_length: int | None,
+    into: _Filling,
+) -> None:
+    """Adds parts to rows, longest first, each to the fullest one that has room for it.
 
-    A row has at most `scored_length` tokens of responses, unless a single one has more. Where rows
-    are given in `into`, the parts are added to them in place.
+    A row has at most `scored_length` scored tokens, unless a single response has more; None: any.
     """
-    most = row_length if scored_length is None else scored_length
-    scored = {p: sum(response_lengths[p.group][k] for k in p.responses) for p in parts}
-    sizes = {part: prompt_lengths[part.group] + scored[part] for part in parts}
-    rows, free, _ = into or _Filling([], [], np.zeros(2, int))
-    for part in sorted(parts, key=lambda part: -sizes[part]):
-        fits = [
+    most = math.inf if scored_length is None else scored_length
+    sizes = {part: lengths.of_part(part) for part in parts}
+    for part in sorted(parts, key=lambda part: -sizes[part][0]):
+        tokens, scored = sizes[part]
+        fitting = [
             (room, row)
-            for row, (room, of_scored) in enumerate(free)
-            if room >= sizes[part] and of_scored >= scored[part]
+            for row, (room, of_scored) in enumerate(into.free)
+            if room >= tokens and of_scored >= scored
         ]
-        if fits:
-            _, row = min(fits)
+        if fitting:
+            _, row = min(fitting)
         else:
-            row = len(rows)
-            rows.append([])
-            free.append((row_length, most))
-        rows[row].append(part)
-        room, of_scored = free[row]
-        free[row] = room - sizes[part], of_scored - scored[part]
-    return rows
+            row = len(into.rows)
+            into.rows.append([])
+            into.free.append((row_length, most))
+        into.rows[row].append(part)
+        room, of_scored = into.free[row]
+        into.free[row] = room - tokens, of_scored - scored
+        into.held[:] += tokens, scored
 
 
 def _scored(rows: Plan, scored_lengths: Lengths) -> list[int]:

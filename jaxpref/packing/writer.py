@@ -6,7 +6,14 @@ import jax
 import numpy as np
 
 from jaxpref.packing.batch import PackedBatch
-from jaxpref.packing.planner import Budget, Plan, Planner, plan_micro_batches, plan_tree
+from jaxpref.packing.planner import (
+    Budget,
+    Plan,
+    Planner,
+    Shape,
+    plan_micro_batches,
+    plan_tree,
+)
 from jaxpref.packing.tree import Group
 
 
@@ -64,8 +71,7 @@ def pack_micro_batches(
     groups: Sequence[Group],
     budget: Budget,
     *,
-    rows: int,
-    micro_batches: int = 1,
+    shape: Shape,
     responses: int | None = None,
     batch_size: int | None = None,
 ) -> PackedBatch:
@@ -74,11 +80,10 @@ def pack_micro_batches(
     In the tables every micro-batch has all groups; one that it does not hold is absent there.
 
     Args:
-      groups: prompts with their responses, all of whose tokens are scored.
+      groups: prompts with their responses.
       budget: the shape of a row.
-      rows: of a micro-batch, over all shards.
-      micro_batches: how many there are at least; those beyond what the groups need come last and
-        are empty.
+      shape: rows of a micro-batch, and how many there are at least; those beyond what the groups
+        need come last and are empty.
       responses: see `materialise`.
       batch_size: see `materialise`.
 
@@ -90,10 +95,11 @@ def pack_micro_batches(
         [len(group.prompt) for group in groups],
         [[len(response) for response in group.responses] for group in groups],
         budget,
-        rows,
+        shape.rows,
+        [group.scored_lengths for group in groups],
     )
-    empty: Plan = [[] for _ in range(rows)]
-    plans += [empty] * (micro_batches - len(plans))
+    empty: Plan = [[] for _ in range(shape.rows)]
+    plans += [empty] * (shape.micro_batches - len(plans))
     size = batch_size or len(groups)
     parts = [
         materialise(plan, groups, budget, responses=responses, batch_size=size) for plan in plans

@@ -22,6 +22,7 @@ from jaxpref.data import Data
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, packed, without_adapters
 from jaxpref.models.protocol import Model
+from jaxpref.packing import PackedBatch, sum_micro_batches
 from jaxpref.reference import table
 from jaxpref.reference.another import Another
 from jaxpref.reference.modes import Free, Live, Precomputed, Reference, Synced
@@ -170,9 +171,9 @@ def _compute(given: Start, model: Model, params: Any) -> dict[str, np.ndarray]:
     assert read is not None
 
     @jax.jit
-    def logps(params: Any, batch: Any) -> jax.Array:
-        whole = jax.tree.map(lambda x: x[0], batch)
-        return read(model(params, whole), whole)
+    def logps(params: Any, batch: PackedBatch) -> jax.Array:
+        # A response is in one micro-batch; its log-prob is 0 in the others.
+        return sum_micro_batches(lambda micro, _: read(model(params, micro), micro), batch)
 
     columns = {}
     for side in ("train", "held_out"):

@@ -11,7 +11,7 @@ from jaxpref.algorithms import Algorithm, LossInputs, Objective
 from jaxpref.experience import Experience
 from jaxpref.measurements import Metric, mean, total
 from jaxpref.models.protocol import Model, ModelOutput
-from jaxpref.packing import PackedBatch
+from jaxpref.packing import PackedBatch, sum_micro_batches
 from jaxpref.reference.modes import Free, Mode
 from jaxpref.train.state import POLICY, State, Trained
 from jaxpref.trainable import merge
@@ -63,9 +63,6 @@ def make_update(
     """
     mode = reference or Free()
 
-    def read_reference(state: State, held: Any, frozen: Any, batch: PackedBatch) -> Any:
-        return _read_reference(algorithm, mode, state, held, frozen, batch)
-
     def weighted_loss(
         params: Any,
         state: State,
@@ -76,7 +73,8 @@ def make_update(
         key: jax.Array,
     ) -> tuple[Any, dict]:
         running = {name: mean(sums) for name, sums in state.running.items()}
-        inputs = LossInputs(read_reference(state, held, frozen, batch), running, pooled)
+        said = _read_reference(algorithm, mode, state, held, frozen, batch)
+        inputs = LossInputs(said, running, pooled)
         output = model(merge(params, frozen), batch, key)
         objective = _with_auxiliary(algorithm.loss(output, batch, inputs), output)
         sums = {
@@ -85,14 +83,6 @@ def make_update(
         }
         return sums["loss"].values, sums
 
-    def pooled_sums(
-        params: Any, state: State, frozen: Any, held: Any, batch: PackedBatch
-    ) -> dict[str, Metric]:
-        assert algorithm.pooled is not None
-        inputs = LossInputs(read_reference(state, held, frozen, batch))
-        found = algorithm.pooled(model(merge(params, frozen), batch), batch, inputs)
-        return {name: total(metric) for name, metric in found.items()}
-
     gradient = jax.grad(weighted_loss, has_aux=True)
 
     def update(
@@ -100,17 +90,18 @@ def make_update(
     ) -> tuple[State, dict[str, Metric]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params, moments = state.roles[role]
-        pooled: Mapping[str, jax.Array] = {}
-        if algorithm.pooled is not None and batch.tokens.shape[0] > 1:
-            totals = _over_micro_batches(
-                lambda micro, _: pooled_sums(params, state, frozen, held, micro), batch, key
-            )
-            pooled = {name: mean(sums) for name, sums in totals.items()}
-        gradients, sums = _over_micro_batches(
-            lambda micro, key: gradient(params, state, frozen, held, pooled, micro, key),
-            batch,
-            key,
-        )
+
+        def read(micro: PackedBatch) -> tuple[ModelOutput, LossInputs]:
+            said = _read_reference(algorithm, mode, state, held, frozen, micro)
+            return model(merge(params, frozen), micro), LossInputs(said)
+
+        pooled = _pooled(algorithm, read, batch)
+
+        def gradients_of(micro: PackedBatch, number: jax.Array) -> tuple[Any, dict]:
+            of_part = jax.random.fold_in(key, number)
+            return gradient(params, state, frozen, held, pooled, micro, of_part)
+
+        gradients, sums = sum_micro_batches(gradients_of, batch)
         weight = sums["loss"].weights
         trains = weight > 0
         gradients = jax.tree.map(
@@ -195,19 +186,60 @@ def make_eval_step(
 ) -> EvalStep:
     """The jitted `(state, frozen, reference, batch)` to per-example losses and metrics.
 
-    Of the batch's leading axis of micro-batches only the first one is read; see `make_update` for
-    the rest.
+    See `make_update` for the arguments.
     """
     mode = reference or Free()
 
     def eval_step(state: State, frozen: Any, held: Any, batch: PackedBatch) -> Objective:
-        batch = jax.tree.map(lambda x: x[0], batch)
         running = {name: mean(sums) for name, sums in state.running.items()}
-        said = _read_reference(algorithm, mode, state, held, frozen, batch)
-        output = model(merge(state.roles[role].params, frozen), batch)
-        return _with_auxiliary(algorithm.loss(output, batch, LossInputs(said, running)), output)
+        params = merge(state.roles[role].params, frozen)
+
+        def inputs(micro: PackedBatch, pooled: Mapping[str, jax.Array]) -> LossInputs:
+            said = _read_reference(algorithm, mode, state, held, frozen, micro)
+            return LossInputs(said, running, pooled)
+
+        pooled = _pooled(algorithm, lambda micro: (model(params, micro), inputs(micro, {})), batch)
+
+        def look(micro: PackedBatch, _: jax.Array) -> dict[str, Metric]:
+            output = model(params, micro)
+            found = algorithm.loss(output, micro, inputs(micro, pooled))
+            objective = _with_auxiliary(found, output)
+            named = {"loss": objective.loss, **objective.metrics}
+            return {name: _weighted(metric) for name, metric in named.items()}
+
+        # An example is in one micro-batch, and has no weight in the others.
+        sums = sum_micro_batches(look, batch)
+        metrics = {
+            name: Metric(values / jnp.where(weights > 0, weights, 1), weights)
+            for name, (values, weights) in sums.items()
+        }
+        return Objective(metrics.pop("loss"), metrics)
 
     return jax.jit(eval_step)
+
+
+def _pooled(
+    algorithm: Algorithm,
+    read: Callable[[PackedBatch], tuple[ModelOutput, LossInputs]],
+    batch: PackedBatch,
+) -> Mapping[str, jax.Array]:
+    """What a method reads the means of over a whole batch, where that is cut."""
+    pooled = algorithm.pooled
+    if pooled is None or batch.tokens.shape[0] == 1:
+        return {}
+
+    def sums(micro: PackedBatch, _: jax.Array) -> dict[str, Metric]:
+        output, inputs = read(micro)
+        return {name: total(found) for name, found in pooled(output, micro, inputs).items()}
+
+    found = sum_micro_batches(sums, batch)
+    return {name: mean(of_name) for name, of_name in found.items()}
+
+
+def _weighted(metric: Metric) -> Metric:
+    """The values times their weights, where there is any."""
+    values, weights = (jnp.asarray(x) for x in metric)
+    return Metric(jnp.where(weights > 0, values * weights, 0), weights)
 
 
 def _read_reference(
@@ -226,27 +258,3 @@ def _with_auxiliary(objective: Objective, output: ModelOutput) -> Objective:
         added = Metric(jnp.broadcast_to(value, values.shape), weights)
         values, metrics = values + added.values, {**metrics, name: added}
     return Objective(Metric(values, weights), metrics)
-
-
-def _over_micro_batches(
-    function: Callable[[PackedBatch, jax.Array], Any], batch: PackedBatch, key: jax.Array
-) -> Any:
-    """The sum of `function` over the leading axis.
-
-    Micro-batches at the end without any response are not computed, so that one program serves any
-    number of them up to the length of the axis.
-    """
-    first = jax.tree.map(lambda x: x[0], batch)
-    count = batch.tokens.shape[0]
-    if count == 1:
-        return function(first, key)
-    keys = jax.random.split(key, count)
-    held = (jnp.asarray(batch.lengths) > 0).any(axis=(1, 2)).sum()
-
-    def add(index: jax.Array, total: Any) -> Any:
-        micro, key = jax.tree.map(lambda x: x[index], (batch, keys))
-        return jax.tree.map(jnp.add, total, function(micro, key))
-
-    shapes = jax.eval_shape(function, first, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.fori_loop(0, held, add, zeros)
