@@ -87,10 +87,7 @@ def _resident_bytes():
 
 @contextmanager
 def on_one_device():
-    """Runs take one device unless they ask for more: their steps compile in half the time.
-
-    Rows come in multiples of eight, so that a run compiles its step once and not for each number.
-    """
+    """Runs take one device unless they ask for more: their steps compile in half the time."""
     make_mesh = sharding.make_mesh
 
     def small_mesh(data=-1, fsdp=1, tensor=1, devices=None):
@@ -99,11 +96,6 @@ def on_one_device():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", small_mesh)
-        patch.setattr(
-            packing.planner,
-            "round_rows",
-            lambda rows, shards=1: -(-rows // (8 * shards)) * 8 * shards,
-        )
         yield
 
 

@@ -77,6 +77,21 @@ def test_micro_batches_are_the_batch_in_parts_of_one_shape():
     )
 
 
+def test_all_batches_of_a_data_set_have_one_shape():
+    """So that a step compiles once; as batches with as many rows as they need do not."""
+    data = dataset(200)
+    settings = {"batch_size": 8, "budget": Budget(24, 18)}
+    shape = packing.fixed_shape(data.prompt_lengths, data.response_lengths, **settings, rows=2)
+    cut, whole = stream(data, shape=shape), stream(data)
+
+    def shapes(made):
+        batches = [*made.once(), *(made.batch(step) for step in range(50))]
+        return {batch.tokens.shape for batch in batches}
+
+    assert shapes(cut) == {(*shape[::-1], 24)}
+    assert len(shapes(whole)) > 2
+
+
 @pytest.mark.parametrize("shape", [None, Shape(2, 6)])
 def test_once_gives_every_example_in_order_and_absent_groups_at_the_end(shape):
     data = dataset()
