@@ -192,9 +192,10 @@ def memory(model: models.Decoder, params: Any, rng: np.random.Generator) -> None
     weights = sampler.prepare(params)
     prompts = prompts_of(rng, 32, 64)
     keys = sampling.prompt_keys(0, 0, 32)
-    rows = sampler._begin(weights, prompts, keys, 64, range(32), 32, 512)
+    table = sampler._table(64)
+    rows = sampler._begin(weights, prompts, keys, 64, range(32), 32, 512, table=table)
     compiled = decode.decode_ring.lower(
-        sampler._model, settings, (512,), weights, rows, jnp.asarray(32)
+        sampler._model, settings, (512,), weights, rows, jnp.asarray(32), table
     ).compile()
     plan = compiled.memory_analysis()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache.layers))

@@ -342,12 +342,22 @@ def test_the_cache_is_written_in_place():
     params = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
     weights = jax.eval_shape(lambda p: models.unroll(model, p)[1], params)
     prompts = [np.ones(3, np.int32)] * 4
+    table = sampler._table(64)
     rows = jax.eval_shape(
-        lambda w: sampler._begin(w, prompts, prompt_keys(0, 0, 4), 64, range(4), 4, 1024), weights
+        lambda w: sampler._begin(
+            w, prompts, prompt_keys(0, 0, 4), 64, range(4), 4, 1024, table=table
+        ),
+        weights,
     )
     plan = (
         decode.decode_ring.lower(
-            sampler._model, settings, (1024,), weights, rows, jax.ShapeDtypeStruct((), jnp.int32)
+            sampler._model,
+            settings,
+            (1024,),
+            weights,
+            rows,
+            jax.ShapeDtypeStruct((), jnp.int32),
+            table,
         )
         .compile()
         .memory_analysis()

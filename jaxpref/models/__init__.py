@@ -4,7 +4,7 @@ from jaxpref.models.adapters import dequantize, merge_adapters, without_adapters
 from jaxpref.models.cache import Cache, branch, widened
 from jaxpref.models.classifiers import as_scalar, padding_beside_adapters, with_scalar_head
 from jaxpref.models.config import DecoderConfig, Lora
-from jaxpref.models.decoder import Decoder, unroll
+from jaxpref.models.decoder import Decoder, rotary_table, unroll
 from jaxpref.models.from_config import build, lora
 from jaxpref.models.huggingface import (
     from_pretrained,
@@ -12,12 +12,14 @@ from jaxpref.models.huggingface import (
     save_adapters,
     save_pretrained,
 )
+from jaxpref.models.layers import Angles
 from jaxpref.models.packed import packed
 from jaxpref.models.params import abstract_params, init_params
 from jaxpref.models.protocol import Model, ModelOutput, ScalarHead
 from jaxpref.models.rotary import Rope
 
 __all__ = [
+    "Angles",
     "Cache",
     "Decoder",
     "DecoderConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "merge_adapters",
     "packed",
     "padding_beside_adapters",
+    "rotary_table",
     "save_adapters",
     "save_pretrained",
     "unroll",

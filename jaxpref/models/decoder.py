@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxpref.logprobs import LMHead
 from jaxpref.models.cache import Cache, Held, seated
 from jaxpref.models.config import REMAT_POLICIES, DecoderConfig
-from jaxpref.models.layers import Block, Norm, OfLayer, OfRows, param
+from jaxpref.models.layers import Angles, Block, Norm, OfLayer, OfRows, param
 from jaxpref.models.protocol import ScalarHead
 from jaxpref.packing import Seats, Tree
 
@@ -145,12 +145,15 @@ class Decoder(nn.Module):
         self,
         tokens: Int[Array | np.ndarray, "prompts length"],
         real: Bool[Array | np.ndarray, "prompts length"],
+        table: Angles | None = None,
     ) -> tuple[Float[Array, "prompts features"], tuple[tuple[Array, Array], ...]]:
         """Reads prompts, one a row, for what follows them; of an unrolled model.
 
         Args:
           tokens: token ids; prompts may be padded on either side.
           real: False for padding.
+          table: of `rotary_table` for one row of all positions, in order. XLA would compute angles
+            anew in every layer that is written out, for every head, if they were not given.
 
         Returns:
           The hidden state of each prompt's last token, and the keys and values of every layer
@@ -160,7 +163,8 @@ class Decoder(nn.Module):
         positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
         tree = Tree(real.astype(jnp.int32), jnp.zeros_like(positions))
         seats = Seats(jnp.arange(tokens.shape[1]), positions, tree)
-        x, seen = self._run(jnp.asarray(tokens), positions, OfRows(None, seats, keep=()))
+        rows = OfRows(_looked_up(table, positions), seats, keep=())
+        x, seen = self._run(jnp.asarray(tokens), positions, rows)
         last = tokens.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
         hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
         return hidden, tuple(layer.kept for layer in seen)
@@ -170,6 +174,7 @@ class Decoder(nn.Module):
         tokens: Int[Array, "prompts branches"],
         positions: Int[Array, "prompts branches"],
         cache: Cache,
+        table: Angles | None = None,
     ) -> tuple[Float[Array, "prompts branches features"], Cache]:
         """Hidden states of one more token in every branch, and what is remembered then.
 
@@ -177,9 +182,11 @@ class Decoder(nn.Module):
           tokens: the next token of each branch.
           positions: of these tokens in their sequences.
           cache: from `jaxpref.models.cache.branch` or an earlier step; of an unrolled model.
+          table: see `prefill`.
         """
-        rows = OfRows(None, None, cache.places, positions)
-        x, seen = self._run(tokens.reshape(-1, 1), positions.reshape(-1, 1), rows, cache.layers)
+        of_rows = positions.reshape(-1, 1)
+        rows = OfRows(_looked_up(table, of_rows), None, cache.places, positions)
+        x, seen = self._run(tokens.reshape(-1, 1), of_rows, rows, cache.layers)
         layers = tuple(layer.held for layer in seen)
         return x.reshape(*tokens.shape, -1), Cache(layers, seated(cache.places, positions))
 
@@ -202,10 +209,8 @@ class Decoder(nn.Module):
             table = self._gathered(self.position_embedding)
             x += jnp.take(table, positions + config.position_offset, axis=0)
         x = nn.with_logical_constraint(x, ("rows", "length", "activation"))
-        if config.rope:
-            angles = [rope.angles(positions) for rope in config.rope]
-            cos, sin = (jnp.stack(parts) for parts in zip(*angles, strict=True))
-            rows = rows._replace(angles=(cos, sin))
+        if config.rope and rows.angles is None:
+            rows = rows._replace(angles=rotary_table(config, positions))
         if self.unrolled:
             seen: Any = []
             for number, block in enumerate(self.layers):
@@ -258,6 +263,28 @@ class Decoder(nn.Module):
         """Logits in float32, for callers who want them all; training does not."""
         hidden = self.hidden_states(tokens, positions, tree)
         return self.lm_head().logits(hidden)
+
+
+def rotary_table(
+    config: DecoderConfig, positions: Int[Array | np.ndarray, "rows length"]
+) -> Angles | None:
+    """Cosines and sines of each of a decoder's rotary tables at these positions.
+
+    Returns:
+      Both `[tables, rows, length, 1, half]`; None for a decoder without rotary positions.
+    """
+    if not config.rope:
+        return None
+    angles = [rope.angles(jnp.asarray(positions)) for rope in config.rope]
+    cos, sin = (jnp.stack(parts) for parts in zip(*angles, strict=True))
+    return cos, sin
+
+
+def _looked_up(table: Angles | None, positions: Int[Array, "rows length"]) -> Angles | None:
+    if table is None:
+        return None
+    cos, sin = (x[:, 0, positions] for x in table)
+    return cos, sin
 
 
 def unroll(model: Decoder, params: Any) -> tuple[Decoder, Any]:

@@ -20,6 +20,9 @@ from jaxpref.models.rotary import rotate
 from jaxpref.nf4 import Nf4
 from jaxpref.packing import Seats
 
+# Cosines and sines.
+Angles = tuple[Array, Array]
+
 
 class OfLayer(NamedTuple):
     """What belongs to one layer.
@@ -46,7 +49,7 @@ class OfRows(NamedTuple):
       keep: `()` where each layer shall give its keys and values; else None.
     """
 
-    angles: tuple[Array, Array] | None
+    angles: Angles | None
     seats: Seats | None
     places: Places | None = None
     positions: Array | None = None

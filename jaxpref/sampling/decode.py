@@ -93,12 +93,16 @@ def begin(
     tokens: Int[Array, "P length"],
     lengths: Int[Array, " P"],
     key_data: UInt[Array, "P words"],
+    table: models.Angles | None,
 ) -> Rows:
-    """Reads prompts, padded on the right, and samples the first token of each response."""
+    """Reads prompts, padded on the right, and samples the first token of each response.
+
+    The last argument is of `models.rotary_table` for all positions, here and in what follows.
+    """
     prompts, length = tokens.shape
     # A row without a prompt reads its padding, since a softmax needs something to look at.
     real = jnp.arange(length)[None] < jnp.maximum(lengths, 1)[:, None]
-    hidden, kept = model.apply({"params": weights}, tokens, real, method="prefill")
+    hidden, kept = model.apply({"params": weights}, tokens, real, table, method="prefill")
     cache = models.branch(kept, real, settings.samples, slots, settings.cache_dtype)
     logits = _logits(model, weights, hidden)
     shape = (prompts, settings.samples)
@@ -123,6 +127,7 @@ def _decode(
     weights: Any,
     rows: Rows,
     groups: Int[Array, ""],
+    table: models.Angles | None,
 ) -> Rows:
     """Samples until so many prompts have all of their responses.
 
@@ -135,7 +140,7 @@ def _decode(
         token = jnp.take_along_axis(rows.tokens, last[..., None], axis=-1)[..., 0]
         positions = rows.prompt_lengths[:, None] + last
         hidden, cache = model.apply(
-            {"params": weights}, token, positions, rows.cache, method="step"
+            {"params": weights}, token, positions, rows.cache, table, method="step"
         )
         return _said(settings, _logits(model, weights, hidden), rows._replace(cache=cache))
 

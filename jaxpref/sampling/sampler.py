@@ -68,6 +68,9 @@ def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
     return jax.lax.with_sharding_constraint(weights, places)
 
 
+_rotary_table = jax.jit(models.rotary_table, static_argnums=0)
+
+
 class Sampler:
     """Samples from one model by the same settings, again and again."""
 
@@ -145,10 +148,11 @@ class Sampler:
         shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
         at_once = min(self._at_once or len(prompts), len(prompts))
         seats = -(-at_once // shards) * shards
-        begin = partial(self._begin, weights, prompts, keys, length)
+        table = self._table(length)
+        begin = partial(self._begin, weights, prompts, keys, length, table=table)
         slots = _room(self.settings.max_new_tokens - 1)
         if seats < len(prompts):
-            yield from self._in_turn(weights, begin, len(prompts), seats, slots)
+            yield from self._in_turn(weights, begin, len(prompts), seats, slots, table)
             return
         first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
         sizes = tuple(sorted({first, max(_room(slots // 2), first), slots}))
@@ -156,7 +160,7 @@ class Sampler:
             rows = begin(range(len(prompts)), seats, sizes[0])
             settings = self.settings
             rows = decode.decode_growing(
-                self._model, settings, sizes, weights, rows, jnp.asarray(seats)
+                self._model, settings, sizes, weights, rows, jnp.asarray(seats), table
             )
         yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
 
@@ -185,7 +189,13 @@ class Sampler:
                 )
 
     def _in_turn(
-        self, weights: Any, begin: Callable[..., Rows], prompts: int, seats: int, slots: int
+        self,
+        weights: Any,
+        begin: Callable[..., Rows],
+        prompts: int,
+        seats: int,
+        slots: int,
+        table: models.Angles | None,
     ) -> Iterator[tuple[list[int], Generated]]:
         """More prompts than seats: those that are done make room for those that wait."""
         # A quarter of the seats is filled at a time: to read one prompt costs nearly as much as
@@ -200,7 +210,7 @@ class Sampler:
             target = jnp.asarray(few if waiting else seats)
             with self._in_mesh():
                 rows = decode.decode_ring(
-                    self._model, self.settings, (slots,), weights, rows, target
+                    self._model, self.settings, (slots,), weights, rows, target, table
                 )
             done = np.all(np.asarray(sharding.fetch(decode.done(rows))), axis=1).tolist()
             ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
@@ -226,6 +236,8 @@ class Sampler:
         numbers: Sequence[int],
         seats: int,
         slots: int,
+        *,
+        table: models.Angles | None,
     ) -> Rows:
         """Seats the prompts of these numbers; further seats stay empty."""
         tokens, lengths = np.zeros((seats, length), np.int32), np.zeros(seats, np.int32)
@@ -237,8 +249,16 @@ class Sampler:
         # Where there are several processes an array of keys cannot be put on all devices itself.
         data = jax.random.key_data(keys)[index]
         return decode.begin(
-            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data)
+            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data), table
         )
+
+    def _table(self, length: int) -> models.Angles | None:
+        """The rotary angles of a prompt of `length` tokens and its responses."""
+        positions = np.arange(length + self.settings.max_new_tokens)[None]
+        table = _rotary_table(self._model.config, positions)
+        if self._mesh is None:
+            return table
+        return jax.tree.map(partial(sharding.put_whole, self._mesh), table)
 
 
 def _room(tokens: int) -> int:
