@@ -7,7 +7,8 @@ random weights, float32, on the CPU:
 
 - `transformers`: batch 32, prompts of 64 tokens, 128 new ones, sampled at temperature 1, against
   `generate` of transformers on torch with the same weights (it needs the `torch` extra);
-- `tree`: 8 samples of a prompt of 256 tokens against 8 rows with a prompt each, 64 new tokens;
+- `tree`: 8 samples of a prompt of 256 tokens against 8 rows with a prompt each, and 16 to 128 new
+  tokens;
 - `seats`: 64 prompts in 16 seats that are filled again, against four batches of 16, where
   responses have stop tokens and so differ in length.
 
@@ -19,6 +20,7 @@ would keep it twice.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -144,17 +146,18 @@ def against_transformers(model: models.Decoder, params: Any, rng: np.random.Gene
 
 def tree_against_rows(model: models.Decoder, params: Any, rng: np.random.Generator) -> None:
     (prompt,) = prompts_of(rng, 1, 256)
-    tree = Sampler(model, Sampling(samples=8, max_new_tokens=64), prompt_length=256)
-    rows = Sampler(model, Sampling(max_new_tokens=64), prompt_length=256)
-    weights = tree.prepare(params)
-    one, each = medians(
-        lambda: tree(weights, [prompt], sampling.prompt_keys(0, 0, 1)),
-        lambda: rows(weights, [prompt] * 8, sampling.prompt_keys(0, 0, 8)),
-    )
-    print(
-        f"tree, 8 samples of a prompt of 256, 64 new tokens: {one:.3f} s against {each:.3f} s in "
-        f"8 rows: {each / one:.2f} times"
-    )
+    for new in (16, 32, 64, 128):
+        tree = Sampler(model, Sampling(samples=8, max_new_tokens=new), prompt_length=256)
+        rows = Sampler(model, Sampling(max_new_tokens=new), prompt_length=256)
+        weights = tree.prepare(params)
+        one, each = medians(
+            partial(tree, weights, [prompt], sampling.prompt_keys(0, 0, 1)),
+            partial(rows, weights, [prompt] * 8, sampling.prompt_keys(0, 0, 8)),
+        )
+        print(
+            f"tree, 8 samples of a prompt of 256, {new} new tokens: {one:.3f} s against "
+            f"{each:.3f} s in 8 rows: {each / one:.2f} times"
+        )
 
 
 def seats(model: models.Decoder, params: Any, rng: np.random.Generator) -> None:

@@ -65,7 +65,6 @@ def run_jaxpref(folder: Path, prompts: np.ndarray) -> Times:
         config.data.row_length = PROMPT_LENGTH + SAMPLES * NEW_TOKENS
         config.sampling.samples = SAMPLES
         config.sampling.max_new_tokens = NEW_TOKENS
-        config.data.rows = PROMPTS
         config.reward.function = "online_trl:rewards"
         config.reference.mode = "free"
         config.algorithm.beta = 0.0
