@@ -22,7 +22,7 @@ from jaxpref.logprobs import LMHead
 from jaxpref.measurements import Mean, Metric
 from jaxpref.models import ModelOutput
 from jaxpref.packing import PackedBatch
-from jaxpref.train import assemble
+from jaxpref.train import assemble, loop
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -305,6 +305,17 @@ def test_reference_free_runs(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "optimizer.warmup_steps is 1, which this run of 1 steps does not reach" in told
     assert "train.eval_every has no effect" in told
+
+
+def test_a_run_that_shows_no_samples_has_no_table_of_them(tmp_path, capsys):
+    lines = [{"step": 0, "eval/loss": 1.0}, {"step": 1, "eval/loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "samples.jsonl").write_text("")
+    loop._report(tmp_path, small())
+    told = capsys.readouterr().out
+    assert "0.500" in told
+    assert "None" not in told
+    assert "samples" not in told
 
 
 def test_micro_batches_and_row_length_change_no_update(finished, tmp_path):

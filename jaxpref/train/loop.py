@@ -161,6 +161,8 @@ def _report(workdir: Path, config: ConfigDict) -> None:
     samples = workdir / "samples.jsonl"
     if samples.exists():
         said = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-        console.print(evaluation.samples_table(said))
-        console.print(f"samples: {samples}")
+        table = evaluation.samples_table(said)
+        if table is not None:
+            console.print(table)
+            console.print(f"samples: {samples}")
     console.print(f"curves: {curves}\nmeasurements: {workdir / 'metrics.jsonl'}")
