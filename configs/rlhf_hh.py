@@ -17,8 +17,8 @@ experiments, and with it are this file's.
 
 What `:tiny` shows is that a policy finds what its reward model likes, not that dialogues improve.
 The reward model, of 1M parameters and on bytes, is right about 0.64 of held-out pairs, and it likes
-short responses: by PPO, ReMax, RLOO, GRPO, rejection sampling and online DPO they went from 70 bytes
-to between 1 and 4 in at most 20 steps, at a KL below 4 nats (2026-11-22).
+short responses: by PPO, ReMax, RLOO, GRPO, rejection sampling and online DPO they went from 70
+bytes to between 1 and 4 in at most 20 steps, at a KL below 4 nats (2026-11-22).
 """
 
 from ml_collections import ConfigDict

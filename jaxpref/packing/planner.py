@@ -182,18 +182,20 @@ def fixed_shape(
             [x[y].tolist() for x, y in zip(scored_lengths[groups], here, strict=True)],
         )
 
-    # All others fit one row of any micro-batch.
-    large = np.flatnonzero((tokens > budget.row_length) | (scored > budget.scored_length))
-    each = [of(large[i : i + 1]) for i in range(len(large))]
-    if rows:
-        for prompts, responses, of_scored in each:
-            plan_micro_batches(prompts, responses, budget, rows, of_scored)
-    else:
+    given = rows
+    if not given:
         share = max(tokens.mean() / budget.row_length, scored.mean() / budget.scored_length)
         average = batch_size * share / budget.shards
         least = min(_LEAST_TOKENS / budget.row_length, 1.1 * average)
         rows = math.ceil(max(average / 8, least)) * budget.shards
-        for prompts, responses, of_scored in each:
+    # One shard has room for all others: each of their responses has a row, if need be.
+    wanted = np.maximum((response_lengths > 0).sum(1), -(-scored // budget.scored_length))
+    too_long = prompt_lengths + response_lengths.max(1) > budget.row_length
+    for group in np.flatnonzero(too_long | (wanted > rows // budget.shards)):
+        prompts, responses, of_scored = of(np.array([group]))
+        if given:
+            plan_micro_batches(prompts, responses, budget, rows, of_scored)
+        else:
             rows = max(rows, len(plan_tree(prompts, responses, budget, of_scored)))
     longest = np.resize(np.argsort(-tokens, kind="stable")[:batch_size], batch_size)
     prompts, responses, of_scored = of(longest)
