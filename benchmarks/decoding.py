@@ -197,8 +197,9 @@ def memory(model: models.Decoder, params: Any, rng: np.random.Generator) -> None
     keys = sampling.prompt_keys(0, 0, 32)
     table = sampler._table(64)
     rows = sampler._begin(weights, prompts, keys, 64, range(32), 32, 512, table=table)
-    compiled = decode.decode_ring.lower(
-        sampler._model, settings, (512,), weights, rows, jnp.asarray(32), table
+    bounds = jnp.asarray(32), jnp.asarray(512)
+    compiled = decode.decode.lower(
+        sampler._model, settings, weights, rows, *bounds, table
     ).compile()
     plan = compiled.memory_analysis()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache.layers))

@@ -13,6 +13,7 @@ from test_train import assert_same_params, lines_of, small
 from jaxpref import checkpoint, metrics, sampling, train
 from jaxpref.errors import UserError
 from jaxpref.experience import rollouts
+from jaxpref.sampling import decode
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -163,6 +164,8 @@ def test_sigterm_while_sampling_drops_the_rollout_and_saves(whole, tmp_path, mon
         calls.append(args)
         if len(calls) == 4:
             signal.raise_signal(signal.SIGTERM)
+            # Nothing is decoded any more.
+            patch.setattr(decode, "decode", None)
         return say(*args)
 
     with monkeypatch.context() as patch:

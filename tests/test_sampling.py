@@ -22,6 +22,7 @@ from jaxpref.sampling import (
     draw,
     generate,
     prompt_keys,
+    sampler as sampler_lib,
     truncated,
 )
 
@@ -323,7 +324,7 @@ def test_devices_change_nothing(shape, options, tiny, said):
 def test_everything_compiles_once_whatever_the_lengths(tiny):
     model, params = tiny
     sampler = Sampler(model, SETTINGS, prompt_length=64, at_once=2)
-    functions = (decode.begin, decode.decode_ring, decode.seat)
+    functions = (decode.begin, decode.decode, decode.seat)
     with jax.enable_x64(True):
         weights = sampler.prepare(params)
         counts = []
@@ -332,6 +333,28 @@ def test_everything_compiles_once_whatever_the_lengths(tiny):
             sampler(weights, prompts, prompt_keys(seed, 0, len(prompts)))
             counts.append([function._cache_size() for function in functions])
     assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"at_once": 2}], ids=["all", "in turn"])
+def test_sampling_stops_when_it_is_asked_to(tiny, said, options, monkeypatch):
+    """Within so many tokens, whatever is left to say."""
+    monkeypatch.setattr(sampler_lib, "_ASK_AFTER", 1)
+    model, params = tiny
+    sampler = Sampler(model, SETTINGS, prompt_length=64, **options)
+    asked = []
+
+    def stopping():
+        asked.append(True)
+        return len(asked) == 3
+
+    with jax.enable_x64(True):
+        weights = sampler.prepare(params)
+        with pytest.raises(sampling.Stopped):
+            sampler(weights, PROMPTS, prompt_keys(7, 3, len(PROMPTS)), stopping)
+        assert len(asked) == 3
+        # To have asked changes nothing.
+        again = sampler(weights, PROMPTS, prompt_keys(7, 3, len(PROMPTS)), lambda: False)
+    assert_same(again, said)
 
 
 def test_the_cache_is_written_in_place():
@@ -349,16 +372,9 @@ def test_the_cache_is_written_in_place():
         ),
         weights,
     )
+    bounds = [jax.ShapeDtypeStruct((), jnp.int32)] * 2
     plan = (
-        decode.decode_ring.lower(
-            sampler._model,
-            settings,
-            (1024,),
-            weights,
-            rows,
-            jax.ShapeDtypeStruct((), jnp.int32),
-            table,
-        )
+        decode.decode.lower(sampler._model, settings, weights, rows, *bounds, table)
         .compile()
         .memory_analysis()
     )

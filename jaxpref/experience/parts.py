@@ -143,10 +143,15 @@ class Parts:
 
 
 def say(
-    sampler: Sampler, weights: Any, prompts: Prompts, indices: Sequence[int], keys: Key[Array, " _"]
+    sampler: Sampler,
+    weights: Any,
+    prompts: Prompts,
+    indices: Sequence[int],
+    keys: Key[Array, " _"],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Generated:
-    """Samples responses to the prompts of these indices, each by its own key."""
-    return sampler(weights, [prompts.dataset.group(i).prompt for i in indices], keys)
+    """Samples responses to the prompts of these indices, each by its own key; see `Sampler`."""
+    return sampler(weights, [prompts.dataset.group(i).prompt for i in indices], keys, stopping)
 
 
 class Packer:

@@ -65,7 +65,10 @@ class Rollouts:
         indices = self._prompts.stream.indices(step - 1)
         weights = self._sampler.prepare(merge(state.policy, parts.frozen))
         keys = sampling.prompt_keys(parts.config.seed, step, len(indices))
-        said = say(self._sampler, weights, self._prompts, indices, keys)
+        try:
+            said = say(self._sampler, weights, self._prompts, indices, keys, stopping)
+        except sampling.Stopped:
+            return None
         # The copy is gone before gradients need its room.
         del weights
         clock.mark("generate")

@@ -6,6 +6,15 @@ sample does not depend on what else is decoded beside it.
 """
 
 from jaxpref.sampling.distribution import Sampling, draw, prompt_keys, truncated
-from jaxpref.sampling.sampler import Generated, Sampler, generate
+from jaxpref.sampling.sampler import Generated, Sampler, Stopped, generate
 
-__all__ = ["Generated", "Sampler", "Sampling", "draw", "generate", "prompt_keys", "truncated"]
+__all__ = [
+    "Generated",
+    "Sampler",
+    "Sampling",
+    "Stopped",
+    "draw",
+    "generate",
+    "prompt_keys",
+    "truncated",
+]

@@ -120,19 +120,20 @@ def begin(
     return _said(settings, jnp.broadcast_to(logits[:, None], (*shape, logits.shape[-1])), rows)
 
 
-def _decode(
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def decode(
     model: Decoder,
     settings: Sampling,
-    sizes: tuple[int, ...],
     weights: Any,
     rows: Rows,
     groups: Int[Array, ""],
+    until: Int[Array, ""],
     table: models.Angles | None,
 ) -> Rows:
-    """Samples until so many prompts have all of their responses.
+    """Samples until so many prompts have all of their responses, or so many tokens were written.
 
-    The branches have room for `sizes[0]` tokens at first, which grows, so that the first tokens
-    are not paid for by reading empty slots. The last size is a ring that goes round and round.
+    The slots of branches are a ring that goes round and round: to write more than they have room
+    for is right where no response is longer.
     """
 
     def step(rows: Rows) -> Rows:
@@ -144,20 +145,26 @@ def _decode(
         )
         return _said(settings, _logits(model, weights, hidden), rows._replace(cache=cache))
 
-    for size in sizes:
-        rows = rows._replace(cache=models.widened(rows.cache, size))
+    def goes_on(rows: Rows) -> Array:
+        return (_ended(rows) < groups) & (rows.cache.places.used < until)
 
-        def goes_on(rows: Rows, size: int = size) -> Array:
-            more = done(rows).all(axis=1).sum() < groups
-            return more if size == sizes[-1] else more & (rows.cache.places.used < size)
-
-        rows = jax.lax.while_loop(goes_on, step, rows)
-    return rows
+    return jax.lax.while_loop(goes_on, step, rows)
 
 
-# Room that grows leaves buffers of the old size, which no result can take over.
-decode_growing = jax.jit(_decode, static_argnums=(0, 1, 2))
-decode_ring = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4)
+@jax.jit
+def progress(rows: Rows) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """How many tokens were written into each branch, and how many prompts have all responses."""
+    return rows.cache.places.used, _ended(rows)
+
+
+def _ended(rows: Rows) -> Int[Array, ""]:
+    return done(rows).all(axis=1).sum()
+
+
+@partial(jax.jit, static_argnums=1)
+def widen(rows: Rows, slots: int) -> Rows:
+    """Gives branches room for `slots` tokens."""
+    return rows._replace(cache=models.widened(rows.cache, slots))
 
 
 @partial(jax.jit, donate_argnums=0)

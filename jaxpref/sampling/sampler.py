@@ -1,5 +1,6 @@
 """Prompts go in, responses come out: where a prompt sits, and how much room its samples get."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +23,14 @@ from jaxpref.sampling.distribution import Sampling
 _PROMPT_STEP = 64
 # Branches begin with room for so many tokens, or all; growing to more is another loop to compile.
 _FIRST_SLOTS = 32
+# Whether to stop is asked after so many tokens, at the latest.
+_ASK_AFTER = 64
 # Rooms of more tokens than this are multiples of it, which CPUs read faster.
 _SLOT_STEP = 16
+
+
+class Stopped(Exception):
+    """Sampling has ended before all responses had."""
 
 
 class Generated(NamedTuple):
@@ -114,7 +121,11 @@ class Sampler:
         return _prepared(self._given, self._mesh, params)
 
     def __call__(
-        self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
+        self,
+        weights: Any,
+        prompts: Sequence[Int[np.ndarray, " _"]],
+        keys: Key[Array, " prompts"],
+        stopping: Callable[[], bool] = lambda: False,
     ) -> Generated:
         """Samples responses.
 
@@ -122,17 +133,24 @@ class Sampler:
           weights: from `prepare`.
           prompts: token ids of each, at least one.
           keys: of each prompt's random numbers, see `prompt_keys`.
+          stopping: asked now and then; True ends it. All processes have to answer alike.
 
         Raises:
           ValueError: there are no prompts, or not as many keys; a prompt is empty, has ids that
             the model does not know, or is so long that a response would leave its positions.
+          Stopped: `stopping` said so.
         """
-        numbers, said = zip(*self.as_they_end(weights, prompts, keys), strict=True)
+        ended = self.as_they_end(weights, prompts, keys, stopping)
+        numbers, said = zip(*ended, strict=True)
         order = np.argsort(np.concatenate(numbers))
         return Generated(*(np.concatenate(parts)[order] for parts in zip(*said, strict=True)))
 
     def as_they_end(
-        self, weights: Any, prompts: Sequence[Int[np.ndarray, " _"]], keys: Key[Array, " prompts"]
+        self,
+        weights: Any,
+        prompts: Sequence[Int[np.ndarray, " _"]],
+        keys: Key[Array, " prompts"],
+        stopping: Callable[[], bool] = lambda: False,
     ) -> Iterator[tuple[list[int], Generated]]:
         """The same, as soon as all samples of some prompts have ended.
 
@@ -150,18 +168,18 @@ class Sampler:
         seats = -(-at_once // shards) * shards
         table = self._table(length)
         begin = partial(self._begin, weights, prompts, keys, length, table=table)
+        decoded = partial(self._decoded, weights, table, stopping)
         slots = _room(self.settings.max_new_tokens - 1)
         if seats < len(prompts):
-            yield from self._in_turn(weights, begin, len(prompts), seats, slots, table)
+            yield from self._in_turn(begin, decoded, len(prompts), seats, slots)
             return
+        # Rooms grow, so that the first tokens are not paid for by reading empty slots.
         first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
         sizes = tuple(sorted({first, max(_room(slots // 2), first), slots}))
         with self._in_mesh():
-            rows = begin(range(len(prompts)), seats, sizes[0])
-            settings = self.settings
-            rows = decode.decode_growing(
-                self._model, settings, sizes, weights, rows, jnp.asarray(seats), table
-            )
+            rows = decoded(begin(range(len(prompts)), seats, sizes[0]), seats, sizes[0])
+            for size in sizes[1:]:
+                rows = decoded(decode.widen(rows, size), seats, size)
         yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
 
     def _in_mesh(self) -> AbstractContextManager[None]:
@@ -190,12 +208,11 @@ class Sampler:
 
     def _in_turn(
         self,
-        weights: Any,
         begin: Callable[..., Rows],
+        decoded: Callable[..., Rows],
         prompts: int,
         seats: int,
         slots: int,
-        table: models.Angles | None,
     ) -> Iterator[tuple[list[int], Generated]]:
         """More prompts than seats: those that are done make room for those that wait."""
         # A quarter of the seats is filled at a time: to read one prompt costs nearly as much as
@@ -207,11 +224,8 @@ class Sampler:
         with self._in_mesh():
             rows = begin(range(seats), seats, slots)
         while any(number is not None for number in sitting):
-            target = jnp.asarray(few if waiting else seats)
             with self._in_mesh():
-                rows = decode.decode_ring(
-                    self._model, self.settings, (slots,), weights, rows, target, table
-                )
+                rows = decoded(rows, few if waiting else seats)
             done = np.all(np.asarray(sharding.fetch(decode.done(rows))), axis=1).tolist()
             ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
             sitting = [None if seat in ended else n for seat, n in enumerate(sitting)]
@@ -251,6 +265,26 @@ class Sampler:
         return decode.begin(
             self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data), table
         )
+
+    def _decoded(
+        self,
+        weights: Any,
+        table: models.Angles | None,
+        stopping: Callable[[], bool],
+        rows: Rows,
+        groups: int,
+        most: float = math.inf,
+    ) -> Rows:
+        """The rows when so many prompts are done, or so many tokens were written; see `decode`."""
+        used, ended = map(int, sharding.fetch(decode.progress(rows)))
+        while ended < groups and used < most:
+            if stopping():
+                raise Stopped("sampling was stopped.")
+            until = min(used + _ASK_AFTER, most)
+            bounds = jnp.asarray(groups), jnp.asarray(until, jnp.int32)
+            rows = decode.decode(self._model, self.settings, weights, rows, *bounds, table)
+            used, ended = map(int, sharding.fetch(decode.progress(rows)))
+        return rows
 
     def _table(self, length: int) -> models.Angles | None:
         """The rotary angles of a prompt of `length` tokens and its responses."""
