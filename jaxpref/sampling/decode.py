@@ -161,9 +161,9 @@ def _ended(rows: Rows) -> Int[Array, ""]:
     return done(rows).all(axis=1).sum()
 
 
-@partial(jax.jit, static_argnums=1)
 def widen(rows: Rows, slots: int) -> Rows:
     """Gives branches room for `slots` tokens."""
+    # Compiled as a whole this would copy what is held of the prompts, too.
     return rows._replace(cache=models.widened(rows.cache, slots))
 
 
