@@ -1,22 +1,42 @@
 """What a policy is worth on held-out data, and how to see it."""
 
+from jaxpref.evaluation.best_of_n import exact_best_of_n, exact_kl, expected_best, kl_bound
 from jaxpref.evaluation.calibration import plot_reliability, reliability
+from jaxpref.evaluation.frontier import best_reward, gain_share
 from jaxpref.evaluation.generation import Written, generate_file
 from jaxpref.evaluation.held_out import evaluate
 from jaxpref.evaluation.report import closing_table, plot_curves, samples_table
 from jaxpref.evaluation.rewards import Scored, score_file
 from jaxpref.evaluation.truth import reward_recovery
+from jaxpref.evaluation.win_rates import (
+    agreement,
+    both_orders,
+    difference,
+    length_controlled,
+    win_rate,
+)
 
 __all__ = [
     "Scored",
     "Written",
+    "agreement",
+    "best_reward",
+    "both_orders",
     "closing_table",
+    "difference",
     "evaluate",
+    "exact_best_of_n",
+    "exact_kl",
+    "expected_best",
+    "gain_share",
     "generate_file",
+    "kl_bound",
+    "length_controlled",
     "plot_curves",
     "plot_reliability",
     "reliability",
     "reward_recovery",
     "samples_table",
     "score_file",
+    "win_rate",
 ]
