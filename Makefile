@@ -27,8 +27,8 @@ test-process: .venv/installed-test
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,
 # each from an empty cache: other rounding, the same results.
 ISAS ?= SSE4_2 AVX2
-NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py enumerable.py \
-	heads.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py \
+NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py bandits.py enumerable.py \
+	frontiers.py heads.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py \
 	rollouts.py sampling.py sharding.py trl_rollouts.py)
 test-isa: .venv/installed-test
 	for isa in $(ISAS); do \

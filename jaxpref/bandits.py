@@ -78,10 +78,10 @@ def _compared(values: Array, data: Preferences) -> tuple[Array, Array]:
     return chosen, rejected
 
 
-def _dpo(values: Array, data: Preferences, beta: float) -> Array:
+def _dpo(values: Array, data: Preferences) -> Array:
     """DPO's loss; the uniform reference cancels."""
     chosen, rejected = _compared(values, data)
-    return losses.dpo(chosen, rejected, None, None, beta=beta, reference_free=True).losses.mean()
+    return losses.dpo(chosen, rejected, None, None, beta=BETA, reference_free=True).losses.mean()
 
 
 # The linear setting.
@@ -156,7 +156,7 @@ def replay_linear(seed: int) -> tuple[Preferences, dict[str, Float[np.ndarray, "
 
 
 def _linear_rewards_of(state: float) -> Float[np.ndarray, " actions"]:
-    """`linear_rewards` of one state in NumPy, whose draws depend on every bit."""
+    """`linear_rewards` of one state, in NumPy: the labels of a replay depend on every bit of it."""
     number = np.arange(1, LINEAR_ACTIONS + 1)
     features = np.cos(np.pi * state) * number, np.sin(np.pi * state) / number
     return sum(weight * of for weight, of in zip(_LINEAR_TRUTH, features, strict=True))
@@ -205,7 +205,7 @@ def solve_linear(
         logps = jax.nn.log_softmax(logits(theta, data.states))
         # The published gradient reads the smaller ratios, and is otherwise that of the logarithm.
         read = jnp.log(jnp.exp(logps) + _ADDED)
-        return _dpo(logps + jax.lax.stop_gradient(read - logps), data, BETA)
+        return _dpo(logps + jax.lax.stop_gradient(read - logps), data)
 
     def of_reward(states: Array) -> Callable[[Array], Array]:
         rewards = linear_features(states) @ psi
@@ -407,7 +407,7 @@ def solve_neural(
 
     def dpo(layers: Layers, part: Preferences) -> Array:
         read = jax.nn.log_softmax if log_probs else jax.nn.softmax
-        return _dpo(read(policy_logits(layers, part.states)), part, BETA)
+        return _dpo(read(policy_logits(layers, part.states)), part)
 
     def compared(start: int, stop: int) -> Preferences:
         cut = slice(start, stop)

@@ -275,9 +275,10 @@ KNOBS: dict[str, Knob] = {
         0,
         "rows of a micro-batch, over all devices. A step has as many micro-batches as its groups "
         "need, and adds up their gradients; memory grows with the rows, while what a step computes "
-        "does not depend on them. 0: an eighth of what an average batch needs (where responses are "
-        "sampled, one with the longest), or 2,048 tokens a device if that is more; for methods "
-        "that compare the examples of a step (aot, aot_unpaired, kto) all of a batch",
+        "does not depend on them, but for dropout's random numbers. 0: an eighth of what an "
+        "average batch needs (where responses are sampled, one with the longest), or 2,048 tokens "
+        "a device if that is more; for methods that compare the examples of a step (aot, "
+        "aot_unpaired, kto) all of a batch",
         at_least=0,
         resumable=True,
     ),

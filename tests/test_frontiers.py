@@ -12,7 +12,6 @@ from jaxpref.evaluation import (
     best_reward,
     enumerable,
     exact_best_of_n,
-    exact_kl,
     expected_best,
     gain_share,
     kl_bound,
@@ -30,6 +29,10 @@ def task(seed=0, responses=12):
     logps = np.log(random.dirichlet(np.ones(responses)))
     # A few responses are worth the same.
     return logps, random.integers(0, responses // 2, responses).astype(float)
+
+
+def kl_of(logps, reference):
+    return enumerable.objective(logps, reference, np.zeros(len(logps)), beta=0.0).kl
 
 
 @pytest.mark.parametrize("with_proxy", [False, True])
@@ -82,11 +85,11 @@ def test_the_estimate_meets_the_exact_value():
 def test_the_kl_of_best_of_n_is_below_its_bound():
     logps, rewards = task()
     for n in (1, 2, 8, 64, 4_096):
-        kl = float(exact_kl(exact_best_of_n(logps, rewards, n), logps))
+        kl = float(kl_of(exact_best_of_n(logps, rewards, n), logps))
         assert -1e-12 <= kl <= kl_bound(n) + 1e-12
     # Where no two responses are alike and each is rare, the bound is nearly the KL.
     uniform = np.full(1_000, -math.log(1_000))
-    kl = float(exact_kl(exact_best_of_n(uniform, np.arange(1_000.0), 4), uniform))
+    kl = float(kl_of(exact_best_of_n(uniform, np.arange(1_000.0), 4), uniform))
     assert kl == pytest.approx(kl_bound(4), rel=1e-2)
 
 
@@ -131,5 +134,6 @@ def test_best_of_n_gains_less_than_its_kl_allows():
     logps, rewards = task(3)
     for n in (2, 8, 32):
         best = exact_best_of_n(logps, rewards, n)
-        share = gain_share((jnp.exp(best) * rewards).sum(), exact_kl(best, logps), logps, rewards)
+        worth = enumerable.objective(best, logps, rewards, beta=0.0)
+        share = gain_share(worth.reward, worth.kl, logps, rewards)
         assert 0.8 < float(share) < 1

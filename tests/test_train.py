@@ -1,4 +1,3 @@
-import contextlib
 import json
 
 import conftest
@@ -12,16 +11,10 @@ from jaxpref import (
     checkpoint,
     config as config_lib,
     metrics,
-    optimizer as optimizer_lib,
     reference,
     train,
 )
-from jaxpref.algorithms import Objective
 from jaxpref.errors import UserError
-from jaxpref.logprobs import LMHead
-from jaxpref.measurements import Mean, Metric
-from jaxpref.models import ModelOutput
-from jaxpref.packing import PackedBatch
 from jaxpref.train import assemble, loop
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -432,122 +425,3 @@ def test_a_run_that_trains_nothing_stops(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gradient was exactly zero everywhere in all 6 steps"):
         train.run(small(train__steps=10), tmp_path)
     assert checkpoint.latest_step(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("norms", "epoch", "stops"),
-    [
-        ([0, 0, 0, 0, 1, 0, 0, 0], 8, None),
-        ([1, 0, 0, 0, 0, 0, 0, 0], 2, None),
-        ([0, 0, 0, 0, 0, 1, 1, 1], 5, 5),
-        ([0, 0, 0, 1, 1, 1, 1, 1], 1, 3),
-        ([0] * 8, 99, 8),
-        ([0] * 101 + [1], 10**6, 100),
-    ],
-)
-def test_a_few_steps_may_have_nothing_to_learn(norms, epoch, stops, tmp_path, capsys):
-    with metrics.Writer(tmp_path, start=0, steps=len(norms)) as writer:
-        log = metrics.Log(
-            writer, every=10**6, steps=len(norms), patience=epoch, kept=lambda: "none"
-        )
-        with contextlib.ExitStack() as stack:
-            if stops:
-                message = f"step {stops}: the gradient was exactly zero everywhere in all {stops} s"
-                stack.enter_context(pytest.raises(UserError, match=message))
-            measure(log, [{"loss": (1.0, 1.0), "grad_norm": (norm, 1.0)} for norm in norms])
-    assert ("The run stops if it goes on" in capsys.readouterr().out) == (norms[:4] == [0] * 4)
-
-
-def measure(log, steps):
-    """Hands the log what a run's steps measured."""
-    nothing = np.zeros((1, 1, 1), np.int32)
-    for number, measured in enumerate(steps, start=1):
-        log.dispatching(number, nothing.shape, 0, 0)
-        values = {"learning_rate": (0.1, 1.0), **measured}
-        log.dispatched(number, {k: Metric(*map(np.float32, v)) for k, v in values.items()})
-    log.settle()
-
-
-def test_steps_without_weight_are_counted_and_change_no_mean(tmp_path, capsys):
-    with metrics.Writer(tmp_path, start=0, steps=9) as writer:
-        log = metrics.Log(writer, every=4, steps=9, patience=9, kept=lambda: "none")
-        trained = {"loss": (6.0, 2.0), "grad_norm": (5.0, 1.0)}
-        empty = {"loss": (0.0, 0.0), "grad_norm": (0.0, 0.0)}
-        measure(log, [trained, empty, trained, empty, trained, trained, trained, trained])
-    first, second, third = lines_of(tmp_path)
-    assert "skipped_steps" not in first
-    assert (second["skipped_steps"], second["loss"], second["grad_norm"]) == (2, 3, 5)
-    assert "skipped_steps" not in third
-    assert "step 4: no example has a weight, so nothing is updated" in capsys.readouterr().out
-
-
-def weight_itself(params, batch, key=None):
-    """A model of one weight, which is its only hidden state."""
-    return ModelOutput(params["w"][None, None, None], LMHead(jnp.zeros((1, 1))))
-
-
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
-def test_a_step_without_weight_leaves_all_but_the_step(name):
-    """Moments and weight decay, which move parameters without a gradient, too."""
-    settings = config_lib.default("sft").optimizer
-    settings.update(name=name, learning_rate=0.5, weight_decay=0.1)
-    optimizer, schedule = optimizer_lib.build(settings, 9)
-
-    def loss(output, batch, inputs):
-        weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
-        # Without weight a value may be anything, and its gradient too.
-        return Objective(Metric(output.hidden.sum() / weights, weights), {})
-
-    update = train.make_update(algorithms.Algorithm(loss), weight_itself, optimizer, schedule)
-    nothing = np.zeros((1, 1, 1), np.int32)
-
-    def step(state, length):
-        lengths = np.full((1, 1, 1), length, np.int32)
-        state, measured = update(state, {}, {}, PackedBatch(*[nothing] * 8, lengths, {}))
-        return jax.device_get(state), jax.device_get(measured)
-
-    begun = train.initial_state({"w": jnp.float32(2.0)}, optimizer)
-    before, _ = step(begun, 3)
-    after, measured = step(jax.tree.map(jnp.array, before), 0)
-    assert before.policy["w"] != 2
-    assert after.step == before.step + 1 == 2
-    for a, b in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert measured["loss"] == measured["grad_norm"] == Metric(0, 0)
-    assert np.isfinite(measured["param_norm"].values)
-
-
-def test_update_divides_once_by_the_weight_of_all_micro_batches():
-    """A loss with unequal weights: the mean is over weights, not over micro-batches."""
-    import optax
-
-    def loss(output, batch, inputs):
-        weights = jnp.asarray(batch.lengths)[:, 0].astype(jnp.float32)
-        return Objective(Metric(output.hidden.sum() * weights, weights), {})
-
-    update = train.make_update(algorithms.Algorithm(loss), weight_itself, optax.sgd(1.0))
-    lengths = np.array([1, 2, 3, 10], np.int32).reshape(2, 2, 1)
-    nothing = np.zeros((2, 1, 1), np.int32)
-    batch = PackedBatch(*[nothing] * 8, lengths, {})
-    state = train.initial_state({"w": jnp.float32(2.0)}, optax.sgd(1.0))
-    state, measured = update(state, {}, {}, batch)
-    mean = (1 + 4 + 9 + 100) / 16
-    np.testing.assert_allclose(measured["loss"].values / measured["loss"].weights, 2 * mean)
-    np.testing.assert_allclose(state.policy["w"], 2 - mean)
-
-
-def test_weighted_means_and_what_has_no_weight():
-    mean = Mean()
-    mean.add("a", 2.0, 1.0)
-    mean.add("a", 9.0, 3.0)
-    mean.add("b", 0.0, 0.0)
-    assert mean.result() == {"a": 11 / 4}
-
-
-def test_measurements_after_the_checkpoint_are_dropped_on_resuming(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    written = [{"step": s, "loss": 1.0} for s in (0, 1, 2, 3)]
-    path.write_text("".join(json.dumps(x) + "\n" for x in written) + '{"step": 4, "lo')
-    with metrics.Writer(tmp_path, start=2, steps=9) as writer:
-        writer.write(3, {"loss": 0.5})
-    assert metrics.read(path) == [*written[:3], {"step": 3, "loss": 0.5}]

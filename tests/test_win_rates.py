@@ -101,6 +101,14 @@ def test_a_policy_against_itself_is_exactly_half():
     assert found == (0.5, (0.5, 0.5), 0.0, False)
 
 
+def test_what_is_the_same_for_all_prompts_explains_nothing():
+    scores = np.array([1.0, 1.0, 0.0, 0.5, 1.0])
+    found = length_controlled(scores, np.full(5, 0.1), np.full(5, 3.0), resamples=50)
+    assert found.rate == pytest.approx(0.7)
+    assert found.slope == 0
+    assert not found.bounded
+
+
 @pytest.mark.parametrize("with_difficulty", [False, True])
 def test_swapping_the_policies_mirrors_the_controlled_rate(with_difficulty):
     scores, lengths, _ = judged(3, 80)

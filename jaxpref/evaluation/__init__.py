@@ -1,6 +1,6 @@
 """What a policy is worth on held-out data, and how to see it."""
 
-from jaxpref.evaluation.best_of_n import exact_best_of_n, exact_kl, expected_best, kl_bound
+from jaxpref.evaluation.best_of_n import exact_best_of_n, expected_best, kl_bound
 from jaxpref.evaluation.calibration import plot_reliability, reliability
 from jaxpref.evaluation.frontier import best_reward, gain_share
 from jaxpref.evaluation.generation import Written, generate_file
@@ -26,7 +26,6 @@ __all__ = [
     "difference",
     "evaluate",
     "exact_best_of_n",
-    "exact_kl",
     "expected_best",
     "gain_share",
     "generate_file",

@@ -104,13 +104,3 @@ def exact_best_of_n(
     log_below = n * jnp.log(jnp.where(below > 0, below, 1))
     gained = jnp.where(below > 0, jnp.log1p(-jnp.exp(log_below - log_upto)), 0)
     return logps - jnp.log(alike) + log_upto + gained
-
-
-def exact_kl(
-    logps: Float[Array | np.ndarray, " responses"],
-    reference_logps: Float[Array | np.ndarray, " responses"],
-) -> Float[Array, ""]:
-    """KL of one policy to another over listed responses, in nats; a chance of 0 counts nothing."""
-    logps, reference = jnp.asarray(logps), jnp.asarray(reference_logps)
-    here = logps > -jnp.inf
-    return (jnp.where(here, jnp.exp(logps) * (logps - reference), 0)).sum()

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxpref.evaluation.enumerable import Worth, objective, optimum
+
 # Halvings of an interval of the logarithm of 1 / beta.
 _STEPS = 100
 _LEAST, _MOST = -30.0, 30.0
@@ -31,24 +33,24 @@ def best_reward(
       rewards: of all responses.
     """
     reference, rewards = jnp.asarray(reference_logps), jnp.asarray(rewards)
-    spread = rewards.max() - rewards.min()
-    scaled = (rewards - rewards.max()) / jnp.where(spread > 0, spread, 1)
+    highest, spread = rewards.max(), jnp.ptp(rewards)
 
-    def tilted(log_strength: Array) -> tuple[Array, Array]:
-        """Reward and KL of the optimum."""
-        logps = jax.nn.log_softmax(reference + jnp.exp(log_strength) * scaled)
-        chances = jnp.exp(logps)
-        return (chances * rewards).sum(), (chances * (logps - reference)).sum()
+    def worth(log_strength: Array) -> Worth:
+        """Of the optimum whose beta is the rewards' spread over this strength."""
+        # Below 0, so that however strong a reward is no exponential overflows.
+        below = (rewards - highest) / jnp.where(spread > 0, spread, 1)
+        best = optimum(reference, jnp.exp(log_strength) * below, beta=1.0)
+        return objective(best.logps, reference, rewards, beta=0.0)
 
     def of_point(kl: Array) -> Array:
         def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
             middle = (low + high) / 2
-            within = tilted(middle)[1] <= kl
+            within = worth(middle).kl <= kl
             return jnp.where(within, middle, low), jnp.where(within, high, middle)
 
         start = jnp.asarray(_LEAST, reference.dtype), jnp.asarray(_MOST, reference.dtype)
-        return tilted(jax.lax.fori_loop(0, _STEPS, halve, start)[0])[0]
+        return worth(jax.lax.fori_loop(0, _STEPS, halve, start)[0]).reward
 
     kl = jnp.asarray(kl, reference.dtype)
     return jax.vmap(of_point)(kl.reshape(-1)).reshape(kl.shape)

@@ -208,24 +208,23 @@ def length_controlled(
     for name, numbers in given.items():
         if not np.isfinite(numbers).all():
             raise ValueError(f"{name} should be finite; got {numbers[~np.isfinite(numbers)][0]}.")
-    # In units of its own spread a coefficient is large or small whatever it is measured in.
-    scaled = {name: x / (x.std() or 1.0) for name, x in given.items()}
+    scaled = {name: _in_its_spread(x) for name, x in given.items()}
     scaled["length_difference"] = np.tanh(scaled["length_difference"])
     features = np.stack([np.ones_like(values), *scaled.values()], axis=1)
     at_equal = features.copy()
     at_equal[:, 1] = 0
 
+    once = np.ones((1, len(values)))
+    (fitted,) = _fit(features, values, once, np.zeros(features.shape[1]))
+
     def rates(counts: Float[np.ndarray, "resamples prompts"]) -> Float[np.ndarray, " resamples"]:
-        predictions = _sigmoid(_fit(features, values, counts, fitted[0]) @ at_equal.T)
+        predictions = _sigmoid(_fit(features, values, counts, fitted) @ at_equal.T)
         return (counts * predictions).sum(1) / len(values)
 
-    once = np.ones((1, len(values)))
-    fitted = np.zeros((1, features.shape[1]))
-    fitted = _fit(features, values, once, fitted[0])
     (rate,) = rates(once)
     found = _bootstrap(len(values), resamples, seed, rates)
     bounded = bool((np.abs(fitted) >= _BOUND).any())
-    return LengthControlled(float(rate), _interval(found, level), float(fitted[0, 1]), bounded)
+    return LengthControlled(float(rate), _interval(found, level), float(fitted[1]), bounded)
 
 
 def agreement(
@@ -293,6 +292,15 @@ def _check_alike(**columns: Float[np.ndarray, "..."]) -> None:
     shapes = {name: column.shape for name, column in columns.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"expected one number a prompt of the same prompts; got shapes {shapes}.")
+
+
+def _in_its_spread(x: Float[np.ndarray, " prompts"]) -> Float[np.ndarray, " prompts"]:
+    """In units of its own spread a coefficient is large or small whatever it is measured in.
+
+    What is the same for all prompts is 0: it explains nothing, and beside an intercept it could
+    not be told from it.
+    """
+    return x / x.std() if np.ptp(x) > 0 else np.zeros_like(x)
 
 
 def _bootstrap(

@@ -177,9 +177,12 @@ class Sampler:
         first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
         sizes = tuple(sorted({first, max(_room(slots // 2), first), slots}))
         with self._in_mesh():
-            rows = decoded(begin(range(len(prompts)), seats, sizes[0]), seats, sizes[0])
+            rows, ended = decoded(begin(range(len(prompts)), seats, sizes[0]), seats, sizes[0])
             for size in sizes[1:]:
-                rows = decoded(decode.widen(rows, size), seats, size)
+                if ended < seats:
+                    # Bound to the same name, so that the room before is free while it decodes.
+                    rows = decode.widen(rows, size)
+                    rows, ended = decoded(rows, seats, size)
         yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
 
     def _in_mesh(self) -> AbstractContextManager[None]:
@@ -209,7 +212,7 @@ class Sampler:
     def _in_turn(
         self,
         begin: Callable[..., Rows],
-        decoded: Callable[..., Rows],
+        decoded: Callable[..., tuple[Rows, int]],
         prompts: int,
         seats: int,
         slots: int,
@@ -225,7 +228,7 @@ class Sampler:
             rows = begin(range(seats), seats, slots)
         while any(number is not None for number in sitting):
             with self._in_mesh():
-                rows = decoded(rows, few if waiting else seats)
+                rows, _ = decoded(rows, few if waiting else seats)
             done = np.all(np.asarray(sharding.fetch(decode.done(rows))), axis=1).tolist()
             ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
             sitting = [None if seat in ended else n for seat, n in enumerate(sitting)]
@@ -274,8 +277,11 @@ class Sampler:
         rows: Rows,
         groups: int,
         most: float = math.inf,
-    ) -> Rows:
-        """The rows when so many prompts are done, or so many tokens were written; see `decode`."""
+    ) -> tuple[Rows, int]:
+        """The rows when so many prompts are done, or so many tokens were written; see `decode`.
+
+        Also how many prompts are done.
+        """
         used, ended = map(int, sharding.fetch(decode.progress(rows)))
         while ended < groups and used < most:
             if stopping():
@@ -284,7 +290,7 @@ class Sampler:
             bounds = jnp.asarray(groups), jnp.asarray(until, jnp.int32)
             rows = decode.decode(self._model, self.settings, weights, rows, *bounds, table)
             used, ended = map(int, sharding.fetch(decode.progress(rows)))
-        return rows
+        return rows, ended
 
     def _table(self, length: int) -> models.Angles | None:
         """The rotary angles of a prompt of `length` tokens and its responses."""
