@@ -39,7 +39,7 @@ def token_rewards(
     reference_logps: Float[Array, "*batch tokens"],
     ends: Bool[Array, "*batch tokens"],
     *,
-    beta: float,
+    beta: float | Float[Array, ""],
     where: Bool[Array, "*batch tokens"] | None = None,
 ) -> Float[Array, "*batch tokens"]:
     """The reward of each token: the response's score at its last one, and everywhere the KL as k1.

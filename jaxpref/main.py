@@ -9,7 +9,7 @@ from absl import app, flags
 
 from jaxpref import config as config_lib, explain
 from jaxpref.commands import WORKDIR, fail, quiet, show, told
-from jaxpref.recipes import CONFIG, listed, parse_flags, stages
+from jaxpref.recipes import CONFIG, defined, listed, parse_flags, stages
 
 # --help shows these two as well.
 flags.declare_key_flag("config")
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
     if _EXPLAIN.value:
         show(explain.explain(CONFIG.value))
         return
+    if defined("get_experiment"):
+        fail("--config is an experiment: do it with python -m jaxpref.experiments.")
     workdir = WORKDIR.value
     if not workdir:
         fail("--workdir is missing: the directory for checkpoints and measurements.")

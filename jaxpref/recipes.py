@@ -2,7 +2,9 @@
 
 import ast
 import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -57,23 +59,30 @@ def stages(config: ConfigDict, workdir: str) -> list[tuple[ConfigDict, str]]:
     Returns:
       The config and the workdir of each, in order.
     """
-    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    get_stages = runpy.run_path(path).get("get_stages")
+    get_stages = defined("get_stages")
     return get_stages(config, workdir) if get_stages else []
 
 
-def listed() -> str:
-    """How to run a recipe, and which there are."""
+def defined(name: str) -> Callable[..., Any] | None:
+    """A function of the file that `--config` names; None if it has none of this name."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    return runpy.run_path(path).get(name)
+
+
+def listed(command: str = "main", folder: str = "configs") -> str:
+    """How to run a recipe of a folder with a command, and which there are."""
     lines = [
         "Run a recipe with",
         "",
-        "  python -m jaxpref.main --config=configs/RECIPE.py --workdir=DIR",
+        f"  python -m jaxpref.{command} --config={folder}/RECIPE.py --workdir=DIR",
         "",
         "Recipes here:",
     ]
-    here = Path("configs")
-    configs = here if here.is_dir() else Path(__file__).parent.parent / "configs"
-    for path in sorted(configs.glob("*.py")):
+    here = Path(folder)
+    configs = here if here.is_dir() else Path(__file__).parent.parent / folder
+    paths = sorted(configs.glob("*.py"))
+    width = max((len(str(path)) for path in paths), default=0)
+    for path in paths:
         summary = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-        lines.append(f"  {path!s:28} {summary}")
+        lines.append(f"  {path!s:{width}} {summary}")
     return "\n".join(lines)

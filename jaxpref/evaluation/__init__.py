@@ -1,11 +1,12 @@
 """What a policy is worth on held-out data, and how to see it."""
 
 from jaxpref.evaluation.best_of_n import exact_best_of_n, expected_best, kl_bound
-from jaxpref.evaluation.calibration import plot_reliability, reliability
+from jaxpref.evaluation.calibration import reliability
 from jaxpref.evaluation.frontier import best_reward, gain_share
 from jaxpref.evaluation.generation import Written, generate_file
 from jaxpref.evaluation.held_out import evaluate
-from jaxpref.evaluation.report import closing_table, plot_curves, samples_table
+from jaxpref.evaluation.plots import plot_curves, plot_reliability
+from jaxpref.evaluation.report import closing_table, samples_table
 from jaxpref.evaluation.rewards import Scored, score_file
 from jaxpref.evaluation.truth import reward_recovery
 from jaxpref.evaluation.win_rates import (

@@ -1,6 +1,5 @@
 """Whether a reward model is right as often as it says."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -52,30 +51,3 @@ def reliability(margins: Float[np.ndarray, " pairs"], bins: int = 10) -> Reliabi
         for values in (probability, right)
     )
     return Reliability(confidence, accuracy, count[used])
-
-
-def plot_reliability(found: Reliability, path: Path, title: str) -> None:
-    """Draws accuracy against confidence; the diagonal is perfect calibration.
-
-    Args:
-      found: from `reliability`.
-      path: the PNG to write.
-      title: of the figure.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(4.2, 4.2), layout="constrained")
-    axis.plot([0.5, 1], [0.5, 1], "--", color="0.6", label="perfect")
-    share = found.pairs / found.pairs.sum()
-    axis.plot(found.confidence, found.accuracy, color="C0")
-    axis.scatter(found.confidence, found.accuracy, s=20 + 400 * share, color="C0", alpha=0.6)
-    axis.set_xlabel("probability that the model gives its choice")
-    axis.set_ylabel("share of choices that are the label")
-    axis.set_title(f"{title}\nexpected calibration error {found.error:.3f}", fontsize=9)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

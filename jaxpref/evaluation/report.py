@@ -1,6 +1,5 @@
-"""What a finished run shows: a table of before and after, and its curves as a PNG."""
+"""What a finished run shows in the terminal: tables of before and after."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -28,9 +27,6 @@ _TITLES = {
     "eval/completions/length": "length (tokens)",
     "eval/completions/clipped_ratio": "share that was cut by length",
 }
-
-# What is measured of a reward model, in one panel of its curves.
-_REWARDS = ("mean_reward", "min_reward", "max_reward", "good_reward", "bad_reward", "margin")
 
 
 def closing_table(lines: list[dict[str, float]]) -> Table | None:
@@ -98,58 +94,3 @@ def _short(text: Any, most: int = 160) -> str:
     if isinstance(text, list):
         text = text[-1].get("content", "")
     return repr(text if len(text) <= most else f"{text[:most]} ...")
-
-
-def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
-    """Draws the loss, and for preference methods accuracy, margin and rewards, over steps.
-
-    Args:
-      lines: the run's measurements.
-      path: the PNG to write.
-      title: of the figure.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = [
-        panel
-        for panel in (
-            ("loss (nats)", ("loss",)),
-            ("accuracy", ("rewards/accuracies", "rewards/best_accuracy", "accuracy")),
-            ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
-            ("reward", _REWARDS),
-            ("reward of a sample", ("objective/scores", "objective/rlhf_reward", "true_reward")),
-            ("KL to the reference (nats)", ("objective/kl",)),
-            ("gradient norm", ("grad_norm",)),
-        )
-        if any(name in line for line in lines for name in panel[1])
-    ]
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False
-    )
-    for axis, (label, names) in zip(axes[0], panels, strict=True):
-        for color, name in enumerate(names):
-            short = name.rpartition("/")[2].replace("_", " ")
-            for prefix, style in (("", "-"), ("eval/", "o--")):
-                points = [
-                    (line["step"], line[prefix + name]) for line in lines if prefix + name in line
-                ]
-                if points:
-                    legend = f"{short}, held out" if prefix else short
-                    axis.plot(
-                        *zip(*points, strict=True),
-                        style,
-                        color=f"C{color}",
-                        label=legend,
-                        markersize=4,
-                        alpha=1.0 if prefix else 0.6,
-                    )
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,0 +1,168 @@
+"""Every figure, as a PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpref.evaluation.calibration import Reliability
+
+_DPI = 110
+# What is measured of a reward model, in one panel of its curves.
+_REWARDS = ("mean_reward", "min_reward", "max_reward", "good_reward", "bad_reward", "margin")
+
+
+class Series(NamedTuple):
+    """What one label of a legend stands for.
+
+    Attributes:
+      label: in the legend.
+      x: places; names stand side by side.
+      y: values.
+      low: lower ends of the values' intervals; None for no band.
+      high: upper ends.
+      line: whether the points are joined; otherwise they are marks with error bars.
+    """
+
+    label: str
+    x: Sequence[float | str]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    line: bool = True
+
+
+class Panel(NamedTuple):
+    """One diagram of a figure.
+
+    Attributes:
+      title: above it.
+      x: what its places are.
+      y: what its values are.
+      series: what is drawn, in the order of the legend; the same label has the same color in all
+        panels of a figure.
+      log_x: whether places are drawn by their logarithm.
+    """
+
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series]
+    log_x: bool = False
+
+
+def plot_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
+    """Draws panels side by side.
+
+    Args:
+      panels: at least one.
+      path: the PNG to write.
+      title: of the figure.
+    """
+    figure, axes = _subplots(len(panels), height=4.0, width=5.0)
+    labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series))
+    for axis, panel in zip(axes, panels, strict=True):
+        for series in panel.series:
+            _draw(axis, series, f"C{labels.index(series.label)}")
+        axis.set_title(panel.title, fontsize=9)
+        axis.set_xlabel(panel.x)
+        axis.set_ylabel(panel.y)
+        if panel.log_x:
+            axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _draw(axis: Any, series: Series, color: str) -> None:
+    if series.line:
+        axis.plot(series.x, series.y, color=color, label=series.label, marker=".", markersize=4)
+        if series.low is not None and series.high is not None:
+            axis.fill_between(series.x, series.low, series.high, color=color, alpha=0.2)
+        return
+    y = np.asarray(series.y)
+    errors = None
+    if series.low is not None and series.high is not None:
+        errors = np.stack([y - np.asarray(series.low), np.asarray(series.high) - y])
+    axis.errorbar(
+        series.x, y, errors, color=color, label=series.label, fmt="o", markersize=4, alpha=0.8
+    )
+
+
+def _subplots(count: int, *, height: float = 3.4, width: float = 4.2) -> tuple[Any, list[Any]]:
+    """A figure without a window, and its diagrams side by side."""
+    # Matplotlib takes half a second to load, which commands that draw nothing need not wait for.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def plot_reliability(found: Reliability, path: Path, title: str) -> None:
+    """Draws accuracy against confidence; the diagonal is perfect calibration.
+
+    Args:
+      found: from `reliability`.
+      path: the PNG to write.
+      title: of the figure.
+    """
+    figure, (axis,) = _subplots(1, height=4.2)
+    axis.plot([0.5, 1], [0.5, 1], "--", color="0.6", label="perfect")
+    share = found.pairs / found.pairs.sum()
+    axis.plot(found.confidence, found.accuracy, color="C0")
+    axis.scatter(found.confidence, found.accuracy, s=20 + 400 * share, color="C0", alpha=0.6)
+    axis.set_xlabel("probability that the model gives its choice")
+    axis.set_ylabel("share of choices that are the label")
+    axis.set_title(f"{title}\nexpected calibration error {found.error:.3f}", fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
+    """Draws the loss, and for preference methods accuracy, margin and rewards, over steps.
+
+    Args:
+      lines: the run's measurements.
+      path: the PNG to write.
+      title: of the figure.
+    """
+    panels = [
+        panel
+        for panel in (
+            ("loss (nats)", ("loss",)),
+            ("accuracy", ("rewards/accuracies", "rewards/best_accuracy", "accuracy")),
+            ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+            ("reward", _REWARDS),
+            ("reward of a sample", ("objective/scores", "objective/rlhf_reward", "true_reward")),
+            ("KL to the reference (nats)", ("objective/kl",)),
+            ("gradient norm", ("grad_norm",)),
+        )
+        if any(name in line for line in lines for name in panel[1])
+    ]
+    figure, axes = _subplots(len(panels))
+    for axis, (label, names) in zip(axes, panels, strict=True):
+        for color, name in enumerate(names):
+            short = name.rpartition("/")[2].replace("_", " ")
+            for prefix, style in (("", "-"), ("eval/", "o--")):
+                points = [
+                    (line["step"], line[prefix + name]) for line in lines if prefix + name in line
+                ]
+                if points:
+                    legend = f"{short}, held out" if prefix else short
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=f"C{color}",
+                        label=legend,
+                        markersize=4,
+                        alpha=1.0 if prefix else 0.6,
+                    )
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=_DPI)
