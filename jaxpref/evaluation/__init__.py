@@ -5,6 +5,7 @@ from jaxpref.evaluation.calibration import reliability
 from jaxpref.evaluation.frontier import best_reward, gain_share
 from jaxpref.evaluation.generation import Written, generate_file
 from jaxpref.evaluation.held_out import evaluate
+from jaxpref.evaluation.judges import Judged, judge_files
 from jaxpref.evaluation.plots import plot_curves, plot_reliability
 from jaxpref.evaluation.report import closing_table, samples_table
 from jaxpref.evaluation.rewards import Scored, score_file
@@ -18,6 +19,7 @@ from jaxpref.evaluation.win_rates import (
 )
 
 __all__ = [
+    "Judged",
     "Scored",
     "Written",
     "agreement",
@@ -30,6 +32,7 @@ __all__ = [
     "expected_best",
     "gain_share",
     "generate_file",
+    "judge_files",
     "kl_bound",
     "length_controlled",
     "plot_curves",

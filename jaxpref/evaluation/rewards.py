@@ -1,6 +1,7 @@
 """The rewards that a trained reward model gives a file's responses."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxpref import data as data_lib
-from jaxpref.data import Example
+from jaxpref.data import Example, TokenizedDataset
 from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
 from jaxpref.rewards import RewardModel
@@ -70,15 +71,8 @@ def score_file(
         examples, dataset, counts = data_lib.load_file(
             reward_model.config, reward_model.tokenizer, path, data_format, progress=tell
         )
-    params = reward_model.load()
-    groups = [dataset.group(index) for index in range(len(dataset))]
-    with progress(f"scoring {len(groups):,} prompts", "done") as tell:
-        scores = reward_model.score(params, groups, rows=batch_size, progress=tell)
-    ends = np.cumsum([len(example.responses) for example in examples])
-    lines = [
-        _line(example, values)
-        for example, values in zip(examples, np.split(scores, ends[:-1]), strict=True)
-    ]
+    scores = score_examples(reward_model, examples, dataset, batch_size=batch_size)
+    lines = [_line(example, values) for example, values in zip(examples, scores, strict=True)]
     if not jax.process_index():
         with output.open("w", encoding="utf-8") as file:
             for line in lines:
@@ -86,12 +80,36 @@ def score_file(
     return Scored(len(examples), counts)
 
 
+def score_examples(
+    model: RewardModel, examples: Sequence[Example], dataset: TokenizedDataset, *, batch_size: int
+) -> list[Float[np.ndarray, " responses"]]:
+    """The rewards of each example's responses, with progress in the terminal.
+
+    Args:
+      model: whose weights are loaded here.
+      examples: prompts with responses.
+      dataset: the same, tokenised.
+      batch_size: rows of tokens scored at a time.
+
+    Raises:
+      UserError: a reward is not finite.
+    """
+    params = model.load()
+    groups = [dataset.group(index) for index in range(len(dataset))]
+    with progress(f"scoring {len(groups):,} prompts", "done") as tell:
+        scores = model.score(params, groups, rows=batch_size, progress=tell)
+    ends = np.cumsum([len(example.responses) for example in examples])
+    parts = np.split(scores, ends[:-1])
+    for example, values in zip(examples, parts, strict=True):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{example.where}: the reward model gives {', '.join(map(str, values))}, which are "
+                "not all finite numbers. Did its training diverge?"
+            )
+    return parts
+
+
 def _line(example: Example, scores: Float[np.ndarray, " responses"]) -> dict[str, Any]:
-    if not np.isfinite(scores).all():
-        raise UserError(
-            f"{example.where}: the reward model gives {', '.join(map(str, scores))}, which are not "
-            "all finite numbers. Did its training diverge?"
-        )
     prompt, record = example.prompt, example.record
     said: dict[str, Any] = {
         "prompt": list(prompt.messages) if isinstance(prompt, Chat) else prompt,

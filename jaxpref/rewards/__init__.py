@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from jaxpref import config as config_lib
 from jaxpref.errors import UserError
 from jaxpref.rewards import shaping
-from jaxpref.rewards.base import Reward, Sampled, checked
-from jaxpref.rewards.function import find, from_function
+from jaxpref.rewards.base import Reward, Sampled, checked, shown
+from jaxpref.rewards.function import call, columns_of, find, from_function
 from jaxpref.rewards.model import RewardModel, check_template, from_model, rewards_of, score
 from jaxpref.rewards.shaping import Moments, no_moments
 
@@ -29,8 +29,10 @@ __all__ = [
     "Sampled",
     "Scores",
     "build",
+    "call",
     "check_template",
     "checked",
+    "columns_of",
     "find",
     "from_function",
     "from_model",
@@ -38,6 +40,7 @@ __all__ = [
     "rewards_of",
     "score",
     "shaping",
+    "shown",
 ]
 
 

@@ -41,11 +41,6 @@ class Sampled(NamedTuple):
         """Whether any prompt is a list of messages."""
         return any(not isinstance(prompt, str) for prompt in self.prompts)
 
-    def take(self, start: int, stop: int) -> "Sampled":
-        """The entries from `start` to before `stop`."""
-        part = slice(start, stop)
-        return Sampled(**{name: values[part] for name, values in self._asdict().items()})
-
 
 Reward = Callable[[Sampled], Float[np.ndarray, " responses"]]
 

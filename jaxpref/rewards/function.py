@@ -1,7 +1,7 @@
 """Rewards that are Python functions, called as TRL calls its reward functions."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,12 @@ from jaxpref.rewards.base import Reward, Sampled, checked, shown
 _OWN = ("prompt", "completion", "prompts", "completions", "completion_ids", "finished")
 
 
-def find(path: str) -> Callable[..., Any]:
+def find(path: str, key: str = "reward.function") -> Callable[..., Any]:
     """The function that `module:function` names.
+
+    Args:
+      path: `module:function`.
+      key: what the path was given as, for messages.
 
     Raises:
       UserError: there is no such module, or nothing in it of that name that can be called.
@@ -27,11 +31,11 @@ def find(path: str) -> Callable[..., Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"reward.function={path}: cannot be imported ({error}). It should be module:function, "
+            f"{key}={path}: cannot be imported ({error}). It should be module:function, "
             "with the module where Python finds it, such as the directory that the command runs in."
         ) from error
     if not callable(found):
-        raise UserError(f"reward.function={path}: is of type {type(found).__name__}, no function.")
+        raise UserError(f"{key}={path}: is of type {type(found).__name__}, no function.")
     return found
 
 
@@ -56,24 +60,39 @@ def from_function(name: str, function: Callable[..., Any]) -> Reward:
     """
 
     def reward(sampled: Sampled) -> Float[np.ndarray, " responses"]:
-        try:
-            values = function(**_arguments(sampled))
-        except Exception as error:  # Whatever a user's function raises.
-            prompt = _culprit(function, sampled)
-            raise UserError(
-                f"{name} raised {type(error).__name__}: {error} (for {len(sampled.responses)} "
-                f"responses; it does so for one to the prompt {shown(prompt)})."
-            ) from error
-        return checked(name, values, sampled)
+        return checked(name, call(name, function, _arguments(sampled)), sampled)
 
     return reward
 
 
+def call(name: str, function: Callable[..., Any], arguments: Mapping[str, list]) -> Any:
+    """What a function says that a user gave.
+
+    Args:
+      name: for messages.
+      function: of keyword arguments.
+      arguments: lists that are all equally long, `prompts` among them.
+
+    Raises:
+      UserError: the function raises; the message says for which prompt.
+    """
+    try:
+        return function(**arguments)
+    except Exception as error:  # Whatever a user's function raises.
+        prompts = arguments["prompts"]
+        raise UserError(
+            f"{name} raised {type(error).__name__}: {error} (for {len(prompts)} responses; it does "
+            f"so for one to the prompt {shown(prompts[_culprit(function, arguments)])})."
+        ) from error
+
+
+def columns_of(records: Sequence[Mapping[str, Any]], without: Collection[str]) -> dict[str, list]:
+    """Every column of records, but for some, as a list; None where a record has none."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record.get(name) for record in records] for name in names if name not in without}
+
+
 def _arguments(sampled: Sampled) -> dict[str, list]:
-    names = dict.fromkeys(name for record in sampled.records for name in record)
-    columns = {
-        name: [record.get(name) for record in sampled.records] for name in names if name not in _OWN
-    }
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(sampled.prompts, sampled.responses, strict=True)
@@ -83,15 +102,15 @@ def _arguments(sampled: Sampled) -> dict[str, list]:
         "completions": completions,
         "completion_ids": [ids.tolist() for ids in sampled.response_ids],
         "finished": sampled.finished.tolist(),
-        **columns,
+        **columns_of(sampled.records, _OWN),
     }
 
 
-def _culprit(function: Callable[..., Any], sampled: Sampled) -> Any:
-    """The prompt of the first response for which the function raises, else the first prompt."""
-    for index, prompt in enumerate(sampled.prompts):
+def _culprit(function: Callable[..., Any], arguments: Mapping[str, list]) -> int:
+    """The number of the first response for which the function raises alone, else 0."""
+    for number in range(len(arguments["prompts"])):
         try:
-            function(**_arguments(sampled.take(index, index + 1)))
+            function(**{name: values[number : number + 1] for name, values in arguments.items()})
         except Exception:
-            return prompt
-    return sampled.prompts[0]
+            return number
+    return 0

@@ -18,9 +18,9 @@ from jaxpref import (
     sharding,
 )
 from jaxpref.errors import UserError
+from jaxpref.interrupts import interrupts
 from jaxpref.terminal import console
 from jaxpref.train.assemble import Training, assemble
-from jaxpref.train.interrupts import interrupts
 from jaxpref.train.state import State
 
 
@@ -55,7 +55,7 @@ def _loop(
     state, frozen, reference = training.state, training.frozen, training.reference
     start, steps = training.start, training.steps
     with (
-        interrupts() as interrupted,
+        interrupts("saving after this step", together=jax.process_count() > 1) as interrupted,
         metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
     ):
         if start == 0:

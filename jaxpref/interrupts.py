@@ -1,4 +1,4 @@
-"""Stopping after a step rather than in the middle of it."""
+"""Stopping at a good place rather than in the middle of something."""
 
 import os
 import signal
@@ -6,26 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 from jax.experimental import multihost_utils
 
 
 @contextmanager
-def interrupts() -> Iterator[Callable[[int], bool]]:
+def interrupts(saying: str, *, together: bool = False) -> Iterator[Callable[[int], bool]]:
     """Asks, after each step, whether to stop: a first SIGINT or SIGTERM says so.
 
     A second signal acts as usual. Where several processes train together one of them may get the
     signal alone, but all have to stop after the same step: JAX's own handler of SIGTERM tells the
     others, and they agree.
+
+    Args:
+      saying: what is still done after the first signal, for whoever sent it.
+      together: whether several processes work on the same steps.
+
+    Yields:
+      To be called with the number of the step that is over.
     """
     seen: list[int] = []
     before: dict[int, Any] = {}
-    together = jax.process_count() > 1
 
     def note(number: int, frame: Any) -> None:
         seen.append(number)
         # This is not print, since the handler may run in the middle of another write.
-        os.write(2, b"\ninterrupted: saving after this step (once more to stop at once)\n")
+        os.write(2, f"\ninterrupted: {saying} (once more to stop at once)\n".encode())
         restore()
         if together:
             os.kill(os.getpid(), signal.SIGTERM)
