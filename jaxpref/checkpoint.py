@@ -288,15 +288,36 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     config = config_lib.from_flat(run)
     trained, frozen = partition(params, config_lib.trainable(config))
     frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)
-    of_role = {POLICY: trained}
-    wanted = ocp.args.PyTreeRestore(
-        item=of_role,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(of_role),
+    trained = _restore_part(folder / str(step) / "params", {POLICY: trained})[POLICY]
+    return merge(trained, restore_frozen(workdir, frozen)), step
+
+
+def restore_moving_reference(workdir: Path, params: Any) -> Any:
+    """The parameters that a reference which moves with the policy has reached.
+
+    They are those of the last good checkpoint, whose policy `restore_params` gives.
+
+    Args:
+      workdir: of a run whose train state has the reference.
+      params: abstract arrays, which say shapes and shardings.
+
+    Raises:
+      UserError: no checkpoint is whole.
+    """
+    step, _ = _good_step(workdir)
+    folder = (workdir / _CHECKPOINTS / str(step) / "rest").absolute()
+    return _restore_part(folder, {"reference": params})["reference"]
+
+
+def _restore_part(folder: Path, wanted: Any) -> Any:
+    """What is asked for of an item of a checkpoint; nothing else is read."""
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
         partial_restore=True,
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        trained = checkpointer.restore(folder / str(step) / "params", args=wanted)[POLICY]
-    return merge(trained, restore_frozen(workdir, frozen)), step
+        return checkpointer.restore(folder, args=args)
 
 
 def save_frozen(workdir: Path, params: Any) -> None:

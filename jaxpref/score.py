@@ -1,11 +1,12 @@
-"""Scores a file's responses with a reward model: `python -m jaxpref.score`.
+"""Scores a file's responses: `python -m jaxpref.score`.
 
     python -m jaxpref.score --model=W --input=pairs.jsonl --output=scored.jsonl
 
 W is the workdir of a run of algorithm `reward`, or a Hugging Face directory or hub name with a
-sequence classifier that has one label. The input is read like `data.path`. Each line of the
-output is a record with all that it had, and with its prompt, its responses and their scores; so
-what was scored is a ranking to train on.
+sequence classifier that has one label; or the workdir of a run of DPO, or of another method that
+compares its policy with a reference, for the implicit reward. The input is read like `data.path`.
+Each line of the output is a record with all that it had, and with its prompt, its responses and
+their scores; so what was scored is a ranking to train on.
 """
 
 from absl import app, flags
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected arguments: {' '.join(argv[1:])}; flags look like --model=DIR.")
     if not MODEL.value or not _INPUT.value or not OUTPUT.value:
-        fail("give --model=W, a reward model's workdir, --input=FILE and --output=FILE.")
+        fail("give --model=W, of a reward model or a DPO run, --input=FILE and --output=FILE.")
     quiet()
     with told():
         # JAX loads here, so that wrong flags answer at once.

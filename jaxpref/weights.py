@@ -23,7 +23,7 @@ from jaxpref.models.adapters import ADAPTERS
 from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
 from jaxpref.terminal import console
 from jaxpref.tokenizer import load_tokenizer
-from jaxpref.trainable import as_abstract, merge, partition, path_of
+from jaxpref.trainable import as_abstract, as_array, merge, partition, path_of, store_frozen
 
 _KEPT = "huggingface"
 # These knobs shape a model with random weights; any other model has a shape of its own.
@@ -79,7 +79,20 @@ def open_run(config: ConfigDict, workdir: Path) -> Opened:
     Raises:
       UserError: see `find`, `load_tokenizer` and `build_model`.
     """
-    source, name = find(config, workdir), config.tokenizer.name
+    return _open(config, find(config, workdir))
+
+
+def open_first(config: ConfigDict) -> Opened:
+    """Opens a run as it began, whatever has become of it since.
+
+    Raises:
+      UserError: see `open_run`.
+    """
+    return _open(config, _first(config))
+
+
+def _open(config: ConfigDict, source: Source) -> Opened:
+    name = config.tokenizer.name
     tokenizer = load_tokenizer(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
@@ -93,9 +106,17 @@ def find(config: ConfigDict, workdir: Path) -> Source:
     Raises:
       UserError: the weights cannot be loaded, or belong to a model of another shape.
     """
-    if checkpoint.latest_step(workdir) is not None:
-        source = kept(workdir)
-    elif not config.model.init_from:
+    if checkpoint.latest_step(workdir) is None:
+        return _first(config)
+    source = kept(workdir)
+    if source.pretrained:
+        _refuse_shape(config)
+    return source
+
+
+def _first(config: ConfigDict) -> Source:
+    """Where a run with this config begins."""
+    if not config.model.init_from:
         source = Source(None, None)
     elif (there := checkpoint.read_run(Path(config.model.init_from))) is not None:
         source = _workdir(config, there)
@@ -326,6 +347,29 @@ def load(config: ConfigDict, source: Source, model: Decoder, abstract: Any) -> A
         console.print(f"weights from {config.model.init_from}")
         params = read(source, without_adapters(model), base)
     return merge(params, _random(config, model, new)) if new else params
+
+
+def load_first(
+    config: ConfigDict, opened: Opened, abstract: Any, abstract_frozen: Any
+) -> tuple[Any, Any]:
+    """The parameters that a run begins with.
+
+    Args:
+      config: of the run.
+      opened: as it begins.
+      abstract: shapes and shardings of the parameters that are trained.
+      abstract_frozen: those of the others.
+
+    Returns:
+      The parameters that are trained, and the others as the run keeps them.
+    """
+    dtype = config.model.frozen_dtype
+    read_as = "float32" if dtype == "float32" else "bfloat16"
+    whole = merge(abstract, store_frozen(abstract_frozen, read_as, convert=as_abstract))
+    params, frozen = partition(
+        load(config, opened.source, opened.model, whole), config_lib.trainable(config)
+    )
+    return params, store_frozen(frozen, dtype, convert=as_array)
 
 
 def read(source: Source, model: Decoder, abstract: Any) -> Any:

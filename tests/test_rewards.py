@@ -16,7 +16,7 @@ from jaxpref.errors import UserError
 from jaxpref.knobs import REWARD_KNOBS
 from jaxpref.models import ModelOutput, ScalarHead
 from jaxpref.packing import Budget, Group
-from jaxpref.rewards import Sampled, model as reward_model, shaping
+from jaxpref.rewards import Sampled, scoring, shaping
 from jaxpref.rewards.model import same_tokens
 from jaxpref.tokenizer import TEMPLATES, load_tokenizer
 
@@ -127,7 +127,7 @@ ENDS = {
 @pytest.mark.parametrize(("rows", "window"), [(1, 256), (2, 3), (8, 256)])
 def test_the_score_is_read_at_the_last_token_whatever_it_is(rows, window, monkeypatch):
     """In blocks of any number of rows, of one shape, with several responses to a prompt."""
-    monkeypatch.setattr(reward_model, "_WINDOW", window)
+    monkeypatch.setattr(scoring, "_WINDOW", window)
     cases = [(np.asarray(p), [np.asarray(r)]) for p, r in ENDS.values()]
     cases.append((np.asarray([3]), [np.asarray([EOS]), np.asarray([4, 4, TURN]), np.asarray([9])]))
     groups = [Group(prompt, responses) for prompt, responses in cases]
@@ -145,6 +145,19 @@ def test_the_score_is_read_at_the_last_token_whatever_it_is(rows, window, monkey
     found = rewards.score(rewarded, groups, Budget(8, 8), rows=rows)
     assert found.tolist() == expected
     assert shapes == {((1, rows, 8), (1, len(expected), 1))}
+
+
+def test_rewards_of_a_model_do_not_depend_on_the_batch_size(classifier, tmp_path):
+    path = write_lines(tmp_path / "x.jsonl", SAMPLED)
+    scores = []
+    for rows in (1, 2, 16):
+        evaluation.score_file(
+            classifier, path, tmp_path / "out.jsonl", max_length=64, batch_size=rows
+        )
+        lines = read_lines(tmp_path / "out.jsonl")
+        scores.append([score for line in lines for score in line["scores"]])
+    np.testing.assert_allclose(scores, scores[:1] * 3, atol=2e-6)
+    assert np.ptp(scores[0]) > 1e-3
 
 
 def sampled_by(tokenizer, prompts=None, *, texts=None, finished=None, records=()):

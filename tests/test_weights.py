@@ -15,7 +15,7 @@ from jaxpref import checkpoint, config as config_lib, evaluation, export, metric
 from jaxpref.errors import UserError
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
-from jaxpref.rewards import model as reward_model
+from jaxpref.rewards import RewardModel
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -340,7 +340,7 @@ def test_rows_that_are_scored_do_not_depend_on_how_those_of_training_were(tmp_pa
     checkpoint.write_run(tmp_path, checkpoint.describe_run(config))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     for max_length, row_length in ((0, 200), (64, 0)):
-        found = reward_model._config(tmp_path, max_length)
+        found = RewardModel(tmp_path, max_length=max_length).config
         assert (found.data.scored_length, found.data.row_length) == (0, row_length)
 
 
@@ -367,7 +367,7 @@ def test_a_reward_model_begins_with_a_language_model_and_goes_on(folder, tmp_pat
     yes, no = np.array([line["scores"] for line in scored]).T
     np.testing.assert_allclose(no, no[0], rtol=1e-5, atol=1e-5)
     assert np.diff(np.sort(yes)).min() > 1e-4
-    with pytest.raises(UserError, match="is a run of sft, not of a reward model"):
+    with pytest.raises(UserError, match="is a run of sft, which has learned neither a reward"):
         score(folder / "sft")
     with pytest.raises(UserError, match="has no scalar head"):
         score(folder / "hf")

@@ -1,4 +1,4 @@
-"""The rewards that a trained reward model gives a file's responses."""
+"""The rewards that a trained reward model, or a policy, gives a file's responses."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jaxpref import data as data_lib
 from jaxpref.data import Example, TokenizedDataset
 from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
-from jaxpref.rewards import RewardModel
+from jaxpref.rewards import Scorer, open_scorer
 from jaxpref.terminal import progress
 
 
@@ -50,8 +50,9 @@ def score_file(
     have no common prompt, are left out and counted.
 
     Args:
-      model: the workdir of a run of algorithm `reward`, or a Hugging Face directory or hub
-        name with a sequence classifier that has one label.
+      model: the workdir of a run of algorithm `reward`, or of a method that compares a policy with
+        a reference, for its implicit reward (see `jaxpref.rewards.ImplicitReward`); or a Hugging
+        Face directory or hub name with a sequence classifier that has one label.
       path: what is scored; see `data.path`.
       output: receives one JSON object a record.
       data_format: see `data.format`.
@@ -61,17 +62,17 @@ def score_file(
       chat_template: see `tokenizer.chat_template`; empty for the run's own.
 
     Raises:
-      UserError: there is no reward model, the input cannot be read, or a reward is not finite.
+      UserError: nothing there gives rewards, the input cannot be read, or a reward is not finite.
     """
     output = Path(output)
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"{output}: should be a file to write, in a directory that exists.")
-    reward_model = RewardModel(model, max_length=max_length, chat_template=chat_template)
+    scorer = open_scorer(model, max_length=max_length, chat_template=chat_template)
     with progress("tokenising", "prompts") as tell:
         examples, dataset, counts = data_lib.load_file(
-            reward_model.config, reward_model.tokenizer, path, data_format, progress=tell
+            scorer.config, scorer.tokenizer, path, data_format, progress=tell
         )
-    scores = score_examples(reward_model, examples, dataset, batch_size=batch_size)
+    scores = score_examples(scorer, examples, dataset, batch_size=batch_size)
     lines = [_line(example, values) for example, values in zip(examples, scores, strict=True)]
     if not jax.process_index():
         with output.open("w", encoding="utf-8") as file:
@@ -81,7 +82,7 @@ def score_file(
 
 
 def score_examples(
-    model: RewardModel, examples: Sequence[Example], dataset: TokenizedDataset, *, batch_size: int
+    model: Scorer, examples: Sequence[Example], dataset: TokenizedDataset, *, batch_size: int
 ) -> list[Float[np.ndarray, " responses"]]:
     """The rewards of each example's responses, with progress in the terminal.
 

@@ -43,12 +43,13 @@ class Start(NamedTuple):
       mesh: where arrays go.
       decoder: the policy's model.
       another: the policy that `reference.init_from` names, if any.
-      algorithm: the method, which says what is read of the reference.
-      data: the examples, whose log-probs may be computed beforehand.
       policy: the policy's trained parameters: the first ones, or those that a run that is
         resumed has reached.
       frozen: the policy's other parameters.
       resuming: whether the run is resumed.
+      algorithm: the method, which says what is read of the reference; None where no log-probs are
+        computed beforehand.
+      data: the examples, whose log-probs may be computed beforehand.
     """
 
     config: ConfigDict
@@ -56,11 +57,11 @@ class Start(NamedTuple):
     mesh: Mesh
     decoder: Decoder
     another: Another | None
-    algorithm: Algorithm
-    data: Data
     policy: Any
     frozen: Any
     resuming: bool
+    algorithm: Algorithm | None = None
+    data: Data | None = None
 
 
 def start(given: Start) -> Reference:
@@ -139,6 +140,7 @@ def _synced(given: Start) -> Reference:
 
 def _precomputed(given: Start) -> Reference:
     config, data, another = given.config, given.data, given.another
+    assert data is not None
     # The sums also depend on these, beside the reference's parameters.
     settings = f"{given.decoder.config}, {config.algorithm.get('length_alpha', 1.0)}"
     sides = [side for side in (data.train, data.held_out) if side is not None]
@@ -167,6 +169,8 @@ def _precomputed(given: Start) -> Reference:
 
 def _compute(given: Start, model: Model, params: Any) -> dict[str, np.ndarray]:
     """The log-probs of all examples, by side of the data."""
+    assert given.algorithm is not None
+    assert given.data is not None
     read = given.algorithm.reference_logps
     assert read is not None
 

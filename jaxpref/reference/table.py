@@ -93,18 +93,9 @@ def load_table(
     Raises:
       UserError: they belong to other data or to another reference, or are damaged.
     """
-    path = workdir / _TABLE
-    if not path.exists():
+    path, tables = workdir / _TABLE, _read(workdir)
+    if tables is None:
         return None
-    try:
-        # The format has a check sum of each array, which is compared as it is read.
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            tables = dict(stored)
-    except Exception as error:  # A damaged archive may raise anything.
-        raise UserError(
-            f"{path}: the reference's log-probs are damaged ({error}). Put a copy of the file "
-            "back; or, if no checkpoint was saved yet, remove it to compute them anew."
-        ) from error
     wanted = {"data_fingerprint": data_fingerprint, "reference_digest": reference_digest}
     for name, value in wanted.items():
         if value is not None and (there := str(tables.get(name))) != value:
@@ -118,3 +109,30 @@ def load_table(
                 f"{path}: {name.replace('_', ' ')} {there}, but this run's is {value}. {advice}"
             )
     return {name: table for name, table in tables.items() if name not in wanted}
+
+
+def stored_digest(workdir: Path) -> str | None:
+    """Of the reference that a workdir's table was computed from; None without a table.
+
+    It begins with the reference's `digest`.
+
+    Raises:
+      UserError: the table is damaged.
+    """
+    tables = _read(workdir)
+    return None if tables is None else str(tables.get("reference_digest"))
+
+
+def _read(workdir: Path) -> dict[str, np.ndarray] | None:
+    path = workdir / _TABLE
+    if not path.exists():
+        return None
+    try:
+        # The format has a check sum of each array, which is compared as it is read.
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            return dict(stored)
+    except Exception as error:  # A damaged archive may raise anything.
+        raise UserError(
+            f"{path}: the reference's log-probs are damaged ({error}). Put a copy of the file "
+            "back; or, if no checkpoint was saved yet, remove it to compute them anew."
+        ) from error

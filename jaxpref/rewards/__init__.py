@@ -2,10 +2,12 @@
 
 A reward is a function of `Sampled` that gives one float32 a response. `build` makes the one that a
 config asks for; `shaping` has what becomes of it before it is learned from, as pure functions.
+`open_scorer` opens what scores the responses of a file, a policy's implicit reward among it.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,20 +15,24 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib
+from jaxpref import config as config_lib, weights
 from jaxpref.errors import UserError
 from jaxpref.rewards import shaping
 from jaxpref.rewards.base import Reward, Sampled, checked, shown
 from jaxpref.rewards.function import call, columns_of, find, from_function
-from jaxpref.rewards.model import RewardModel, check_template, from_model, rewards_of, score
+from jaxpref.rewards.implicit import ImplicitReward
+from jaxpref.rewards.model import RewardModel, check_template, from_model, rewards_of
+from jaxpref.rewards.scoring import Scorer, score
 from jaxpref.rewards.shaping import Moments, no_moments
 
 __all__ = [
+    "ImplicitReward",
     "Moments",
     "Reward",
     "RewardModel",
     "Rewards",
     "Sampled",
+    "Scorer",
     "Scores",
     "build",
     "call",
@@ -37,6 +43,7 @@ __all__ = [
     "from_function",
     "from_model",
     "no_moments",
+    "open_scorer",
     "rewards_of",
     "score",
     "shaping",
@@ -111,6 +118,23 @@ class Rewards:
             length_penalty=knobs["length_penalty"],
             truncation_penalty=knobs["truncation_penalty"],
         )
+
+
+def open_scorer(path: str | Path, *, max_length: int = 0, chat_template: str = "") -> Scorer:
+    """Opens what scores responses: a reward model, or the implicit reward of a policy's run.
+
+    Args:
+      path: see `RewardModel` and `ImplicitReward`; of a workdir its run's method says which.
+      max_length: see `RewardModel`.
+      chat_template: see `tokenizer.chat_template`; empty for its own.
+
+    Raises:
+      UserError: nothing there gives rewards.
+    """
+    run = weights.config_of(Path(path))
+    of_policy = run is not None and run.algorithm.name != "reward"
+    kind = ImplicitReward if of_policy else RewardModel
+    return kind(path, max_length=max_length, chat_template=chat_template)
 
 
 def build(

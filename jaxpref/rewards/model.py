@@ -1,6 +1,5 @@
 """A trained reward model: a run's workdir, or a sequence classifier in Hugging Face's layout."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -13,35 +12,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxpref import (
-    checkpoint,
-    config as config_lib,
-    data as data_lib,
-    packing,
-    sharding,
-    weights,
-)
+from jaxpref import config as config_lib, data as data_lib, weights
 from jaxpref.algorithms import response_scalars
 from jaxpref.data import Example, columns
 from jaxpref.errors import UserError
 from jaxpref.models import Model, packed
-from jaxpref.packing import Budget, Group, PackedBatch
+from jaxpref.packing import Group, PackedBatch
 from jaxpref.rewards.base import Reward, Sampled, shown
+from jaxpref.rewards.scoring import Scorer
 from jaxpref.terminal import console
 from jaxpref.tokenizer import special_tokens
 
-# Prompts whose rows are planned together.
-_WINDOW = 256
 
-
-class RewardModel:
-    """A reward model whose weights are still to be loaded.
-
-    Attributes:
-      name: what it was opened by.
-      config: its run's, or the defaults; lengths and the tokenizer's settings count.
-      tokenizer: a `transformers` tokenizer.
-    """
+class RewardModel(Scorer):
+    """A reward model whose weights are still to be loaded."""
 
     def __init__(
         self,
@@ -67,24 +51,15 @@ class RewardModel:
         Raises:
           UserError: there is no reward model.
         """
-        self.name = str(path)
-        self.config = _config(path, max_length, at_least)
-        self.config.tokenizer.chat_template = chat_template or self.config.tokenizer.chat_template
-        self._workdir = Path(path)
-        self._opened = weights.open_run(self.config, self._workdir)
-        source, self.tokenizer, decoder = self._opened
-        trained = checkpoint.read_run(self._workdir) is not None
-        if not trained and not source.has_scalar_head(decoder):
+        trained = weights.config_of(Path(path))
+        config = _config(path, trained, max_length, at_least)
+        super().__init__(path, config, max_length, chat_template, mesh)
+        source, _, decoder = self.opened
+        if trained is None and not source.has_scalar_head(decoder):
             raise UserError(
                 f"{path}: has no scalar head ('score.weight'), so it is not a reward model."
             )
-        self._mesh = mesh or sharding.make_mesh(**self.config.mesh)
         self._rewards = jax.jit(rewards_of(packed(decoder)))
-
-    @property
-    def row_length(self) -> int:
-        """Tokens of a row, and so of the longest prompt with a response."""
-        return self.config.data.row_length or self.config.data.max_length
 
     def reads_ids(self, tokenizer: Any, conversations: bool) -> bool:
         """Whether it is given a policy's token ids as they are.
@@ -97,34 +72,12 @@ class RewardModel:
         return same and same_tokens(tokenizer, self.tokenizer)
 
     def load(self, dtype: str = "float32") -> Any:
-        """Its parameters in a dtype, but for those that its run keeps in four bits."""
-        return weights.load_finished(self._workdir, self._opened, self._mesh, dtype)
+        """See `Scorer`."""
+        return weights.load_finished(self.workdir, self.opened, self.mesh, dtype)
 
-    def score(
-        self,
-        params: Any,
-        groups: Sequence[Group],
-        *,
-        rows: int,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> Float[np.ndarray, " responses"]:
-        """The rewards of all responses, in the order of groups and of responses in them.
-
-        Args:
-          params: from `load`.
-          groups: prompts with their responses; none longer than a row.
-          rows: how many are scored at a time, at most.
-          progress: called with the number of groups done so far.
-        """
-        budget = Budget(self.row_length, self.row_length, sharding.batch_shards(self._mesh))
-        with sharding.use(self._mesh):
-            return score(
-                lambda batch: self._rewards(params, sharding.put_batch(self._mesh, batch)),
-                groups,
-                budget,
-                rows=rows,
-                progress=progress,
-            )
+    def rewards(self, params: Any, batch: PackedBatch) -> Float[Array, "groups responses"]:
+        """See `Scorer`."""
+        return self._rewards(params, batch)
 
 
 def rewards_of(model: Model) -> Callable[[Any, PackedBatch], Float[Array, "groups responses"]]:
@@ -135,61 +88,6 @@ def rewards_of(model: Model) -> Callable[[Any, PackedBatch], Float[Array, "group
         return response_scalars(model(params, whole), whole)
 
     return rewards
-
-
-def score(
-    rewards: Callable[[PackedBatch], Float[Array, "groups responses"]],
-    groups: Sequence[Group],
-    budget: Budget,
-    *,
-    rows: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Float[np.ndarray, " responses"]:
-    """The rewards of all responses, in blocks of rows that all have one shape.
-
-    So `rewards` compiles once for a number of responses, whatever their lengths are.
-
-    Args:
-      rewards: of a batch with one micro-batch.
-      groups: prompts with their responses.
-      budget: the shape of a row; all of its tokens may be scored.
-      rows: of a block, at most.
-      progress: called with the number of groups done so far.
-
-    Returns:
-      One value a response, in the order of groups and of responses in them.
-    """
-    counts = np.asarray([len(group.responses) for group in groups])
-    # A table of rewards is of one size too.
-    size = min(int(counts.sum()), _WINDOW * int(counts.max()))
-    rows = -(-min(rows, int(counts.sum())) // budget.shards) * budget.shards
-    parts = []
-    for start in range(0, len(groups), _WINDOW):
-        window = groups[start : start + _WINDOW]
-        blocks = _blocks(window, budget, rows, size)
-        # A response is in one block alone, and has 0 in the others.
-        found = sum(sharding.fetch([rewards(block) for block in blocks]))
-        parts.append(np.asarray(found)[: counts[start : start + _WINDOW].sum(), 0])
-        progress(start + len(window))
-    return np.concatenate(parts)
-
-
-def _blocks(groups: Sequence[Group], budget: Budget, rows: int, size: int) -> Iterator[PackedBatch]:
-    """Batches of `rows` rows, in whose tables each response is a group of its own."""
-    plan = [row for row in packing.plan(groups, budget._replace(shards=1)) if row]
-    width = max(len(group.responses) for group in groups)
-    # From a place in a table of groups and responses to the number of the response.
-    present = np.arange(width) < np.asarray([len(group.responses) for group in groups])[:, None]
-    number = np.append(np.where(present.ravel(), np.cumsum(present) - 1, size), size)
-    for start in range(0, len(plan), rows):
-        block = plan[start : start + rows]
-        block += [[] for _ in range(rows - len(block))]
-        batch = packing.materialise(block, groups, budget, responses=width)
-        lengths = np.zeros((size, 1), np.int32)
-        lengths[number[:-1][present.ravel()], 0] = batch.lengths[present]
-        response = number[batch.response].astype(np.int32)
-        batch = dataclasses.replace(batch, response=response, lengths=lengths)
-        yield jax.tree.map(lambda x: x[None], batch)
 
 
 def same_tokens(policy: Any, other: Any) -> bool:
@@ -308,27 +206,19 @@ def _runs(sampled: Sampled, key: Callable[[int], Any]) -> Iterator[list[int]]:
         yield list(run)
 
 
-def _config(path: str | Path, max_length: int, at_least: int = 0) -> ConfigDict:
-    """The config of a reward model's run, as its texts are to be read."""
-    config = weights.config_of(Path(path))
-    if config is None:
+def _config(
+    path: str | Path, trained: ConfigDict | None, max_length: int, at_least: int
+) -> ConfigDict:
+    """The config of a reward model's run, or one for a classifier, with room for the texts."""
+    if trained is None:
         config = config_lib.default("reward")
         config.model.init_from = str(path)
-        max_length = max_length or at_least or 1024
-    else:
-        if config.algorithm.name != "reward":
-            raise UserError(f"{path}: is a run of {config.algorithm.name}, not of a reward model.")
-        if at_least > config.data.max_length and not max_length:
-            config.data.max_length = at_least
-            config.data.row_length = 0
-    if max_length == 1:
-        raise UserError("max_length is 1; a prompt and a response need 2 tokens at least.")
-    if max_length:
-        config.data.max_length = max_length
-        config.data.max_prompt_length = max_length // 2
-        config.data.row_length = 0
-    # What a row has to hold follows from what is scored.
-    config.data.scored_length = 0
-    # Every response gets its reward.
-    config.data.on_long_prompt = "truncate"
-    return config
+        config.data.max_length = at_least or 1024
+        config.data.max_prompt_length = config.data.max_length // 2
+        return config
+    if trained.algorithm.name != "reward":
+        raise UserError(f"{path}: is a run of {trained.algorithm.name}, not of a reward model.")
+    if at_least > trained.data.max_length and not max_length:
+        trained.data.max_length = at_least
+        trained.data.row_length = 0
+    return trained

@@ -46,7 +46,7 @@ from jaxpref.train.update import (
     make_step,
     make_update,
 )
-from jaxpref.trainable import as_abstract, as_array, merge, partition, store_frozen
+from jaxpref.trainable import as_abstract, store_frozen
 
 
 class Training(NamedTuple):
@@ -136,7 +136,7 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         state = abstract.with_parts(*checkpoints.restore(start, abstract.params, abstract.rest))
         params, frozen = state.policy, _restore_frozen(config, workdir, abstract_frozen)
     else:
-        params, frozen = _first_weights(config, opened, abstract, abstract_frozen)
+        params, frozen = weights.load_first(config, opened, abstract.policy, abstract_frozen)
         checkpoint.save_frozen(workdir, frozen)
     reference = reference_lib.start(
         reference_lib.Start(
@@ -366,19 +366,6 @@ def _load(config: ConfigDict, tokenizer: Any) -> Data:
 def _restore_frozen(config: ConfigDict, workdir: Path, abstract: Any) -> Any:
     stored = store_frozen(abstract, config.model.frozen_dtype, convert=as_abstract)
     return checkpoint.restore_frozen(workdir, stored)
-
-
-def _first_weights(
-    config: ConfigDict, opened: weights.Opened, abstract: State, abstract_frozen: Any
-) -> tuple[Any, Any]:
-    """The first parameters: those that are trained, and the others as they are kept."""
-    dtype = config.model.frozen_dtype
-    read_as = "float32" if dtype == "float32" else "bfloat16"
-    whole = merge(abstract.policy, store_frozen(abstract_frozen, read_as, convert=as_abstract))
-    params, frozen = partition(
-        weights.load(config, opened.source, opened.model, whole), config_lib.trainable(config)
-    )
-    return params, store_frozen(frozen, dtype, convert=as_array)
 
 
 def _describe(begun: _Begun, abstract_frozen: Any, budget: Budget) -> None:
