@@ -101,6 +101,7 @@ DATA_FORMATS = (
     "ultrafeedback",
     "imdb",
     "cnn_dailymail",
+    "reward_bench",
     "synthetic",
 )
 

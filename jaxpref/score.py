@@ -6,7 +6,8 @@ W is the workdir of a run of algorithm `reward`, or a Hugging Face directory or 
 sequence classifier that has one label; or the workdir of a run of DPO, or of another method that
 compares its policy with a reference, for the implicit reward. The input is read like `data.path`.
 Each line of the output is a record with all that it had, and with its prompt, its responses and
-their scores; so what was scored is a ranking to train on.
+their scores; so what was scored is a ranking to train on. With --format=reward_bench it reads a
+file of RewardBench, and prints the benchmark's table, too.
 """
 
 from absl import app, flags
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> None:
             max_length=_MAX_LENGTH.value,
             chat_template=CHAT_TEMPLATE.value,
         )
+        if scored.benchmark is not None:
+            console.print(evaluation.reward_bench.report(scored.benchmark))
         console.print(f"{OUTPUT.value}: {scored.prompts:,} prompts scored{listed(scored.counts)}")
 
 

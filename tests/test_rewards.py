@@ -18,6 +18,7 @@ from jaxpref.models import ModelOutput, ScalarHead
 from jaxpref.packing import Budget, Group
 from jaxpref.rewards import Sampled, scoring, shaping
 from jaxpref.rewards.model import same_tokens
+from jaxpref.terminal import console
 from jaxpref.tokenizer import TEMPLATES, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -150,14 +151,64 @@ def test_the_score_is_read_at_the_last_token_whatever_it_is(rows, window, monkey
 def test_rewards_of_a_model_do_not_depend_on_the_batch_size(classifier, tmp_path):
     path = write_lines(tmp_path / "x.jsonl", SAMPLED)
     scores = []
-    for rows in (1, 2, 16):
+    for rows in (1, 16):
         evaluation.score_file(
             classifier, path, tmp_path / "out.jsonl", max_length=64, batch_size=rows
         )
         lines = read_lines(tmp_path / "out.jsonl")
         scores.append([score for line in lines for score in line["scores"]])
-    np.testing.assert_allclose(scores, scores[:1] * 3, atol=2e-6)
+    np.testing.assert_allclose(scores, scores[:1] * 2, atol=2e-6)
     assert np.ptp(scores[0]) > 1e-3
+
+
+SAID = {"prompt": "Which soup?", "rejected": "None", "subset": "donotanswer"}
+COLOR = {"prompt": "A color?", "rejected": ["two", ""], "subset": "Ties"}
+BENCHMARK = {
+    1: [
+        *({**SAID, "chosen": f"Leek{i}"} for i in range(3)),
+        {**SAID, "chosen": "Pea", "subset": "hep-js"},
+    ],
+    2: [
+        {"prompt": "2+3?", "chosen": ["5"], "rejected": ["4", "", "6"], "subset": "Math"},
+        {**COLOR, "chosen": ["red"], "id": "ref:1"},
+        {**COLOR, "chosen": ["red", "blue"], "id": "tied:1"},
+    ],
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_file_of_reward_bench_is_scored_and_summed_up(version, classifier, tmp_path):
+    """What is printed is what follows from the scores that are written."""
+    lines = BENCHMARK[version]
+    path = write_lines(tmp_path / "x.jsonl", lines)
+    done = evaluation.score_file(
+        classifier,
+        path,
+        tmp_path / "out.jsonl",
+        data_format="reward_bench",
+        max_length=64,
+        chat_template="hh",
+    )
+    assert not any(done.counts.values())
+    written = read_lines(tmp_path / "out.jsonl")
+    for given, line in zip(lines, written, strict=True):
+        assert {**line, "prompt": given["prompt"]}.items() >= given.items()
+        count = len(given["chosen"]) + len(given["rejected"]) if version == 2 else 2
+        assert len(line["scores"]) == len(line["responses"]) == count
+    if version == 1:
+        right = [line["scores"][0] > line["scores"][1] for line in written]
+        assert done.benchmark.sections == {
+            "Safety": pytest.approx(np.mean(right[:3])),
+            "Reasoning": float(right[3]),
+        }
+    else:
+        assert set(done.benchmark.subsets) == {"Math", "Ties"}
+        best = np.argmax(written[0]["scores"]) == 0
+        assert done.benchmark.subsets["Math"] == (1, float(best))
+    with console.capture() as said:
+        console.print(evaluation.reward_bench.report(done.benchmark))
+    assert f"{done.benchmark.score:.3f}" in said.get()
+    assert "this is not the benchmark's score: the file lacks" in said.get()
 
 
 def sampled_by(tokenizer, prompts=None, *, texts=None, finished=None, records=()):

@@ -209,7 +209,8 @@ class ChatEncoder:
         if not self._tokenizer.chat_template:
             raise UserError(
                 f"{where}: is a conversation, but the tokenizer has no chat template; name one "
-                f"with --config.tokenizer.chat_template={'|'.join(TEMPLATES)} or a Jinja file."
+                f"with --config.tokenizer.chat_template={'|'.join(TEMPLATES)} or a Jinja file "
+                "(generate and score: --chat_template)."
             )
         try:
             return self._tokenizer.apply_chat_template(

@@ -67,6 +67,8 @@ FORMATS: dict[str, Format] = {
     "cnn_dailymail": Format(sources.cnn_dailymail, {"article": _TEXT, "highlights": _TEXT}),
     # It has to be named, because many other data sets have its columns `text` and `label` too.
     "imdb": Format(sources.imdb),
+    # Its columns are those of pairs, but what is in them is a benchmark's.
+    "reward_bench": Format(sources.reward_bench),
     "alpaca": Format(formats.alpaca, {"instruction": _TEXT, "output": _TEXT}),
     # A label of any type is taken for a label, so that a wrong one is refused, not ignored.
     "unpaired": Format(formats.unpaired, {"prompt": _TALK, "completion": _TURN, "label": _ANY}),

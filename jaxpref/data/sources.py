@@ -127,6 +127,32 @@ def ultrafeedback(record: Mapping, where: str) -> Example:
     )
 
 
+def reward_bench(record: Mapping, where: str) -> Example:
+    """allenai/reward-bench (arXiv 2403.13787) and reward-bench-2 (arXiv 2506.01937), to be scored.
+
+    Reads `prompt`, what a user asks (or messages); `chosen` and `rejected`, what an assistant
+    answers: a text, or in version 2 a list of texts; and `subset`. A model said the answers, and
+    may have said nothing. In the example the chosen ones come first.
+    """
+    columns.text(record, "subset", where)
+    if isinstance(record.get("prompt"), list):
+        before = columns.messages(record, "prompt", where)
+    else:
+        before = [{"role": "user", "content": columns.text(record, "prompt", where)}]
+    given = {name: columns.column(record, name, where) for name in _PAIR}
+    said = [
+        columns.as_text(text, f"{where}: column {name!r}")
+        for name, value in given.items()
+        for text in (value if isinstance(value, list) else [value])
+    ]
+    if not said:
+        raise UserError(f"{where}: columns 'chosen' and 'rejected' are empty lists.")
+    dialogues = [[*before, {"role": "assistant", "content": text}] for text in said]
+    example = columns.conversations(record, dialogues, _PAIR, where, sampled=True)
+    # Of several good or bad answers none is known to be better than another.
+    return dataclasses.replace(example, ordered=len(said) == 2)
+
+
 def imdb(record: Mapping, where: str) -> Example:
     """stanfordnlp/imdb (Maas et al. 2011), begun reviews as in Rafailov et al. 2023: unpaired.
 

@@ -1,5 +1,6 @@
 """What a policy is worth on held-out data, and how to see it."""
 
+from jaxpref.evaluation import reward_bench
 from jaxpref.evaluation.best_of_n import exact_best_of_n, expected_best, kl_bound
 from jaxpref.evaluation.calibration import reliability
 from jaxpref.evaluation.frontier import best_reward, gain_share
@@ -38,6 +39,7 @@ __all__ = [
     "plot_curves",
     "plot_reliability",
     "reliability",
+    "reward_bench",
     "reward_recovery",
     "samples_table",
     "score_file",

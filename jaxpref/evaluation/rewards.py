@@ -13,6 +13,7 @@ from jaxpref import data as data_lib
 from jaxpref.data import Example, TokenizedDataset
 from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
+from jaxpref.evaluation import reward_bench
 from jaxpref.rewards import Scorer, open_scorer
 from jaxpref.terminal import progress
 
@@ -23,10 +24,12 @@ class Scored(NamedTuple):
     Attributes:
       prompts: records scored, each a line of the output.
       counts: records left out and texts cut, by reason.
+      benchmark: what the rewards are worth, if the file was read as one of RewardBench.
     """
 
     prompts: int
     counts: dict[str, int]
+    benchmark: reward_bench.Results | None = None
 
 
 def score_file(
@@ -55,7 +58,7 @@ def score_file(
         Face directory or hub name with a sequence classifier that has one label.
       path: what is scored; see `data.path`.
       output: receives one JSON object a record.
-      data_format: see `data.format`.
+      data_format: see `data.format`; of "reward_bench" the result is summed up too.
       batch_size: rows of tokens scored at a time.
       max_length: tokens of a prompt with a response; a prompt that has to be cut keeps half of
         them. 0: the run's own `data.max_length` and `data.max_prompt_length`, or 1,024.
@@ -72,13 +75,15 @@ def score_file(
         examples, dataset, counts = data_lib.load_file(
             scorer.config, scorer.tokenizer, path, data_format, progress=tell
         )
+    asked = reward_bench.questions(examples) if data_format == "reward_bench" else []
     scores = score_examples(scorer, examples, dataset, batch_size=batch_size)
     lines = [_line(example, values) for example, values in zip(examples, scores, strict=True)]
     if not jax.process_index():
         with output.open("w", encoding="utf-8") as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    return Scored(len(examples), counts)
+    found = reward_bench.results(asked, scores) if asked else None
+    return Scored(len(examples), counts, found)
 
 
 def score_examples(
