@@ -7,7 +7,8 @@ each block's logits again, and each block of the head's gradient is written once
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,6 +134,107 @@ def token_logprobs_and_collision(
     return TokenCollisions(result.logprobs, jax.lax.stop_gradient(result.log_collision))
 
 
+def token_kl(
+    hidden_p: Float[Array, "*positions width_p"],
+    head_p: LMHead,
+    hidden_q: Float[Array, "*positions width_q"],
+    head_q: LMHead,
+    *,
+    block_size: int | None = None,
+) -> Float[Array, "*positions"]:
+    """Exact KL divergence of the next-token distributions, $KL(p(\\cdot|h_t), q(\\cdot|h'_t))$.
+
+    Formula: $\\sum_v p_v (\\log p_v - \\log q_v)$, over the whole vocabulary. Summed over the
+    positions of a response that was sampled from p it is an estimate of the KL of responses, see
+    `evaluation.sequence_kl`.
+
+    The gradient is right, and as little of the logits exists in the backward pass; it is not as
+    fast as that of `token_logprobs`.
+
+    Args:
+      hidden_p: final hidden states that predict the next tokens, of p.
+      head_p: p's LM head; its temperature counts.
+      hidden_q: those of q, of the same positions.
+      head_q: q's LM head, of the same vocabulary.
+      block_size: vocabulary entries whose logits exist at one time, of both.
+
+    Returns:
+      Divergences in nats, at least 0, in float32 whatever the dtypes of the inputs (float64 stays
+      float64).
+
+    Raises:
+      TypeError: a head is no `LMHead`.
+      ValueError: the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> p, q = LMHead(jnp.zeros((2, 1))), LMHead(jnp.log(jnp.array([[0.25], [0.75]])))
+    >>> print(f"{token_kl(jnp.ones((1, 1)), p, jnp.ones((1, 1)), q)[0]:.4f}")  # log(2 / sqrt(3))
+    0.1438
+    """
+    positions = hidden_p.shape[:-1]
+    _check("token_kl", hidden_p, head_p, positions, "their positions")
+    _check("token_kl", hidden_q, head_q, positions, "p's positions")
+    vocabulary = head_p.kernel.shape[0]
+    if head_q.kernel.shape[0] != vocabulary:
+        raise ValueError(
+            f"token_kl expected heads of one vocabulary; got {vocabulary} entries and "
+            f"{head_q.kernel.shape[0]}."
+        )
+    count = math.prod(positions)
+    # Twice as many logits exist at one time as for log-probs.
+    block_size = min(block_size or _block_size(2 * count), vocabulary)
+    sides = [
+        (_Setting(block_size, head.soft_cap, head.temperature), hidden.reshape(count, -1), head)
+        for hidden, head in ((hidden_p, head_p), (hidden_q, head_q))
+    ]
+    return _token_kl(sides, block_size, vocabulary).reshape(positions)
+
+
+def _token_kl(
+    sides: Sequence[tuple["_Setting", Array, LMHead]], block_size: int, vocabulary: int
+) -> Float[Array, " positions"]:
+    hidden = [of_side for _, of_side, _ in sides]
+    dtype = jnp.promote_types(jnp.result_type(*hidden), jnp.float32)
+
+    def step(carry: tuple, start: Array | int, size: int) -> tuple:
+        maxima, totals, moment = carry
+        logits = [
+            _block_logits(setting, of_side, head.kernel, head.bias, start, size)[0].astype(dtype)
+            for setting, of_side, head in sides
+        ]
+        # What the sums are relative to is arbitrary, so that it has no gradient.
+        new = [
+            jnp.maximum(before, jax.lax.stop_gradient(x).max(axis=-1))
+            for before, x in zip(maxima, logits, strict=True)
+        ]
+        moves = [before - after for before, after in zip(maxima, new, strict=True)]
+        shifted = [x - after[:, None] for x, after in zip(logits, new, strict=True)]
+        weights = [jnp.exp(x) for x in shifted]
+        # An entry that p never gives counts nothing, whatever q says of it.
+        here = weights[0] > 0
+        ratios = jnp.where(here, shifted[0], 0) - jnp.where(here, shifted[1], 0)
+        # The moment is the sum of p's weights * (log-ratio), relative to both maxima.
+        moment = jnp.exp(moves[0]) * (moment + (moves[0] - moves[1]) * totals[0])
+        moment += jnp.where(here, weights[0] * ratios, 0).sum(axis=-1)
+        totals = [
+            jnp.exp(move) * total + of_block.sum(axis=-1)
+            for move, total, of_block in zip(moves, totals, weights, strict=True)
+        ]
+        return tuple(new), tuple(totals), moment
+
+    zeros = jnp.zeros(len(hidden[0]), dtype)
+    # A finite start, since (-inf) * 0 would make the moment NaN.
+    lowest = jnp.full_like(zeros, jnp.finfo(dtype).min / 4)
+    # The backward pass makes the logits of each block again.
+    step = jax.checkpoint(step, static_argnums=2)
+    _, (total_p, total_q), moment = _over_blocks(
+        block_size, vocabulary, step, ((lowest, lowest), (zeros, zeros), zeros)
+    )
+    divergence = moment / total_p - (jnp.log(total_p) - jnp.log(total_q))
+    # Below 0 it is rounding; a NaN stays one.
+    return jnp.maximum(divergence, 0)
+
+
 def from_logits(
     logits: Float[Array, "*positions vocabulary"], targets: Int[Array, "*positions"]
 ) -> Float[Array, "*positions"]:
@@ -163,28 +265,37 @@ def from_logits(
 def _blockwise(
     hidden: Array, head: LMHead, targets: Array, block_size: int | None, **wanted: bool
 ) -> "_Result":
-    if not isinstance(head, LMHead):
-        raise TypeError(
-            f"token_logprobs expected an LMHead; got {type(head).__name__}. Pass LMHead(kernel), "
-            "with one row of the kernel a vocabulary entry, or LMHead(kernel, bias)."
-        )
+    _check("token_logprobs", hidden, head, targets.shape, "the targets' shape")
     vocabulary, width = head.kernel.shape
-    if hidden.shape != (*targets.shape, width):
-        raise ValueError(
-            f"token_logprobs expected hidden states {(*targets.shape, width)}, the targets' shape "
-            f"and the width of the head's kernel {head.kernel.shape}; got {hidden.shape}."
-        )
-    if head.bias is not None and head.bias.shape != (vocabulary,):
-        raise ValueError(f"head.bias should be {(vocabulary,)}; got {head.bias.shape}.")
-    if block_size is None:
-        block_size = _BLOCK_ENTRIES // max(targets.size, 1) // _LANES * _LANES
-        block_size = max(block_size, _SMALLEST_BLOCK)
-    setting = _Setting(min(block_size, vocabulary), head.soft_cap, head.temperature, **wanted)
+    block_size = min(block_size or _block_size(targets.size), vocabulary)
+    setting = _Setting(block_size, head.soft_cap, head.temperature, **wanted)
     # The positions lie along one flat axis: XLA on CPU is slower at products with several axes.
     result = _token_logprobs(
         setting, hidden.reshape(-1, width), head.kernel, head.bias, targets.ravel()
     )
     return _Result(*(x.reshape(targets.shape) for x in result))
+
+
+def _check(name: str, hidden: Array, head: LMHead, positions: tuple[int, ...], whose: str) -> None:
+    """Refuses hidden states and a head that do not fit together, or not these positions."""
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"{name} expected an LMHead; got {type(head).__name__}. Pass LMHead(kernel), "
+            "with one row of the kernel a vocabulary entry, or LMHead(kernel, bias)."
+        )
+    vocabulary, width = head.kernel.shape
+    if hidden.shape != (*positions, width):
+        raise ValueError(
+            f"{name} expected hidden states {(*positions, width)}, {whose} "
+            f"and the width of the head's kernel {head.kernel.shape}; got {hidden.shape}."
+        )
+    if head.bias is not None and head.bias.shape != (vocabulary,):
+        raise ValueError(f"head.bias should be {(vocabulary,)}; got {head.bias.shape}.")
+
+
+def _block_size(positions: int) -> int:
+    """As many vocabulary entries as keep the logits of these positions near `_BLOCK_ENTRIES`."""
+    return max(_BLOCK_ENTRIES // max(positions, 1) // _LANES * _LANES, _SMALLEST_BLOCK)
 
 
 class _Setting(NamedTuple):

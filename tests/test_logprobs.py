@@ -325,11 +325,14 @@ def test_an_nnx_model_enters_through_split_and_merge():
 def test_a_bare_kernel_is_told_from_a_head(monkeypatch):
     hidden, head, targets = inputs(bias=False)
     # As a user calls them, without the run-time checker of the test run.
-    monkeypatch.setattr(logprobs, "_blockwise", inspect.unwrap(logprobs._blockwise))
+    for name in ("_blockwise", "_check"):
+        monkeypatch.setattr(logprobs, name, inspect.unwrap(getattr(logprobs, name)))
     for name in ("", "_and_entropy", "_and_collision"):
         function = inspect.unwrap(getattr(logprobs, f"token_logprobs{name}"))
         with pytest.raises(TypeError, match=r"expected an LMHead; got .*Pass LMHead\(kernel\)"):
             function(hidden, head.kernel, targets)
+    with pytest.raises(TypeError, match="token_kl expected an LMHead"):
+        inspect.unwrap(logprobs.token_kl)(hidden, head, hidden, head.kernel)
 
 
 def test_errors_say_what_does_not_fit():
@@ -338,3 +341,106 @@ def test_errors_say_what_does_not_fit():
         logprobs.token_logprobs.__wrapped__(hidden[:, :4], head, targets)
     with pytest.raises(ValueError, match="one target a position"):
         logprobs.from_logits.__wrapped__(hidden, targets[:-1])
+    kl = inspect.unwrap(logprobs.token_kl)
+    with pytest.raises(ValueError, match=r"expected hidden states \(12, 8\), p's positions"):
+        kl(hidden, head, hidden[:3], head)
+    with pytest.raises(ValueError, match="one vocabulary; got 50 entries and 49"):
+        kl(hidden, head, hidden, LMHead(head.kernel[:-1]))
+
+
+# Two heads of one vocabulary, of other widths, with all parts that a head may have.
+KL_HEADS = {
+    "plain": (LMHead, LMHead),
+    "bounded, at two temperatures": (
+        lambda kernel: LMHead(kernel, None, 3.0, 0.7),
+        lambda kernel: LMHead(
+            kernel, jnp.linspace(-1, 1, VOCABULARY, dtype=kernel.dtype), 5.0, 1.3
+        ),
+    ),
+}
+
+
+def two(dtype="float64", shape=(TOKENS,)):
+    """Hidden states and kernels of p and q."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    arrays = [
+        jax.random.normal(key, (*size, width), dtype)
+        for key, size, width in zip(keys, (shape, (VOCABULARY,)) * 2, (8, 8, 6, 6), strict=True)
+    ]
+    return tuple(arrays)
+
+
+def dense_kl(hidden_p, head_p, hidden_q, head_q):
+    p, q = (jax.nn.log_softmax(h.logits(x)) for x, h in ((hidden_p, head_p), (hidden_q, head_q)))
+    return (jnp.exp(p) * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("case", "block_size"),
+    [
+        pytest.param(c, b, marks=[] if c != "plain" and b in (7, None) else LONG)
+        for c in KL_HEADS
+        for b in (7, 25, 50, None)
+    ],
+)
+def test_token_kl_equals_that_of_all_logits(case, block_size, float64):
+    """And so does its gradient, for any block of the vocabulary."""
+    make_p, make_q = KL_HEADS[case]
+    weights = jnp.arange(1.0, TOKENS + 1)
+
+    def of(function, **options):
+        def total(hidden_p, kernel_p, hidden_q, kernel_q):
+            found = function(hidden_p, make_p(kernel_p), hidden_q, make_q(kernel_q), **options)
+            return (weights * found).sum(), found
+
+        return jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True)(*two())
+
+    (_, found), gradients = of(logprobs.token_kl, block_size=block_size)
+    (_, expected), wanted = of(dense_kl)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(gradient, want, rtol=1e-9, atol=1e-12)
+
+
+def test_token_kl_is_0_of_equals_and_above_0_of_others():
+    hidden_p, kernel_p, hidden_q, kernel_q = two("bfloat16", (2, 3))
+    p, q = LMHead(kernel_p), LMHead(kernel_q)
+    found = logprobs.token_kl(hidden_p, p, hidden_q, q, block_size=16)
+    assert (found.shape, found.dtype) == ((2, 3), jnp.float32)
+    assert (np.asarray(found) > 0).all()
+    same = logprobs.token_kl(1e3 * hidden_p, p, 1e3 * hidden_p, p, block_size=16)
+    np.testing.assert_array_equal(same, 0)
+    # A constant more in all logits is the same distribution; rounding does not make it negative.
+    shifted = LMHead(kernel_p, jnp.full(VOCABULARY, 0.3, "bfloat16"))
+    near = np.asarray(logprobs.token_kl(hidden_p, p, hidden_p, shifted, block_size=16))
+    assert ((near >= 0) & (near < 1e-5)).all()
+
+
+def test_token_kl_of_vocabulary_entries_that_are_switched_off(float64):
+    """What p never says counts nothing; what q never says and p does is infinitely far."""
+    hidden_p, kernel_p, hidden_q, kernel_q = two()
+    off = jnp.where(jnp.arange(VOCABULARY) < 40, 0.0, -jnp.inf)
+    p, q, narrow = LMHead(kernel_p, off), LMHead(kernel_q), LMHead(kernel_q, off)
+    for other, small in ((q, q), (narrow, LMHead(kernel_q[:40]))):
+        found = logprobs.token_kl(hidden_p, p, hidden_q, other, block_size=16)
+        full_q = jax.nn.log_softmax(small.logits(hidden_q))[:, :40]
+        full_p = jax.nn.log_softmax(hidden_p @ kernel_p[:40].T)
+        np.testing.assert_allclose(found, (jnp.exp(full_p) * (full_p - full_q)).sum(-1), rtol=1e-9)
+    there = logprobs.token_kl(hidden_p, LMHead(kernel_p), hidden_q, narrow, block_size=16)
+    np.testing.assert_array_equal(there, np.inf)
+    spoiled = logprobs.token_kl(hidden_p.at[3, 0].set(jnp.nan), p, hidden_q, q)
+    np.testing.assert_array_equal(np.isnan(spoiled), np.arange(TOKENS) == 3)
+
+
+def test_token_kl_makes_no_full_logits_in_either_pass():
+    tokens, vocabulary, block = 64, 4096, 256
+    hidden, kernel = jnp.ones((tokens, 4)), jnp.ones((vocabulary, 4))
+
+    def total(hidden, kernel):
+        return logprobs.token_kl(
+            hidden, LMHead(kernel), hidden, LMHead(kernel), block_size=block
+        ).sum()
+
+    assert largest_array(jax.make_jaxpr(total)(hidden, kernel).jaxpr) == tokens * block
+    both = jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, kernel)
+    assert largest_array(both.jaxpr) <= max(tokens * block, kernel.size)

@@ -7,6 +7,7 @@ from jaxpref.evaluation.frontier import best_reward, gain_share
 from jaxpref.evaluation.generation import Written, generate_file
 from jaxpref.evaluation.held_out import evaluate
 from jaxpref.evaluation.judges import Judged, judge_files
+from jaxpref.evaluation.kl import sequence_kl
 from jaxpref.evaluation.plots import plot_curves, plot_reliability
 from jaxpref.evaluation.report import closing_table, samples_table
 from jaxpref.evaluation.rewards import Scored, score_file
@@ -43,5 +44,6 @@ __all__ = [
     "reward_recovery",
     "samples_table",
     "score_file",
+    "sequence_kl",
     "win_rate",
 ]
