@@ -422,8 +422,11 @@ def test_synthetic_labels_follow_bradley_terry():
         assert abs((margins[near] > 0).mean() - expected) < error
 
 
-def test_synthetic_rewards_are_those_of_the_text():
-    for example in synthetic.generate(50, seed=5):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_synthetic_rewards_are_those_of_the_text(shifted):
+    usual = {e.prompt.rpartition(" ")[2] for e in synthetic.generate(50, seed=5)}
+    for example in synthetic.generate(50, seed=5, shifted=shifted):
+        assert (example.prompt.rpartition(" ")[2] in usual) != shifted
         dish = example.prompt.removesuffix("?").rpartition(" ")[2]
         for response, reward in zip(example.responses, example.true_rewards, strict=True):
             _, described, _, *words = (

@@ -21,6 +21,8 @@ _DISHES = (
     "noodles", "olive", "pasta", "peach", "pear", "pie", "plum", "rice", "salad", "soup",
     "stew", "tea", "tofu", "toast",
 )  # fmt: skip
+# Of these nobody asks in training.
+_OTHER_DISHES = ("bean", "garlic", "kale", "mango", "onion", "papaya", "sorbet", "waffle")
 _ADJECTIVES = (
     "dreadful", "bitter", "stale", "bland", "dry", "plain", "mild", "decent", "fresh", "tasty",
     "lovely", "superb",
@@ -45,7 +47,9 @@ _COLDEST = min(WARMTH.values())
 # The true reward of a text that is no description at all, the lowest that there is.
 LOWEST_REWARD = _ADJECTIVES_A_RESPONSE * _COLDEST - _WRONG_DISH_PENALTY
 
-_ASKED = re.compile(f"how is the ({'|'.join(_DISHES)})\\?\\Z")
+_ASKED = re.compile(
+    f"(?:how is|what do you say of) the ({'|'.join(_DISHES + _OTHER_DISHES)})\\?\\Z"
+)
 _DESCRIBED = re.compile(r" The (\w+) is (\w+), (\w+) and (\w+)\.")
 
 
@@ -83,25 +87,29 @@ def _reward_of(prompt: str, response: str) -> float:
     return true_reward(tuple(known), right_dish=dish == asked[1]) + missing * _COLDEST
 
 
-def generate(pairs: int, seed: int) -> list[Example]:
+def generate(pairs: int, seed: int, *, shifted: bool = False) -> list[Example]:
     """Draws preference pairs.
 
     Args:
       pairs: how many.
       seed: the same seed gives the same pairs.
+      shifted: whether guests ask in other words, and about dishes that are none of the task
+        otherwise; so a policy can be asked what it has not been trained on.
 
     Returns:
       Examples with `responses` (chosen, rejected) by the drawn label, and their
       `true_rewards`.
     """
     rng = np.random.Generator(np.random.Philox(seed))
-    return [_pair(rng, index) for index in range(pairs)]
+    return [_pair(rng, index, shifted) for index in range(pairs)]
 
 
-def _pair(rng: np.random.Generator, index: int) -> Example:
-    dish = str(rng.choice(_DISHES))
+def _pair(rng: np.random.Generator, index: int, shifted: bool) -> Example:
+    dish = str(rng.choice(_OTHER_DISHES if shifted else _DISHES))
     # The number makes prompts differ, so that held-out prompts are not seen in training.
-    prompt = f"Guest {rng.integers(10_000)}: how is the {dish}?"
+    number = rng.integers(10_000)
+    ask = "what do you say of" if shifted else "how is"
+    prompt = f"Guest {number}: {ask} the {dish}?"
     texts, rewards = [], []
     for _ in range(2):
         adjectives = tuple(map(str, rng.choice(_ADJECTIVES, _ADJECTIVES_A_RESPONSE, replace=False)))

@@ -31,7 +31,7 @@ class Point(NamedTuple):
     """
 
     labels: Mapping[str, Label]
-    values: Mapping[str, Sequence[float]]
+    values: Mapping[str, Sequence[float] | Float[np.ndarray, " units"]]
     over: str = "seeds"
 
 
