@@ -83,8 +83,8 @@ class Settings(NamedTuple):
     @property
     def measured(self) -> tuple[int, ...]:
         """The steps at which all is measured, the last one among them."""
-        at = np.geomspace(max(self.steps / 100, 1), self.steps, self.checkpoints)
-        return tuple(dict.fromkeys(np.round(at).astype(int).tolist()))
+        at = np.geomspace(self.steps, max(self.steps / 100, 1), self.checkpoints)
+        return tuple(dict.fromkeys(np.round(at[::-1]).astype(int).tolist()))
 
 
 def jobs(
@@ -101,44 +101,80 @@ def jobs(
     Raises:
       UserError: a number is below 1.
     """
+    settings = _checked(common)
+    strengths = {"beta": tuple(betas), "alpha": tuple(alphas), "": (0.0,)}
+    made = [Job("frontier, what is possible", {}, _possible)]
+    for method, (loss, strength) in ON_PAIRS.items():
+        for count in pairs:
+            labels = {"method": method, "pairs": _named(count)}
+            train = partial(_on_pairs, loss, count)
+            made.append(_job(train, labels, strength, strengths[strength], settings))
+    for method in SAMPLING:
+        labels = {"method": method, "learns from": "true reward"}
+        train = partial(_sampling, method, None)
+        made.append(_job(train, labels, "beta", strengths["beta"], settings))
+    made += [_learned(count, {}, strengths["beta"], settings) for count in pairs if count]
+    return made
+
+
+def sensitivity(
+    *, betas: Sequence[float], learning_rates: Sequence[float], pairs: int, **common: Any
+) -> list[Job]:
+    """DPO, and PPO on a learned reward, from the same number of pairs at every learning rate.
+
+    Args:
+      betas: of both.
+      learning_rates: of policies, critics and rewards.
+      pairs: how many both learn from.
+      common: see `Settings`, without the learning rate.
+
+    Raises:
+      UserError: a number is below 1.
+    """
+    made = []
+    for rate in learning_rates:
+        settings = _checked({**common, "learning_rate": rate})
+        labels: dict[str, Label] = {"learning rate": rate}
+        train = partial(_on_pairs, _dpo, pairs)
+        of_dpo = {"method": "dpo", "pairs": _named(pairs), **labels}
+        made += [
+            _job(train, of_dpo, "beta", betas, settings),
+            _learned(pairs, labels, betas, settings),
+        ]
+    return made
+
+
+def _named(pairs: int) -> Label:
+    return "fresh" if pairs == FRESH else pairs
+
+
+def _checked(common: Mapping[str, Any]) -> Settings:
     settings = Settings(**common)
     counts = ("seeds", "steps", "batch_size", "checkpoints")
     check_counts(**{name: getattr(settings, name) for name in counts})
-    made = [Job("frontier, what is possible", {}, _possible)]
-    strengths = {"beta": tuple(betas), "alpha": tuple(alphas), "": (0.0,)}
+    return settings
 
-    def add(train: Callable, labels: Mapping[str, Label], strength: str) -> None:
-        values = strengths[strength]
-        made.append(
-            Job(
-                f"frontier, {shown(labels)}",
-                {**labels, "strengths": values, **settings._asdict()},
-                partial(_points, train, labels, strength, values, settings),
-            )
-        )
 
-    for method, (loss, strength) in ON_PAIRS.items():
-        for count in pairs:
-            add(
-                partial(_on_pairs, loss, count),
-                {"method": method, "pairs": "fresh" if count == FRESH else count},
-                strength,
-            )
-    for method in SAMPLING:
-        add(
-            partial(_sampling, method, None),
-            {"method": method, "learns from": "true reward"},
-            "beta",
-        )
-    for count in pairs:
-        if count != FRESH:
-            labels: dict[str, Label] = {
-                "method": "ppo",
-                "learns from": "learned reward",
-                "pairs": count,
-            }
-            add(partial(_sampling, "ppo", count), labels, "beta")
-    return made
+def _learned(
+    pairs: int, labels: Mapping[str, Label], betas: Sequence[float], settings: Settings
+) -> Job:
+    """PPO on a reward that is fitted to pairs."""
+    of_ppo = {"method": "ppo", "learns from": "learned reward", "pairs": pairs, **labels}
+    return _job(partial(_sampling, "ppo", pairs), of_ppo, "beta", betas, settings)
+
+
+def _job(
+    train: Callable,
+    labels: Mapping[str, Label],
+    strength: str,
+    strengths: Sequence[float],
+    settings: Settings,
+) -> Job:
+    return Job(
+        f"frontier, {shown(labels)}",
+        {**labels, "strengths": tuple(strengths), **settings._asdict()},
+        partial(_points, train, labels, strength, strengths, settings),
+    )
 
 
 class _Task(NamedTuple):
@@ -189,6 +225,9 @@ def _points(
             at = END if step == settings.steps else ON_THE_WAY
             when: dict[str, Label] = {"step": step, "at": at}
             values = {name: x[:, number, place] for name, x in found.items()}
+            if strength == "beta":
+                # Of the objective that the method is after.
+                values["value"] = values["reward"] - value * values["kl"]
             points.append(Point({**labels, **own, **when}, values))
     return points
 
