@@ -48,7 +48,6 @@ def get_config(method: str = "rloo") -> ConfigDict:
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 5
     if method == "ppo":
-        config.critic.init_from = "runs/sentiment/reward"
         config.critic.learning_rate = 3e-4
     config.train.steps = 60
     config.train.log_every = 5

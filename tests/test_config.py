@@ -52,22 +52,23 @@ def test_recipes_are_all_tested():
     assert files == {recipe for recipe, _ in RECIPES}
 
 
-def test_the_sentiment_data_is_two_halves_and_a_tokenizer(tmp_path, monkeypatch):
+def test_the_sentiment_data_is_two_halves_and_tokenizers(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     texts = [f"a {how} film , number {n} ." for n, how in enumerate(["dull", "fine"] * 4)]
     lines = [json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(texts)]
     with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
         file.writelines(lines)
     folder = tmp_path / "folder"
-    importlib.import_module("configs.sentiment_sft").prepare(tmp_path / "x.jsonl.gz", folder, 270)
+    importlib.import_module("configs.sentiment_sft").prepare(tmp_path / "x.jsonl.gz", folder)
     halves = [(folder / f"{name}.jsonl").read_text() for name in ("reward", "policy")]
     assert "".join(halves) == "".join(lines)
     assert [half.count("\n") for half in halves] == [4, 4]
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    for text in texts:
-        ids = tokenizer(text).input_ids
-        assert tokenizer.decode(ids) == text
-        assert tokenizer.eos_token_id not in ids
+    for name in ("tokenizer", "classifier_tokenizer"):
+        tokenizer = load_tokenizer(str(folder / name))
+        for text in texts:
+            ids = tokenizer(text).input_ids
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.eos_token_id not in ids
 
 
 def test_every_algorithm_can_be_configured():
