@@ -52,6 +52,7 @@ def test_verdicts_go_by_the_whole_interval():
     assert decide(claim, points(1 + 0.1 * noise, 0 * noise)).verdict == "held"
     assert decide(claim, points(0 * noise, 1 + 0.1 * noise)).verdict == "did not hold"
     assert decide(claim, points(0.1 + noise, 0 * noise)).verdict == "not resolved"
+    assert decide(claim, points(noise, noise)).verdict == "not resolved"
     # What both share unit by unit cancels, but only where the units are the same.
     paired = decide(claim, points(1 + 0.1 * noise + shared, shared))
     assert paired.verdict == "held"

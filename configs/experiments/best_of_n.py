@@ -1,6 +1,9 @@
 """Best of N on the generated task: reward and win rate over N, chosen by the reward model.
 
-    python -m jaxpref.experiments --config=configs/experiments/best_of_n.py:quick --workdir=W
+    python -m jaxpref.experiments --config=configs/experiments/best_of_n.py:quick --workdir=W \\
+        --config.runs=V
+
+V is the workdir of `temperatures.py`, whose runs are used; without it they are trained in W.
 
 As in the dialogue experiment of Rafailov et al. 2023 (arXiv 2305.18290), section 6.2, which samples
 up to 128 responses; beside it what could be had if the true reward chose.
@@ -27,12 +30,12 @@ def get_config(size: str = "full") -> ConfigDict:
     most = 16 if size == "quick" else 128
     settings = {**_RUNS["get_config"](size).settings, "best_of": most}
     numbers = tuple(2**k for k in range(8) if 2**k <= most)
-    return ConfigDict({"settings": settings, "numbers": numbers}).lock()
+    return ConfigDict({"settings": settings, "runs": "", "numbers": numbers}).lock()
 
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    study = Study(_RUNS["get_recipes"](80), workdir, **config.settings)
+    study = Study(_RUNS["get_recipes"](80), config.runs or workdir, **config.settings)
     model, truth = {"chosen by": "reward model"}, {"chosen by": "true reward"}
     one, most = min(config.numbers), max(config.numbers)
     middle = sorted(config.numbers)[len(config.numbers) // 2]

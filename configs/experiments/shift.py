@@ -1,10 +1,13 @@
 """Prompts in other words and about unseen topics: win rates on the generated task.
 
-    python -m jaxpref.experiments --config=configs/experiments/shift.py:quick --workdir=W
+    python -m jaxpref.experiments --config=configs/experiments/shift.py:quick --workdir=W \\
+        --config.runs=V
+
+V is the workdir of `temperatures.py`, whose runs are used; without it they are trained in W.
 
 As table 1 of Rafailov et al. 2023 (arXiv 2305.18290), where policies trained on TL;DR summarise
-articles of CNN/DailyMail at temperatures 0 and 0.25. Here guests ask in other words, about dishes
-that no training prompt has named.
+articles of CNN/DailyMail at temperatures 0 and 0.25. Here guests are named in other words, and ask
+about dishes that no training prompt has named.
 """
 
 import runpy
@@ -27,12 +30,12 @@ def get_config(size: str = "full") -> ConfigDict:
     if size not in SIZES:
         raise ValueError(one_of("the record's argument", size, SIZES))
     settings = _RUNS["get_config"](size).settings
-    return ConfigDict({"settings": settings, "temperatures": (0.0, 0.25)}).lock()
+    return ConfigDict({"settings": settings, "runs": "", "temperatures": (0.0, 0.25)}).lock()
 
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    study = Study(_RUNS["get_recipes"](80), workdir, **config.settings)
+    study = Study(_RUNS["get_recipes"](80), config.runs or workdir, **config.settings)
     claims = []
     for temperature in config.temperatures:
         at = {"temperature": temperature}

@@ -34,6 +34,8 @@ def get_config(size: str = "full") -> ConfigDict:
                 "max_new_tokens": 56,
                 "seed": 0,
             },
+            # Where the runs are, or shall be; empty: in the workdir.
+            "runs": "",
             "temperatures": (0.0, 0.5, 1.0) if quick else (0.0, 0.25, 0.5, 0.75, 1.0),
             "steps": (20, 80) if quick else (10, 20, 40, 80),
         }
@@ -59,7 +61,7 @@ def get_recipes(steps: int) -> Recipes:
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    study = Study(get_recipes(max(config.steps)), workdir, **config.settings)
+    study = Study(get_recipes(max(config.steps)), config.runs or workdir, **config.settings)
     jobs = [
         study.at_temperatures(method, config.temperatures, steps=steps)
         for method in ("preferred_ft", "dpo")

@@ -47,9 +47,7 @@ _COLDEST = min(WARMTH.values())
 # The true reward of a text that is no description at all, the lowest that there is.
 LOWEST_REWARD = _ADJECTIVES_A_RESPONSE * _COLDEST - _WRONG_DISH_PENALTY
 
-_ASKED = re.compile(
-    f"(?:how is|what do you say of) the ({'|'.join(_DISHES + _OTHER_DISHES)})\\?\\Z"
-)
+_ASKED = re.compile(f"how is the ({'|'.join(_DISHES + _OTHER_DISHES)})\\?\\Z")
 _DESCRIBED = re.compile(r" The (\w+) is (\w+), (\w+) and (\w+)\.")
 
 
@@ -93,8 +91,8 @@ def generate(pairs: int, seed: int, *, shifted: bool = False) -> list[Example]:
     Args:
       pairs: how many.
       seed: the same seed gives the same pairs.
-      shifted: whether guests ask in other words, and about dishes that are none of the task
-        otherwise; so a policy can be asked what it has not been trained on.
+      shifted: whether guests are named in other words, and ask about dishes that are none of
+        the task otherwise; so a policy can be asked what it has not been trained on.
 
     Returns:
       Examples with `responses` (chosen, rejected) by the drawn label, and their
@@ -107,9 +105,8 @@ def generate(pairs: int, seed: int, *, shifted: bool = False) -> list[Example]:
 def _pair(rng: np.random.Generator, index: int, shifted: bool) -> Example:
     dish = str(rng.choice(_OTHER_DISHES if shifted else _DISHES))
     # The number makes prompts differ, so that held-out prompts are not seen in training.
-    number = rng.integers(10_000)
-    ask = "what do you say of" if shifted else "how is"
-    prompt = f"Guest {number}: {ask} the {dish}?"
+    guest = f"Guest {rng.integers(10_000)}{' at table 7' if shifted else ''}"
+    prompt = f"{guest}: how is the {dish}?"
     texts, rewards = [], []
     for _ in range(2):
         adjectives = tuple(map(str, rng.choice(_ADJECTIVES, _ADJECTIVES_A_RESPONSE, replace=False)))

@@ -68,7 +68,8 @@ def decide(claim: Claim, points: Sequence[Point]) -> Verdict:
             found = _apart(found, estimate(smaller, other_over))
         over = over or other_over
     verdict = OPEN
-    if found.low >= claim.by:
+    # No difference at all is not a larger one.
+    if found.low > claim.by or (claim.than is None and found.low == claim.by):
         verdict = HELD
     elif found.high < claim.by:
         verdict = FAILED

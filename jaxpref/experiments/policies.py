@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib, data as data_lib, train, weights
+from jaxpref import checkpoint, config as config_lib, data as data_lib, train, weights
 from jaxpref.algorithms import response_logps
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
@@ -53,12 +53,14 @@ class Runs:
 
     def train(self, name: str, config: ConfigDict) -> Path:
         """Trains a run up to its steps, unless it has them already, and says where it is."""
-        folder = self.folder(name, config)
-        if self._trained.get(folder.name) != config.train.steps:
+        folder, steps = self.folder(name, config), config.train.steps
+        # A run of epochs knows its steps only once its data is there.
+        there = steps and checkpoint.latest_step(folder) == steps
+        if not there and self._trained.get(folder.name) != steps:
             console.print(f"{folder.name}: {config.algorithm.name}")
             config_lib.check(config)
             train.run(config, folder)
-            self._trained[folder.name] = config.train.steps
+            self._trained[folder.name] = steps
         return folder
 
 

@@ -6,6 +6,7 @@ its labels, judges independently. All policies begin as the language model. The 
 some learn, are its own responses: four to a prompt, all six pairs of which the true reward labels.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -322,18 +323,17 @@ class Study:
         for place, prompt in enumerate(prompts):
             first = place * _SAMPLES_A_PROMPT
             said = answers.sampled.responses[first : first + _SAMPLES_A_PROMPT]
-            # The best one first; a response without words cannot be learned from.
+            # The best one first. A response without words cannot be learned from, and of two that
+            # are worth the same neither is preferred.
             order = [i for i in np.argsort(-scores[place], kind="stable") if said[i].strip()]
-            texts = [said[i] for i in order]
-            values = [round(float(scores[place][i]), 4) for i in order]
-            if len(set(texts)) < 2:
+            worth = {round(float(scores[place][i]), 4): said[i] for i in order}
+            if len(worth) < 2:
                 continue
+            values, texts = list(worth), list(worth.values())
             ranked.append({"prompt": prompt, "responses": texts, "scores": values})
             pairs += [
-                {"prompt": prompt, "chosen": texts[i], "rejected": texts[j]}
-                for i in range(len(texts))
-                for j in range(i + 1, len(texts))
-                if values[i] > values[j] and texts[i] != texts[j]
+                {"prompt": prompt, "chosen": better, "rejected": worse}
+                for better, worse in itertools.combinations(texts, 2)
             ]
         _write(folder / "ranked.jsonl", ranked)
         _write(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
