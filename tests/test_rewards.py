@@ -9,6 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from test_classifiers import tokenizer_that_pads
 from test_weights import QWEN3, write_model
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from jaxpref import config as config_lib, data as data_lib, evaluation, models, rewards
 from jaxpref.data import read_examples
@@ -293,6 +295,24 @@ def test_a_padding_token_more_makes_no_other_tokenizer(monkeypatch):
     monkeypatch.setattr(renamed, "get_vocab", lambda: swapped)
     renamed.eos_token = policy.eos_token
     assert not same_tokens(policy, renamed)
+
+
+def test_a_larger_vocabulary_is_another_tokenizer():
+    """Its first ids are those of the smaller one, but it reads the same text as longer tokens."""
+    small, large = (bpe_tokenizer(size) for size in (260, 280))
+    known = large.get_vocab()
+    assert all(known[name] == id for name, id in small.get_vocab().items())
+    assert len(large("the tea, the tea").input_ids) < len(small("the tea, the tea").input_ids)
+    assert not same_tokens(small, large)
+    assert same_tokens(small, bpe_tokenizer(260))
+
+
+def bpe_tokenizer(size):
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        ["the tea, the toast"] * 4, vocab_size=size, special_tokens=["</s>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="</s>")
 
 
 def length_of(prompts, completions, answer=None, **columns):

@@ -94,13 +94,16 @@ def same_tokens(policy: Any, other: Any) -> bool:
     """Whether another tokenizer gives every token of a policy's tokenizer the same meaning.
 
     That is: each token of the policy has the same id there, is special there if it is special
-    here, and ends a response (EOS) in both or in neither. The other one may have more tokens, as
-    a reward model's has that was exported with a padding token of its own.
+    here, and ends a response (EOS) in both or in neither. The other one may have tokens added to
+    it, as a reward model's has that was exported with a padding token of its own, but not a larger
+    vocabulary: with that it would read the same text as fewer and longer tokens.
     """
     vocabulary, special = other.get_vocab(), special_tokens(other)
+    own = policy.get_vocab()
     return (
         policy.eos_token_id == other.eos_token_id
-        and all(vocabulary.get(name) == id for name, id in policy.get_vocab().items())
+        and all(vocabulary.get(name) == id for name, id in own.items())
+        and vocabulary.keys() - own.keys() <= other.get_added_vocab().keys()
         and all(special.get(name) == id for name, id in special_tokens(policy).items())
     )
 
