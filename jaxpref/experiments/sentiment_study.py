@@ -29,7 +29,7 @@ from jaxpref.rewards import Sampled
 from jaxpref.sampling import Sampling
 
 # The language model, the classifiers of the true reward, the reward model of the pairs.
-START, CLASSIFIER, REWARD = "sft", "classifier", "reward"
+START, CLASSIFIER, REWARD = "start", "classifier", "reward"
 CLASSIFIERS = 2
 _SAMPLES_A_PROMPT = 4
 
