@@ -35,7 +35,7 @@ def get_config(argument: str = "dpo") -> ConfigDict:
     here = Path(__file__).parent
     dpo = runpy.run_path(str(here / "dpo_hh.py"))["get_config"]
     config = base.default(method)
-    own = ("algorithm.", "reference.")
+    own = ("algorithm.", "reference.", "sampling.", "reward.")
     shared = {k: v for k, v in base.flatten(dpo(size or "tiny")) if not k.startswith(own)}
     config.update_from_flattened_dict(shared)
     knobs = dict(runpy.run_path(str(here / "method.py"))["PAPERS"].get(method, {}))

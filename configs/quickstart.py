@@ -7,10 +7,11 @@ which is
     python -m jaxpref.main --config=configs/quickstart.py:sft --workdir=runs/quickstart/sft
     python -m jaxpref.main --config=configs/quickstart.py:dpo --workdir=runs/quickstart/dpo
 
-On two CPU cores (2026-11-22) both take less than two minutes; on held-out pairs DPO reaches
-a preference accuracy of 0.809 (the true reward: 0.807) and a rank correlation of 0.95 with
-the true reward. In the place of `dpo` any other method on data can stand, such as `reward` or
-`ipo`; `configs/rlhf_quickstart.py` has those that sample.
+On two CPU cores (2026-11-22) both take less than two minutes; on held-out pairs DPO reaches a
+preference accuracy of 0.809 (the true reward: 0.807) and a rank correlation of 0.95 with the
+true reward. Its policy answers 128 held-out prompts at each evaluation. In the place of `dpo`
+any other method on data can stand, such as `reward` or `ipo`; `configs/rlhf_quickstart.py` has
+those that sample.
 """
 
 from ml_collections import ConfigDict
@@ -48,6 +49,7 @@ def get_config(stage: str = "sft") -> ConfigDict:
         config.model.init_from = "runs/quickstart/sft"
         if stage == "dpo":
             config.algorithm.beta = 0.3
+            config.eval.win_rate_prompts = 128
         config.optimizer.learning_rate = 3e-4
         config.train.steps = 80
         config.train.eval_every = 40

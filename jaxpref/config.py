@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
-from jaxpref.knobs import DATA_FORMATS, GROUPS, KNOBS, Knob, one_of
+from jaxpref.knobs import DATA_FORMATS, EVALUATION_KNOBS, GROUPS, KNOBS, Knob, one_of
 from jaxpref.methods import METHODS, Method
 
 # How the names of data files end.
@@ -96,7 +96,20 @@ def knobs_of(name: str) -> dict[str, Knob]:
 
 
 def _of_groups(method: Method) -> dict[str, Knob]:
+    if method.speaks and not method.samples:
+        return EVALUATION_KNOBS
     return {key: knob for group in method.groups for key, knob in GROUPS[group].items()}
+
+
+def temperature(config: ConfigDict) -> float:
+    """What all logits in training are divided by: 1 for a method that learns from data alone."""
+    samples = method_of(config.algorithm.name).samples
+    return float(config.sampling.temperature) if samples else 1.0
+
+
+def max_new_tokens(config: ConfigDict) -> int:
+    """The tokens after which a sampled response is cut."""
+    return config.sampling.max_new_tokens or config.data.max_length - config.data.max_prompt_length
 
 
 def check(config: ConfigDict) -> None:
@@ -123,6 +136,10 @@ def check(config: ConfigDict) -> None:
     _check_sources(config)
     if method.samples:
         _check_sampling(config)
+    elif config.eval.win_rate_prompts:
+        _check_room(config)
+        if has_reward(config):
+            reward_sources(config.reward)
 
 
 def _check_reference(config: ConfigDict, method: Method) -> None:
@@ -186,13 +203,8 @@ def _check_training(config: ConfigDict, method: Method) -> None:
 def _check_sampling(config: ConfigDict) -> None:
     """Refuses what cannot be sampled, rewarded or learned from."""
     reward_sources(config.reward)
+    _check_room(config)
     algorithm, sampling, data = config.algorithm, config.sampling, config.data
-    if data.max_prompt_length + sampling.max_new_tokens > data.max_length:
-        raise UserError(
-            f"data.max_prompt_length ({data.max_prompt_length}) and sampling.max_new_tokens "
-            f"({sampling.max_new_tokens}) are together more than data.max_length "
-            f"({data.max_length}), so that a response might find no room."
-        )
     if config.reference.mode == "precomputed":
         raise UserError(
             "reference.mode is 'precomputed', but the responses are yet to be sampled, so nothing "
@@ -238,6 +250,17 @@ def _check_sampling(config: ConfigDict) -> None:
         raise UserError(
             f"sampling.samples is {sampling.samples}, but {algorithm.name} compares responses to "
             f"the same prompt; it needs at least {least}."
+        )
+
+
+def _check_room(config: ConfigDict) -> None:
+    """Refuses responses that might be longer than what a prompt leaves of `data.max_length`."""
+    data, longest = config.data, max_new_tokens(config)
+    if data.max_prompt_length + longest > data.max_length:
+        raise UserError(
+            f"data.max_prompt_length ({data.max_prompt_length}) and sampling.max_new_tokens "
+            f"({longest}) are together more than data.max_length ({data.max_length}), so that a "
+            "response might find no room."
         )
 
 
@@ -387,6 +410,11 @@ def _check_entry(entry: Any, where: str) -> None:
         raise UserError(
             f"{where}: 'path' and 'name' should not be empty, and a name has no '/'; got {entry!r}."
         )
+
+
+def has_reward(config: ConfigDict) -> bool:
+    """Whether a config names a reward."""
+    return any(config.reward[key] for key in ("path", "function", "mixture"))
 
 
 def reward_sources(reward: ConfigDict) -> list[dict[str, Any]]:

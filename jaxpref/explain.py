@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
-from jaxpref.knobs import GROUPS, KNOBS, Knob
+from jaxpref.knobs import EVALUATION_KNOBS, GROUPS, KNOBS, Knob
 from jaxpref.methods import METHODS, Method
 
 _WIDTH = 96
@@ -88,6 +88,12 @@ def _knobs_page() -> str:
     for group, knobs in GROUPS.items():
         having = ", ".join(f"`{name}`" for name, m in METHODS.items() if group in m.groups)
         parts += [f"## {group}", f"Methods that have these: {having}.", _knobs_table(knobs)]
+    parts += [
+        "## sampling and reward, of methods on data",
+        "What the other methods have of these two groups, for what they sample at evaluations; "
+        "`reward` has none of them.",
+        _knobs_table(EVALUATION_KNOBS),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

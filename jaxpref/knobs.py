@@ -417,6 +417,14 @@ KNOBS: dict[str, Knob] = {
         at_least=0,
         resumable=True,
     ),
+    "eval.win_rate_prompts": Knob(
+        0,
+        "held-out prompts, the first ones, whose responses are sampled at each evaluation: how "
+        "often they are better than what the reference says to the same prompts before the first "
+        "step, their reward, length, and KL to the reference; 0: none",
+        at_least=0,
+        effect=Effect("algorithm.name is not 'reward'", lambda c: c.algorithm.name != "reward"),
+    ),
 }
 
 _TRUNCATED = " Elsewhere than at its default the policy is trained on what it would not say."
@@ -521,6 +529,37 @@ REWARD_KNOBS: dict[str, Knob] = {
         "what is subtracted from the reward of a response that was cut by length",
         at_least=0,
     ),
+}
+
+_EVALUATED = Effect("eval.win_rate_prompts is above 0", lambda c: c.eval.win_rate_prompts > 0)
+# What methods on data have of the two groups above, for what they sample at evaluations.
+EVALUATION_KNOBS: dict[str, Knob] = {
+    key: dataclasses.replace(knob, effect=_EVALUATED)
+    for key, knob in {
+        "sampling.max_new_tokens": Knob(
+            0,
+            "tokens after which a response is cut; 0: what data.max_prompt_length leaves of "
+            "data.max_length",
+            at_least=0,
+        ),
+        "sampling.temperature": dataclasses.replace(
+            SAMPLING_KNOBS["sampling.temperature"],
+            meaning="what logits are divided by, in sampling and in the KL of what is sampled",
+        ),
+        **{
+            key: {**SAMPLING_KNOBS, **REWARD_KNOBS}[key]
+            for key in (
+                "sampling.stop_token_ids",
+                "sampling.shown",
+                "reward.path",
+                "reward.function",
+                "reward.mixture",
+                "reward.max_length",
+                "reward.batch_size",
+                "reward.dtype",
+            )
+        },
+    }.items()
 }
 
 # Knobs of methods with a critic.

@@ -54,6 +54,11 @@ class Method:
         """Whether it trains on responses that the policy samples."""
         return "sampling" in self.groups
 
+    @property
+    def speaks(self) -> bool:
+        """Whether its model is a language model, which can answer prompts."""
+        return self.family != "reward"
+
 
 _BINARY = Effect("algorithm.ranking is 'binary'", lambda c: c.algorithm.ranking == "binary")
 _COMPARED = Effect("algorithm.ranking is not 'binary'", lambda c: c.algorithm.ranking != "binary")

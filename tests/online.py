@@ -202,7 +202,7 @@ def begin(
         true_rewards=None,
         tokenizer=tokenizer,
         mesh=mesh,
-        budget=experience.budget_of(config, mesh),
+        budget=experience.budget_of(config, mesh, samples=config.sampling.samples),
     )
     train = prompts_of(prompts)
     stream = BatchStream(train, batch_size=config.data.batch_size, budget=parts.budget)

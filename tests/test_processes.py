@@ -22,6 +22,8 @@ SMALL = [
     "--config.optimizer.schedule=constant",
     "--config.train.log_every=1",
     "--config.train.eval_every=0",
+    "--config.eval.win_rate_prompts=3",
+    "--config.sampling.max_new_tokens=8",
 ]
 
 
@@ -79,6 +81,8 @@ def test_two_processes_train_as_one(one, tmp_path):
             if key in there:
                 np.testing.assert_allclose(here[key], there[key], rtol=1e-4, err_msg=key)
     assert ours[0]["eval/logps/chosen"] == pytest.approx(theirs[0]["eval/logps/chosen"], rel=1e-6)
+    assert ours[0]["eval/win_rate"] == 0.5
+    assert ours[0]["eval/samples/kl"] == pytest.approx(0, abs=1e-4)
     # One of them speaks.
     assert "step 3/3" in outputs[0]
     assert "step" not in outputs[1]

@@ -293,11 +293,13 @@ def test_precomputed_reference_equals_live(finished, tmp_path):
 def test_reference_free_runs(tmp_path, capsys):
     """And what has no effect is told: a warm-up beyond the last step, evaluation of no data."""
     idle = {"optimizer__warmup_steps": 1, "train__eval_every": 1, "data__eval_fraction": 0.0}
+    idle["eval__win_rate_prompts"] = 2
     train.run(small(reference__mode="free", train__steps=1, **idle), tmp_path)
     assert not (tmp_path / "reference").exists()
     told = capsys.readouterr().out
     assert "optimizer.warmup_steps is 1, which this run of 1 steps does not reach" in told
     assert "train.eval_every has no effect" in told
+    assert "eval.win_rate_prompts has no effect" in told
 
 
 def test_a_run_that_shows_no_samples_has_no_table_of_them(tmp_path, capsys):

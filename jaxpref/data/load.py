@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 from jaxpref.data import cache, synthetic
-from jaxpref.data.convert import adapt
+from jaxpref.data.convert import adapt, to_prompt
 from jaxpref.data.dataset import TokenizedDataset, deduplicate, mismatch
 from jaxpref.data.examples import Example, hold_out, last_turn
 from jaxpref.data.read import open_source, parse, read_examples
@@ -32,6 +32,8 @@ class Data(NamedTuple):
       notes: sentences about the reading, for the log.
       fingerprints: digests of what is trained on and of all that is held out, under the names
         that a run's identity has for them.
+      prompts: the held-out prompts that a method on data answers at evaluations; None if it
+        answers none.
     """
 
     train: TokenizedDataset
@@ -40,6 +42,7 @@ class Data(NamedTuple):
     weights: Mapping[str, float] = {}
     notes: Sequence[str] = ()
     fingerprints: Mapping[str, str] = {}
+    prompts: TokenizedDataset | None = None
 
 
 def check(config: ConfigDict) -> None:
@@ -86,12 +89,18 @@ def load(
     cached = config.data.cache and kind != "prompts"
     folder = cache.folder(config, tokenizer, kind) if cached else None
     if folder is not None and (kept := cache.read(folder)) is not None:
-        return _finished(config, Data(*kept, weights, [f"tokenised data reused from {folder}"]))
+        data = Data(*kept, weights, [f"tokenised data reused from {folder}"])
+        if config.eval.win_rate_prompts and data.held_out is not None:
+            # The cache has no texts, so these prompts are read again.
+            _, examples = _Reading(config, kind).sides()
+            data = _with_prompts(config, tokenizer, data, examples)
+        return _finished(config, data)
 
     reading = _Reading(config, kind)
+    sides = reading.sides()
     train, held_out = (
         _tokenized(config, tokenizer, kind, examples, say)
-        for examples, say in zip(reading.sides(), (progress, lambda done: None), strict=True)
+        for examples, say in zip(sides, (progress, lambda done: None), strict=True)
     )
     cut = train.counts + held_out.counts
     counts = {
@@ -116,7 +125,43 @@ def load(
     if folder is not None:
         cache.write(folder, *data[:3])
         reading.notes.append(f"tokenised data kept in {folder}")
-    return _finished(config, data._replace(weights=weights, notes=reading.notes))
+    data = data._replace(weights=weights, notes=reading.notes)
+    if config.eval.win_rate_prompts and data.held_out is not None and kind != "prompts":
+        data = _with_prompts(config, tokenizer, data, sides[1])
+    return _finished(config, data)
+
+
+def _with_prompts(
+    config: ConfigDict, tokenizer: Any, data: Data, held_out: Sequence[Example]
+) -> Data:
+    """The data with the first `eval.win_rate_prompts` of the held-out prompts, each once.
+
+    They are tokenised as those of a method that samples: without their responses.
+
+    Raises:
+      UserError: an example has no prompt, or see `tokenize`.
+    """
+    asked = f"eval.win_rate_prompts is {config.eval.win_rate_prompts}"
+    bare = next((example for example in held_out if example.prompt is None), None)
+    if bare is not None:
+        raise UserError(
+            f"{asked}, but {bare.where} is plain text, which has no prompt to answer; leave it at "
+            "0, or hold out data with prompts (data.eval_path)."
+        )
+    first: dict[str, Example] = {}
+    for example in map(to_prompt, held_out):
+        first.setdefault(str(example.prompt), example)
+        if len(first) == config.eval.win_rate_prompts:
+            break
+    try:
+        prompts = _tokenized(config, tokenizer, "prompts", list(first.values()), lambda done: None)
+    except UserError as error:
+        raise UserError(f"{asked}, and one of these prompts cannot be used: {error}") from error
+    counts = {
+        "win_rate_prompts": len(prompts),
+        **{f"win_rate_{name}": count for name, count in prompts.counts.items() if count},
+    }
+    return data._replace(prompts=prompts, counts={**data.counts, **counts})
 
 
 def _finished(config: ConfigDict, data: Data) -> Data:
@@ -289,7 +334,7 @@ class _Reading:
             min_score_ratio=data.min_score_ratio,
             limit=source["limit"],
             detected=source["format"] == "auto",
-            keep_records=self._kind == "prompts",
+            keep_records=self._kind == "prompts" or self._config.eval.win_rate_prompts > 0,
         )
         self.counts.update({f"dropped/{reason}": count for reason, count in dropped.items()})
         examples = self._adapted(examples, format)

@@ -129,6 +129,8 @@ def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
       path: the PNG to write.
       title: of the figure.
     """
+    known = {name for line in lines for name in line}
+    sampled = "eval/objective/scores" in known
     panels = [
         panel
         for panel in (
@@ -136,11 +138,15 @@ def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
             ("accuracy", ("rewards/accuracies", "rewards/best_accuracy", "accuracy")),
             ("implicit reward", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
             ("reward", _REWARDS),
+            ("win rate against the reference", ("win_rate",)),
             ("reward of a sample", ("objective/scores", "objective/rlhf_reward", "true_reward")),
             ("KL to the reference (nats)", ("objective/kl",)),
+            # A method that samples has these in the two panels before.
+            ("reward of a sample, held out", () if sampled else ("samples/reward",)),
+            ("KL to the reference, held out (nats)", () if sampled else ("samples/kl",)),
             ("gradient norm", ("grad_norm",)),
         )
-        if any(name in line for line in lines for name in panel[1])
+        if any(prefix + name in known for name in panel[1] for prefix in ("", "eval/"))
     ]
     figure, axes = _subplots(len(panels))
     for axis, (label, names) in zip(axes, panels, strict=True):

@@ -18,6 +18,10 @@ _TITLES = {
     "eval/mean_reward": "reward",
     "eval/good_reward": "reward, labelled good",
     "eval/bad_reward": "reward, labelled bad",
+    "eval/win_rate": "win rate against the reference",
+    "eval/samples/reward": "reward of samples",
+    "eval/samples/kl": "KL of samples to the reference (nats)",
+    "eval/samples/length": "length of samples (tokens)",
     "eval/calibration_error": "expected calibration error",
     "eval/logps/chosen": "log-prob, chosen (nats)",
     "eval/logps/rejected": "log-prob, rejected (nats)",
@@ -51,12 +55,15 @@ def closing_table(lines: list[dict[str, float]]) -> Table | None:
         key.split("/")[1]
         for line in evaluated[:1]
         for key in line
-        if key.startswith("eval/") and key.endswith("/objective/kl") and key.count("/") == 3
+        if key.startswith("eval/") and key.endswith("/objective/scores") and key.count("/") == 3
     )
     for name in others:
         table.add_column(name, justify="right")
+    # A method that samples has these beside the same of all its held-out prompts.
+    twice = {name for name in _TITLES if name.startswith("eval/samples/")}
+    left_out = twice if "eval/objective/scores" in before else set()
     for name, title in _TITLES.items():
-        if name in before and name in after:
+        if name in before and name in after and name not in left_out:
             keys = [name.replace("eval/", f"eval/{other}/", 1) for other in others]
             values = [before[name], after[name], *(before.get(key) for key in keys)]
             table.add_row(title, *("" if x is None else f"{x:.3f}" for x in values))
@@ -78,13 +85,16 @@ def samples_table(lines: list[dict[str, Any]], most: int = 3) -> Table | None:
         return None
     table = Table(title="Samples", show_lines=True)
     table.add_column("prompt")
+    rewarded = "objective/scores" in lines[-1]
+    with_reward = ", with its reward" if rewarded else ""
     for step in dict.fromkeys((steps[0], steps[-1])):
-        table.add_column(f"step {step}, with its reward")
+        table.add_column(f"step {step}{with_reward}")
     first, last = ([x for x in lines if x["step"] == step] for step in (steps[0], steps[-1]))
     for pair in list(zip(first, last, strict=False))[:most]:
         said = dict.fromkeys((line["step"] for line in pair), "")
         for line in pair:
-            said[line["step"]] = f"{_short(line['response'])} ({line['objective/scores']:.2f})"
+            reward = f" ({line['objective/scores']:.2f})" if rewarded else ""
+            said[line["step"]] = _short(line["response"]) + reward
         table.add_row(*map(escape, (_short(pair[0]["prompt"]), *said.values())))
     return table
 

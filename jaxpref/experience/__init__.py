@@ -5,18 +5,21 @@ samples are another (`rollouts`), in the same loop.
 """
 
 from jaxpref.experience.base import Experience, Source, Work
-from jaxpref.experience.held_out import HeldOut
+from jaxpref.experience.held_out import HeldOut, Other
 from jaxpref.experience.offline import offline
-from jaxpref.experience.parts import Other, Parts, Prompts, budget_of
+from jaxpref.experience.parts import Parts, Prompts, SamplingParts, budget_of
 from jaxpref.experience.rollouts import Rollouts
+from jaxpref.experience.win_rate import AgainstReference
 
 __all__ = [
+    "AgainstReference",
     "Experience",
     "HeldOut",
     "Other",
     "Parts",
     "Prompts",
     "Rollouts",
+    "SamplingParts",
     "Source",
     "Work",
     "budget_of",

@@ -7,21 +7,65 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxpref import models, sampling, sharding
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE
-from jaxpref.experience.parts import Asked, Packer, Parts, Prompts, make_look, say
+from jaxpref.data.chat import Message
+from jaxpref.experience.parts import Asked, Packer, Prompts, SamplingParts, make_look, say
+from jaxpref.models import Decoder
 from jaxpref.packing import Group
+from jaxpref.reference.modes import Free
 from jaxpref.rewards import Sampled
 from jaxpref.sampling import Generated, Sampler
 from jaxpref.trainable import merge
 
 # Evaluations sample with the same noise each time, and with none that training has.
 _EVALUATION = 2**31 - 1
+# Names among what is known of a response; the KL is that to the reference, where there is one.
+SCORES, KL, LENGTH = "objective/scores", "objective/kl", "completions/length"
+
+
+class Other(NamedTuple):
+    """Another policy than the one that is trained.
+
+    Attributes:
+      decoder: its model.
+      params: of the model.
+    """
+
+    decoder: Decoder
+    params: Any
+
+
+class Said(NamedTuple):
+    """What a policy has said to held-out prompts, one response each.
+
+    Attributes:
+      prompts: texts, or lists of messages.
+      responses: texts, without the token that ended them.
+      response_ids: their token ids, with the token that ended them.
+      values: what is known of each response, by name.
+    """
+
+    prompts: Sequence[str | Sequence[Message]]
+    responses: Sequence[str]
+    response_ids: Sequence[Int[np.ndarray, " _"]]
+    values: Mapping[str, Float[np.ndarray, " prompts"]]
+
+    def means(self, prefix: str) -> dict[str, float]:
+        """The mean of each value over the prompts, under `PREFIX/NAME`."""
+        return {f"{prefix}/{name}": float(values.mean()) for name, values in self.values.items()}
 
 
 class _Policy(NamedTuple):
-    """A policy that is measured: its sampler, its parameters, and what looks at its responses."""
+    """A policy that is measured.
+
+    Attributes:
+      sampler: samples from it.
+      params: its parameters.
+      look: says log-probs of its responses, see `make_look`; None where they are not asked for.
+    """
 
     sampler: Sampler
     params: Any
@@ -29,76 +73,98 @@ class _Policy(NamedTuple):
 
 
 class HeldOut:
-    """Measures policies on held-out prompts, one response to each."""
+    """Lets policies answer held-out prompts, and says what is known of the responses."""
 
-    def __init__(self, parts: Parts, prompts: Prompts, workdir: Path):
+    def __init__(self, parts: SamplingParts, prompts: Prompts, workdir: Path):
         """Prepares what does not depend on the state."""
         self._parts, self._prompts, self._workdir = parts, prompts, workdir
-        self._longest = int(prompts.dataset.prompt_lengths.max())
+        self._longest = int(prompts.dataset.prompt_lengths.max(initial=1))
         self._packer = Packer(parts.config, parts.budget)
         self._sampler = parts.sampler(parts.decoder, self._longest, greedy=False, samples=1)
         self._look = make_look(parts.policy, parts.mode)
 
-    def __call__(self, step: int, state: Any) -> dict[str, float]:
-        """What the policy says is worth; some of it is kept in the workdir.
+    def __len__(self) -> int:
+        """How many prompts there are."""
+        return len(self._prompts.dataset)
 
-        Before the first step other policies are measured as well, under `eval/NAME/`.
-        """
-        parts = self._parts
-        params = merge(state.policy, parts.frozen)
-        means, shown = self._measured(_Policy(self._sampler, params, self._look), state, step)
+    @property
+    def rewarded(self) -> bool:
+        """Whether the responses have rewards."""
+        return self._parts.rewards is not None
+
+    def said(self, step: int, state: Any) -> Said:
+        """What the run's policy says; some of it is kept in the workdir."""
+        params = merge(state.policy, self._parts.frozen)
+        policy = _Policy(self._sampler, params, self._look)
+        said = self._said(policy, state, len(self))
         if not jax.process_index():
-            _keep_samples(self._workdir / "samples.jsonl", step, shown)
-        found = {f"eval/{name}": value for name, value in means.items()}
-        while parts.others:
-            name, other = parts.others.popitem()
-            policy = _Policy(
-                parts.sampler(other.decoder, self._longest, greedy=False, samples=1),
-                other.params,
-                make_look(
-                    models.packed(other.decoder, temperature=parts.config.sampling.temperature),
-                    parts.mode,
-                ),
-            )
-            means, _ = self._measured(policy, state, step)
-            found |= {f"eval/{name}/{key}": value for key, value in means.items()}
-        return found
+            shown = self._parts.config.sampling.shown
+            _keep_shown(self._workdir / "samples.jsonl", step, said, min(shown, len(self)))
+        return said
 
-    def _measured(
-        self, policy: _Policy, state: Any, step: int
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Means over all prompts, and the first responses."""
+    def said_by(self, other: Other, state: Any) -> Said:
+        """What another policy says, with its KL to this run's reference."""
+        temperature = self._parts.config.sampling.temperature
+        policy = models.packed(other.decoder, temperature=temperature)
+        look = make_look(policy, self._parts.mode)
+        return self._said(self._of(other)._replace(look=look), state, len(self))
+
+    def scored(self, other: Other, state: Any, prompts: int) -> Said:
+        """What another policy says to the first prompts, without its KL."""
+        return self._said(self._of(other), state, prompts)
+
+    def _of(self, other: Other) -> _Policy:
+        sampler = self._parts.sampler(other.decoder, self._longest, greedy=False, samples=1)
+        return _Policy(sampler, other.params, None)
+
+    def _said(self, policy: _Policy, state: Any, count: int) -> Said:
         parts = self._parts
-        size, count = parts.config.data.batch_size, len(self._prompts.dataset)
+        size = min(parts.config.data.batch_size, len(self))
         weights = policy.sampler.prepare(policy.params)
         # A prompt's noise is its own, whatever the size of a batch.
         keys = sampling.prompt_keys(parts.config.seed, _EVALUATION, count)
-        sums: dict[str, list[np.ndarray]] = {}
-        shown: list[dict[str, Any]] = []
+        prompts: list[Any] = []
+        responses: list[str] = []
+        response_ids: list[np.ndarray] = []
+        values: dict[str, list[np.ndarray]] = {}
         for start in range(0, count, size):
             indices = [*range(start, min(start + size, count))]
             # The last prompts are filled up, so that nothing is compiled for their number.
             filled = [*indices, *[indices[0]] * (size - len(indices))]
             said = say(policy.sampler, weights, self._prompts, filled, keys[np.array(filled)])
             sampled = self._prompts.sampled(filled, said, parts.tokenizer, range(1))
-            values = self._values(policy, state, filled, said, sampled)
-            for name, of_name in values.items():
-                sums.setdefault(name, []).append(of_name[: len(indices)])
-            room = min(len(indices), parts.config.sampling.shown - len(shown))
-            shown += [_shown(step, sampled, values, place) for place in range(room)]
-        return {name: float(np.concatenate(xs).mean()) for name, xs in sums.items()}, shown
+            real = slice(len(indices))
+            prompts += sampled.prompts[real]
+            responses += sampled.responses[real]
+            response_ids += sampled.response_ids[real]
+            known = {**self._worth(sampled), **self._looked(policy, state, filled, said)}
+            for name, of_name in known.items():
+                values.setdefault(name, []).append(np.asarray(of_name, np.float64)[real])
+        joined = {name: np.concatenate(xs) for name, xs in values.items()}
+        return Said(prompts, responses, response_ids, joined)
 
-    def _values(
-        self,
-        policy: _Policy,
-        state: Any,
-        indices: Sequence[int],
-        said: Generated,
-        sampled: Sampled,
-    ) -> dict[str, np.ndarray]:
-        """What is known of one response to each prompt."""
+    def _worth(self, sampled: Sampled) -> dict[str, np.ndarray]:
+        """What is known of responses without any log-prob."""
         parts = self._parts
-        scores = parts.rewards(sampled)
+        values: dict[str, np.ndarray] = {}
+        if parts.rewards is not None:
+            scores = parts.rewards(sampled)
+            values[SCORES] = scores.total
+            if len(scores.by_name) > 1:
+                values |= {f"rewards/{name}": said for name, said in scores.by_name.items()}
+        if parts.true_rewards is not None:
+            values["true_reward"] = np.asarray(
+                parts.true_rewards(prompts=sampled.prompts, completions=sampled.responses)
+            )
+        return {**values, LENGTH: sampled.lengths, "completions/clipped_ratio": ~sampled.finished}
+
+    def _looked(
+        self, policy: _Policy, state: Any, indices: Sequence[int], said: Generated
+    ) -> dict[str, np.ndarray]:
+        """The KL of one response to each prompt, where there is a reference."""
+        parts = self._parts
+        if policy.look is None or isinstance(parts.mode, Free):
+            return {}
         groups = [
             Group(self._prompts.dataset.group(index).prompt, said.responses(place))
             for place, index in enumerate(indices)
@@ -107,36 +173,27 @@ class HeldOut:
         own = state.reference if parts.mode.moves else parts.reference
         asked = Asked(policy.params, parts.frozen, own)
         looked = sharding.fetch(policy.look(asked, sharding.put_batch(parts.mesh, packed)))
-        ratios = looked[OLD] - looked.get(REFERENCE, looked[OLD])
+        ratios = looked[OLD] - looked[REFERENCE]
         kl = np.bincount(packed.response.ravel(), ratios.ravel(), len(groups) + 1)
-        values = {
-            "objective/scores": scores.total,
-            "objective/kl": kl[: len(groups)],
-            "completions/length": sampled.lengths,
-            "completions/clipped_ratio": ~sampled.finished,
-        }
-        if len(scores.by_name) > 1:
-            values |= {f"rewards/{name}": said for name, said in scores.by_name.items()}
-        if parts.true_rewards is not None:
-            values["true_reward"] = np.asarray(
-                parts.true_rewards(prompts=sampled.prompts, completions=sampled.responses)
-            )
-        return {name: np.asarray(value, np.float64) for name, value in values.items()}
+        return {KL: kl[: len(groups)]}
 
 
-def _shown(
-    step: int, sampled: Sampled, values: Mapping[str, np.ndarray], place: int
-) -> dict[str, Any]:
-    numbers = {name: round(float(value[place]), 4) for name, value in values.items()}
-    prompt, response = sampled.prompts[place], sampled.responses[place]
-    return {"step": step, "prompt": prompt, "response": response, **numbers}
-
-
-def _keep_samples(path: Path, step: int, shown: Sequence[Mapping[str, Any]]) -> None:
-    """Adds the samples of a step, in place of those of a run that has died after it."""
+def _keep_shown(path: Path, step: int, said: Said, count: int) -> None:
+    """Adds the first responses of a step, in place of those of a run that has died after it."""
     texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [text for text in texts if json.loads(text)["step"] < step]
-    lines = [*kept, *(json.dumps(line, ensure_ascii=False) for line in shown)]
+    shown = [_shown(step, said, place) for place in range(count)]
+    write_lines(path, [*kept, *(json.dumps(line, ensure_ascii=False) for line in shown)])
+
+
+def _shown(step: int, said: Said, place: int) -> dict[str, Any]:
+    numbers = {name: round(float(of_name[place]), 4) for name, of_name in said.values.items()}
+    response = {"prompt": said.prompts[place], "response": said.responses[place]}
+    return {"step": step, **response, **numbers}
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes a file so that it is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     temporary.replace(path)

@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from jaxpref import data as data_lib, packing, sharding
+from jaxpref import config as config_lib, data as data_lib, packing, sharding
 from jaxpref.algorithms import Online, token_logps, token_values
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE, SAMPLED, VALUES
 from jaxpref.data import BatchStream, TokenizedDataset
 from jaxpref.data.chat import Chat
 from jaxpref.errors import UserError
+from jaxpref.logprobs import LMHead
 from jaxpref.models import Decoder
-from jaxpref.models.protocol import Model
+from jaxpref.models.protocol import Model, ModelOutput
 from jaxpref.packing import Budget, Group, PackedBatch, Shape
 from jaxpref.reference.modes import Mode
 from jaxpref.rewards import Rewards, Sampled
@@ -58,35 +59,18 @@ class Prompts(NamedTuple):
         return Sampled(prompts, responses, prompt_ids, response_ids, np.array(finished), records)
 
 
-class Other(NamedTuple):
-    """Another policy than the one that is trained.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParts:
+    """What it takes to sample responses, and to say what they are worth.
 
     Attributes:
-      decoder: its model.
-      params: of the model.
-    """
-
-    decoder: Decoder
-    params: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What rollouts are made of.
-
-    Attributes:
-      config: a checked config of a method that samples.
-      online: the method.
+      config: a checked config.
       decoder: the policy's.
       policy: the same as a function of a packed batch, at the temperature of sampling.
-      critic: the critic's; None without one.
       frozen: the policy's parameters that are not trained.
-      critic_frozen: the critic's.
-      others: further policies by name, whose responses to held-out prompts are measured once; they
-        are taken out then.
       mode: how the reference gives log-probs.
       reference: its parameters, where they do not move.
-      rewards: of responses.
+      rewards: of responses; None where no reward is given.
       true_rewards: of a response's text to a prompt's, where they are known.
       tokenizer: the policy's.
       mesh: over which all is sharded.
@@ -94,20 +78,16 @@ class Parts:
     """
 
     config: ConfigDict
-    online: Online
     decoder: Decoder
     policy: Model
-    critic: Model | None
     frozen: Any
-    critic_frozen: Any
     mode: Mode
     reference: Any
-    rewards: Rewards
+    rewards: Rewards | None
     true_rewards: Callable[..., Sequence[float]] | None
     tokenizer: Any
     mesh: Mesh
     budget: Budget
-    others: dict[str, Other] = dataclasses.field(default_factory=dict)
 
     def sampler(
         self, decoder: Decoder, prompt_length: int, *, greedy: bool, samples: int
@@ -121,25 +101,43 @@ class Parts:
           samples: responses to each prompt.
         """
         knobs = self.config.sampling
+        # Methods on data have not all of these knobs, and then their defaults.
+        truncated = {name: knobs[name] for name in ("top_k", "top_p", "min_p") if name in knobs}
+        cache_dtype = knobs.get("cache_dtype", "auto")
         stops = dict.fromkeys([*data_lib.stop_ids(self.tokenizer), *knobs.stop_token_ids])
         temperatures = (float(knobs.temperature),) * samples
         settings = Sampling(
             samples=samples + greedy,
-            max_new_tokens=knobs.max_new_tokens,
+            max_new_tokens=config_lib.max_new_tokens(self.config),
             stops=tuple(stops),
             temperature=(*temperatures, 0.0) if greedy else temperatures,
-            top_k=knobs.top_k,
-            top_p=knobs.top_p,
-            min_p=knobs.min_p,
-            cache_dtype=None if knobs.cache_dtype == "auto" else knobs.cache_dtype,
+            **truncated,
+            cache_dtype=None if cache_dtype == "auto" else cache_dtype,
         )
         return Sampler(
             decoder,
             settings,
             mesh=self.mesh,
-            at_once=knobs.at_once,
+            at_once=knobs.get("at_once", 0),
             prompt_length=prompt_length,
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts(SamplingParts):
+    """What rollouts are made of.
+
+    Attributes:
+      online: the method.
+      critic: the critic's model; None without one.
+      critic_frozen: the critic's parameters that are not trained.
+      rewards: of responses.
+    """
+
+    online: Online
+    critic: Model | None
+    critic_frozen: Any
+    rewards: Rewards
 
 
 def say(
@@ -173,7 +171,7 @@ class Packer:
             try:
                 self._shapes[size] = packing.fixed_shape(
                     np.full(1, config.data.max_prompt_length),
-                    np.full((1, responses), config.sampling.max_new_tokens),
+                    np.full((1, responses), config_lib.max_new_tokens(config)),
                     self._budget,
                     batch_size=batch_size,
                     rows=config.data.rows,
@@ -254,8 +252,14 @@ def _look(
     policy: Model, mode: Mode, critic: Model | None, asked: Asked, batch: PackedBatch
 ) -> dict[str, Array]:
     def look(micro: PackedBatch, _: Array) -> dict[str, Array]:
-        found = {OLD: token_logps(policy(asked.policy, micro), micro)}
-        reference = mode.logps(token_logps, asked.reference, asked.frozen, micro)
+        said = policy(asked.policy, micro)
+
+        def read(output: ModelOutput, micro: PackedBatch) -> Array:
+            # In the updates of a method on data the reference has no temperature.
+            return token_logps(_at_temperature_of(said, output), micro)
+
+        found = {OLD: token_logps(said, micro)}
+        reference = mode.logps(read, asked.reference, asked.frozen, micro)
         if reference is not None:
             found[REFERENCE] = reference
         if critic is not None:
@@ -265,16 +269,30 @@ def _look(
     return packing.map_micro_batches(look, batch)
 
 
-def budget_of(config: ConfigDict, mesh: Mesh) -> Budget:
+def _at_temperature_of(one: ModelOutput, other: ModelOutput) -> ModelOutput:
+    """What the other model says, at the temperature of the one."""
+    assert isinstance(one.head, LMHead)
+    assert isinstance(other.head, LMHead)
+    head = dataclasses.replace(other.head, temperature=one.head.temperature)
+    return other._replace(head=head)
+
+
+def budget_of(config: ConfigDict, mesh: Mesh, *, samples: int, scored_length: int = 0) -> Budget:
     """The shape of a row for responses that are yet to be sampled.
 
     The table of scored positions has the share that the longest prompt with all of its responses
     would have of a row, or as much as one response needs if that is more: more would be computed
     in vain for rows with long prompts, less would leave rows with short ones half empty.
+
+    Args:
+      config: a checked config.
+      mesh: over whose devices the rows are dealt out.
+      samples: responses to each prompt.
+      scored_length: of the table; 0: as above.
     """
     row = config.data.row_length or config.data.max_length
-    longest = config.sampling.max_new_tokens
-    responses = longest * config.sampling.samples
+    longest = config_lib.max_new_tokens(config)
+    responses = longest * samples
     share = responses / (config.data.max_prompt_length + responses)
-    scored = config.data.scored_length or min(max(int(share * row), longest), row)
+    scored = scored_length or min(max(int(share * row), longest), row)
     return Budget(row, scored, sharding.batch_shards(mesh))

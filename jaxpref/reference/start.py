@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, data as data_lib, sharding
+from jaxpref import checkpoint, config as config_lib, data as data_lib, sharding
 from jaxpref.algorithms import Algorithm
 from jaxpref.data import Data
 from jaxpref.errors import UserError
@@ -87,8 +87,7 @@ def describe(reference: Reference) -> dict[str, bool]:
 
 def _model(given: Start, decoder: Decoder | None = None) -> Model:
     """A reference's model, by default of the policy's shape, at the temperature of sampling."""
-    knobs = given.config.get("sampling")
-    return packed(decoder or given.decoder, temperature=knobs.temperature if knobs else 1.0)
+    return packed(decoder or given.decoder, temperature=config_lib.temperature(given.config))
 
 
 def _free(given: Start) -> Reference:

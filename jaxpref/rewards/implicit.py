@@ -89,8 +89,7 @@ class ImplicitReward(Scorer):
         reference = reference_lib.finished(
             self.config, self.workdir, self.mesh, self.opened, trained, frozen
         )
-        knobs = self.config.get("sampling")
-        policy = packed(self.opened.model, temperature=knobs.temperature if knobs else 1.0)
+        policy = packed(self.opened.model, temperature=config_lib.temperature(self.config))
 
         def rewards(params: Policies, batch: PackedBatch) -> Float[Array, "groups responses"]:
             whole = jax.tree.map(lambda x: x[0], batch)

@@ -1,7 +1,7 @@
 """From a config to all that the loop needs: mesh, state, reference, data, jitted functions."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,19 +22,19 @@ from jaxpref import (
     models,
     optimizer as optimizer_lib,
     reference as reference_lib,
-    rewards,
     sharding,
     weights,
 )
 from jaxpref.checkpoint import CRITIC
-from jaxpref.data import BatchStream, Data
-from jaxpref.data.chat import Chat
+from jaxpref.data import Data
 from jaxpref.data.synthetic import true_rewards
 from jaxpref.errors import UserError
 from jaxpref.experience.rollouts import MOMENTS
 from jaxpref.measurements import Metric, total
 from jaxpref.packing import Budget, PackedBatch
 from jaxpref.terminal import console, progress
+from jaxpref.train import evaluations
+from jaxpref.train.begun import Begun
 from jaxpref.train.critic import Critic
 from jaxpref.train.state import POLICY, State, abstract_state, initial_state
 from jaxpref.train.update import (
@@ -165,7 +165,20 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
             state = state._replace(roles={**state.roles, CRITIC: critic.first(params, frozen)})
 
     columns = {side: {reference_lib.COLUMN: x} for side, x in reference.columns.items()}
-    begun = _Begun(config, workdir, mesh, data, columns, state, frozen, reference, start, steps)
+    begun = Begun(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        opened=opened,
+        another=another,
+        data=data,
+        columns=columns,
+        state=state,
+        frozen=frozen,
+        reference=reference,
+        start=start,
+        steps=steps,
+    )
     if online is None:
         model = models.packed(opened.model)
         update = make_update(
@@ -174,60 +187,36 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         eval_step = make_eval_step(algorithm, model, reference=reference.mode)
         training = _offline(begun, update, eval_step, abstract_frozen)
     else:
-        training = _online(begun, online, opened, optimizer, schedule, critic, abstract_frozen)
+        training = _online(begun, online, optimizer, schedule, critic, abstract_frozen)
     if not start:
         weights.keep(opened.source, opened.model, workdir)
         checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
     return training
 
 
-class _Begun(NamedTuple):
-    """What every run has; see `Training`."""
-
-    config: ConfigDict
-    workdir: Path
-    mesh: Mesh
-    data: Data
-    columns: Mapping[str, Mapping[str, Any]]
-    state: State
-    frozen: Any
-    reference: reference_lib.Reference
-    start: int
-    steps: int
-
-    def stream(self, side: str, *, training: bool) -> BatchStream:
-        """The batches of one side of the data."""
-        return data_lib.stream_of(
-            self.config,
-            self.data,
-            side,
-            self.mesh,
-            training=training,
-            columns=self.columns.get(side, {}),
-        )
-
-    def training(self, source: experience.Source, step: Step, **others: Any) -> Training:
-        """The run, with what is peculiar to it."""
-        epoch = -(-len(self.data.train) // self.config.data.batch_size)
-        return Training(
-            mesh=self.mesh,
-            data=self.data,
-            start=self.start,
-            steps=self.steps,
-            state=self.state,
-            reference=self.reference.params,
-            source=source,
-            step=step,
-            **{"frozen": Frozen(self.frozen), "patience": epoch, **others},
-        )
+def _training(begun: Begun, source: experience.Source, step: Step, **others: Any) -> Training:
+    """The run, with what is peculiar to it."""
+    epoch = -(-len(begun.data.train) // begun.config.data.batch_size)
+    return Training(
+        mesh=begun.mesh,
+        data=begun.data,
+        start=begun.start,
+        steps=begun.steps,
+        state=begun.state,
+        reference=begun.reference.params,
+        source=source,
+        step=step,
+        **{"frozen": Frozen(begun.frozen), "patience": epoch, **others},
+    )
 
 
-def _offline(begun: _Begun, update: Update, eval_step: EvalStep, abstract_frozen: Any) -> Training:
+def _offline(begun: Begun, update: Update, eval_step: EvalStep, abstract_frozen: Any) -> Training:
     """A run on data."""
     data, mesh = begun.data, begun.mesh
     put = partial(sharding.put_batch, mesh)
     stream = begun.stream("train", training=True)
     held_out = None if data.held_out is None else begun.stream("held_out", training=False)
+    sampled = evaluations.of_run_on_data(begun)
     _describe(begun, abstract_frozen, stream.budget)
 
     def look(state: State, batch: PackedBatch) -> algorithms.Objective:
@@ -247,19 +236,18 @@ def _offline(begun: _Begun, update: Update, eval_step: EvalStep, abstract_frozen
             evaluation.plot_reliability(
                 results.reliability, begun.workdir / "reliability.png", title
             )
-        return results.values
+        return {**results.values, **sampled(step, state)}
 
     def loss_after(state: State, given: experience.Experience) -> float:
         return float(total(look(state, given.batches[0]).loss).values)
 
     source = experience.offline(stream, begun.start, begun.steps, put)
-    return begun.training(source, make_step(update), evaluate=evaluate, loss_after=loss_after)
+    return _training(begun, source, make_step(update), evaluate=evaluate, loss_after=loss_after)
 
 
 def _online(
-    begun: _Begun,
+    begun: Begun,
     online: algorithms.Online,
-    opened: weights.Opened,
     optimizer: optax.GradientTransformation,
     schedule: optimizer_lib.Schedule,
     critic: Critic | None,
@@ -267,41 +255,25 @@ def _online(
 ) -> Training:
     """A run on what the policy samples."""
     config, data, mesh = begun.config, begun.data, begun.mesh
-    policy = models.packed(opened.model, temperature=config.sampling.temperature)
-    conversations = any(isinstance(e.prompt, Chat) for e in data.train.examples)
+    budget = experience.budget_of(
+        config, mesh, samples=config.sampling.samples, scored_length=config.data.scored_length
+    )
     parts = experience.Parts(
-        config=config,
-        online=online,
-        decoder=opened.model,
-        policy=policy,
-        critic=None if critic is None else critic.model,
-        frozen=begun.frozen,
-        critic_frozen={} if critic is None else critic.frozen(begun.frozen),
+        **evaluations.shared_parts(begun, budget),
         mode=begun.reference.mode,
-        reference=begun.reference.params,
-        rewards=rewards.build(
-            config.reward,
-            opened.tokenizer,
-            max_length=config.data.max_length,
-            mesh=mesh,
-            conversations=conversations,
-        ),
+        rewards=evaluations.build_rewards(begun, data.train),
         true_rewards=true_rewards if config.data.format == "synthetic" else None,
-        tokenizer=opened.tokenizer,
-        mesh=mesh,
-        budget=experience.budget_of(config, mesh),
-        others=_others(config, opened.tokenizer, mesh) if not begun.start else {},
+        online=online,
+        critic=None if critic is None else critic.model,
+        critic_frozen={} if critic is None else critic.frozen(begun.frozen),
     )
     stream = begun.stream("train", training=True)
     source = experience.Rollouts(parts, experience.Prompts(data.train, stream), begun.workdir)
-    measure = None
-    if data.held_out is not None:
-        prompts = experience.Prompts(data.held_out, None)
-        measure = experience.HeldOut(parts, prompts, begun.workdir)
+    evaluate = evaluations.of_run_on_samples(begun, parts)
     _describe(begun, abstract_frozen, parts.budget)
     update = make_update(
         online.policy,
-        policy,
+        parts.policy,
         optimizer,
         schedule,
         reference=begun.reference.mode,
@@ -322,14 +294,12 @@ def _online(
         seconds = np.asarray(time.monotonic() - began, np.float32)
         return state, {**measured, "perf/update_seconds": Metric(seconds, np.ones_like(seconds))}
 
-    def evaluate(number: int, state: State) -> dict[str, float]:
-        return {} if measure is None else measure(number, state)
-
     def loss_after(state: State, given: experience.Experience) -> float:
         # What was sampled is the old policy's; that the parameters are finite is what counts.
         return float(optax.tree.norm(state.policy))
 
-    return begun.training(
+    return _training(
+        begun,
         source,
         step,
         evaluate=evaluate,
@@ -339,21 +309,6 @@ def _online(
         largest_kl=online.largest_kl,
         samples=True,
     )
-
-
-def _others(config: ConfigDict, tokenizer: Any, mesh: Mesh) -> dict[str, experience.Other]:
-    """The policies that this run is compared with, by the last part of their paths."""
-    found = {}
-    for path in config.sampling.compare:
-        another = reference_lib.open_another(config, path, "sampling.compare", tokenizer)
-        params = another.load(mesh, "float32")
-        found[Path(path).name] = experience.Other(another.model, params)
-    if len(found) < len(config.sampling.compare):
-        raise UserError(
-            f"sampling.compare names policies whose last part is the same: "
-            f"{', '.join(config.sampling.compare)}; it is their name in the table."
-        )
-    return found
 
 
 def _load(config: ConfigDict, tokenizer: Any) -> Data:
@@ -368,7 +323,7 @@ def _restore_frozen(config: ConfigDict, workdir: Path, abstract: Any) -> Any:
     return checkpoint.restore_frozen(workdir, stored)
 
 
-def _describe(begun: _Begun, abstract_frozen: Any, budget: Budget) -> None:
+def _describe(begun: Begun, abstract_frozen: Any, budget: Budget) -> None:
     """Tells in the terminal what is about to be trained."""
     config, data, state, steps = begun.config, begun.data, begun.state, begun.steps
     trained = sum(x.size for x in jax.tree.leaves(state.policy))
@@ -390,10 +345,11 @@ def _describe(begun: _Begun, abstract_frozen: Any, budget: Budget) -> None:
             f"optimizer.warmup_steps is {warmup}, which this run of {steps} steps does not reach: "
             f"the learning rate stays below {config.optimizer.learning_rate}"
         )
-    if config.train.eval_every and data.held_out is None:
-        console.print("train.eval_every has no effect, since no data is held out")
+    for knob in ("train.eval_every", "eval.win_rate_prompts"):
+        if config_lib.get(config, knob) and data.held_out is None:
+            console.print(f"{knob} has no effect, since no data is held out")
     samples = ""
-    if "sampling" in config:
+    if config_lib.method_of(config.algorithm.name).samples:
         samples = f", {config.sampling.samples} responses each"
         every = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
         cut = [name for name, all in every.items() if config.sampling[name] != all]
