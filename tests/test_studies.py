@@ -83,6 +83,7 @@ def test_folders_are_by_settings(tmp_path):
     )
 
 
+@pytest.mark.long
 def test_a_policy_agrees_with_itself(tmp_path):
     runs = Runs(tmp_path)
     folder = runs.train("sft", small("sft"))

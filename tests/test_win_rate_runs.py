@@ -92,6 +92,7 @@ def test_the_win_rate_is_that_of_the_samples_that_are_kept(whole):
     assert len(rates) > 1
 
 
+@pytest.mark.long
 def test_a_run_that_is_resumed_measures_the_same(whole, tmp_path):
     train.run(config_of(train__steps=2), tmp_path)
     train.run(config_of(), tmp_path)
@@ -184,6 +185,7 @@ def file_of(path, count=40):
     return {"data__format": "auto", "data__path": str(path), "data__eval_fraction": 0.4}
 
 
+@pytest.mark.long
 def test_without_a_reward_there_is_no_win_rate_and_a_kl_at_the_temperature(tmp_path, capsys):
     """In DPO's updates the reference has no temperature; the policy is the reference at any."""
     given = file_of(tmp_path / "x.jsonl")
