@@ -104,6 +104,7 @@ def test_a_run_that_is_resumed_measures_the_same(whole, tmp_path):
         train.run(config_of(train__steps=6), tmp_path)
 
 
+@pytest.mark.long
 def test_a_method_that_samples_measures_the_same_samples(whole, tmp_path):
     """Of the same policy; once, and over as many prompts as are asked for."""
     config = config_of(
