@@ -2,8 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUNS ?= runs/quickstart
 DATA ?= hh-harmless.jsonl.gz
+EXECUTED ?= runs/notebooks
 
-.PHONY: quickstart test test-process test-isa test-torch test-long check docs format benchmark clean
+.PHONY: quickstart notebooks test test-process test-isa test-torch test-long check docs format \
+	benchmark clean
 
 # Generated preference data, SFT, then DPO, and RLHF beside it, in four minutes on two cores.
 quickstart: .venv/installed
@@ -15,6 +17,19 @@ quickstart: .venv/installed
 	$(BIN)/python -m jaxpref.main --config=configs/rlhf_quickstart.py:rloo --workdir=$(RUNS)/rloo \
 		--config.model.init_from=$(RUNS)/sft --config.reward.path=$(RUNS)/reward \
 		--config.sampling.compare="('$(RUNS)/dpo',)"
+
+# All notebooks from their first cell to their last, with what they show in EXECUTED; the first error
+# ends it. What JAX compiles is kept for the next time.
+notebooks: .venv/installed-notebooks
+	@mkdir -p $(EXECUTED)
+	@for notebook in notebooks/*.ipynb; do \
+		start=$$(date +%s); \
+		JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache/notebooks \
+		JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
+		$(BIN)/jupyter-execute --NbClientApp.log_level=WARN \
+			--output="$(abspath $(EXECUTED))/{notebook_name}" $$notebook || exit 1; \
+		echo "$$notebook: $$(($$(date +%s) - start)) s"; \
+	done
 
 # Three workers keep two cores busy: a run waits now and then.
 test: .venv/installed-test
@@ -78,6 +93,10 @@ benchmark: .venv/installed
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+.venv/installed-notebooks: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks]'
 	@touch $@
 
 .venv/installed-torch: .venv/installed-test

@@ -26,7 +26,7 @@ def test_the_train_loop_runs_and_learns(capsys):
 
 def test_the_rooms_are_listed_from_top_to_bottom_and_exist():
     house = (ROOT / "docs" / "house.md").read_text()
-    rooms = r"^\| `((?:jaxpref|configs|benchmarks|tests|docs)/[^`]*)` \|"
+    rooms = r"^\| `((?:jaxpref|configs|benchmarks|notebooks|tests|docs)/[^`]*)` \|"
     listed = re.findall(rooms, house, re.MULTILINE)
     assert all((ROOT / room).exists() for room in listed)
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
