@@ -32,7 +32,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib, manifest, sharding
+from jaxpref import config as config_lib, manifest, processes
 from jaxpref.errors import UserError
 from jaxpref.terminal import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
@@ -61,7 +61,7 @@ def hold(workdir: Path) -> Iterator[None]:
       UserError: another run is training there, or it cannot be written.
     """
     held: list[Any] = []
-    sharding.in_first(lambda: held.append(_lock(workdir)))
+    processes.in_first(lambda: held.append(_lock(workdir)))
     try:
         yield
     finally:
@@ -124,7 +124,7 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._failed: UserError | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        found = sharding.in_first(self._open)
+        found = processes.in_first(self._open)
         self.latest: int | None = found if found >= 0 else None
 
     def _open(self) -> int:
@@ -157,7 +157,7 @@ class Checkpoints:
         checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
             # A save is tried only where it may fit; what Orbax writes is compressed, not to half.
-            if sharding.in_first(lambda: shutil.disk_usage(self._workdir).free < size / 2):
+            if processes.in_first(lambda: shutil.disk_usage(self._workdir).free < size / 2):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             checkpointer.save(self._place(step, _SAVING), args=args, force=True)
         except Exception as error:

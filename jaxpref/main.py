@@ -51,9 +51,12 @@ def main(argv: list[str]) -> None:
         for config, _ in runs:
             config_lib.check(config)
         # JAX loads here, so that everything above answers at once.
-        from jaxpref import sharding, train
+        from jaxpref import processes
 
-        sharding.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    with processes.together(), told():
+        from jaxpref import train
+
         for config, folder in runs:
             train.run(config, folder)
 

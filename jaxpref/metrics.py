@@ -23,7 +23,7 @@ _ZERO_TOLD, _ZERO_STOPPED = 3, 100
 # The measurements that the terminal's line shows, in this order.
 _SHOWN = (
     *("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin"),
-    *("true_reward", "objective/scores", "objective/kl"),
+    *("true_reward", "objective/scores", "objective/kl", "win_rate"),
     *("grad_norm", "perf/pairs_per_second"),
 )
 

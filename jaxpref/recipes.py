@@ -1,6 +1,7 @@
 """Recipes on the command line: the flag `--config`, and what can be wrong with it."""
 
 import ast
+import difflib
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,9 @@ def _load_recipe(recipe: str) -> ConfigDict:
     """The config of `path` or `path:argument`, with errors a user can act on."""
     path, _, argument = recipe.partition(":")
     if not Path(path).is_file():
-        fail(f"--config={path}: no such recipe.\n{listed()}")
+        folder = "configs/experiments" if Path(path).parent.name == "experiments" else "configs"
+        command = "main" if folder == "configs" else "experiments"
+        fail(f"--config={path}: no such recipe.{_nearest(path)}\n{listed(command, folder)}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
@@ -47,6 +50,13 @@ def _load_recipe(recipe: str) -> ConfigDict:
         return get_config(argument) if argument else get_config()
     except Exception as error:  # A recipe is the user's code and may raise anything.
         fail(f"--config={recipe}: {error}")
+
+
+def _nearest(path: str) -> str:
+    """The recipe in its folder whose name is nearly that of a path."""
+    others = [str(other) for other in Path(path).parent.glob("*.py")]
+    found = difflib.get_close_matches(path, others, n=1)
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def stages(config: ConfigDict, workdir: str) -> list[tuple[ConfigDict, str]]:

@@ -7,17 +7,18 @@ logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps the
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpref.errors import UserError
 from jaxpref.packing import ROW_FIELDS, PackedBatch
+from jaxpref.trainable import path_of
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -42,69 +43,21 @@ RULES: Rules = (
     ("layers", None),
 )
 
+# Bytes from which it matters that an array is whole on every device.
+_LARGE = 2**20
+
 # For decoding, weights are whole along their width: a gather for every token would cost more than
 # what it reads.
 GENERATION_RULES: Rules = tuple((name, None if name == "width" else axis) for name, axis in RULES)
-
-
-def join(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
-    """Joins the other processes of a run, whose devices together are then `jax.devices()`.
-
-    It has to come before anything that asks JAX for a device. Without arguments the cluster says
-    who the others are (Cloud TPU, Slurm, Open MPI, Kubernetes); elsewhere there are none.
-
-    Args:
-      coordinator: HOST:PORT of process 0, which waits there for the others.
-      processes: how many there are; 1 for this one alone, whatever the cluster says.
-      process: which of them this one is, from 0.
-
-    Raises:
-      UserError: they cannot be joined.
-    """
-    if processes == 1:
-        return
-    try:
-        jax.distributed.initialize(coordinator, processes, process)
-    except (RuntimeError, ValueError) as error:
-        if coordinator is None and "coordinator_address" in str(error):
-            # No cluster is known here.
-            return
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"the other processes of this run cannot be joined ({reason}). Give each of them the "
-            "same --coordinator=HOST:PORT and --num_processes, and its own --process_id; or "
-            "--num_processes=1 for a process by itself."
-        ) from error
-
-
-def in_first(action: Callable[[], int | None]) -> int:
-    """Acts in the first process alone; its answer, or that it has failed, goes to all.
-
-    Raises:
-      UserError: what the action raises.
-    """
-    answer, failed = 0, None
-    if jax.process_index() == 0:
-        try:
-            answer = action() or 0
-        except UserError as error:
-            failed = error
-    if jax.process_count() > 1:
-        told = multihost_utils.broadcast_one_to_all(np.asarray([answer, failed is not None]))
-        answer = int(told[0])
-        if told[1] and failed is None:
-            failed = UserError("process 0 of this run cannot go on; it says why.")
-    if failed is not None:
-        raise failed
-    return answer
 
 
 def make_mesh(
     data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """A mesh over all devices, or over those given.
+
+    Neighbours along an axis of the mesh are neighbours in the machine, as far as there is a choice;
+    the axes of a TPU's torus may be split for it. Several slices lie along `data`.
 
     Args:
       data: devices along `data`; -1 for all that the other two leave.
@@ -113,7 +66,8 @@ def make_mesh(
       devices: by default all, of all processes.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or `fsdp` or `tensor` would lie
+        between the slices of TPUs.
     """
     sizes = [data, fsdp, tensor]
     devices = jax.devices() if devices is None else devices
@@ -126,7 +80,33 @@ def make_mesh(
             f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} should multiply to the "
             f"{count} devices here ({devices[0].platform}); one of them may be -1."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices by their places in a mesh, see `make_mesh`.
+
+    Args:
+      sizes: of the mesh along `AXES`; they multiply to the number of devices.
+      devices: of one kind; those of a machine that is not here will do.
+
+    Raises:
+      UserError: `fsdp` or `tensor` would lie between the slices of TPUs.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    inside, between = list(sizes), [slices, 1, 1]
+    if slices > 1 and sizes[0] % slices == 0:
+        inside[0] //= slices
+        return mesh_utils.create_hybrid_device_mesh(
+            inside, between, devices, allow_split_physical_axes=True
+        )
+    if slices > 1 and devices[0].platform == "tpu":
+        raise UserError(
+            f"mesh.data is {sizes[0]}, and the {len(devices)} devices are in {slices} slices, "
+            "between which the network is too slow for mesh.fsdp and mesh.tensor. Set mesh.data to "
+            f"a multiple of {slices}."
+        )
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -166,6 +146,24 @@ def shardings(mesh: Mesh, abstract: Any, rules: Rules = RULES) -> Any:
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def whole_everywhere(tree: Any) -> dict[str, int]:
+    """What every device holds whole, though the mesh could split it.
+
+    Args:
+      tree: nested dictionaries of arrays, or of their shapes, with shardings.
+
+    Returns:
+      The bytes of each array above a megabyte, by its path.
+    """
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        size = leaf.size * leaf.dtype.itemsize
+        split = leaf.sharding.mesh.shape["fsdp"] * leaf.sharding.mesh.shape["tensor"] > 1
+        if split and size > _LARGE and leaf.sharding.is_fully_replicated:
+            found[path_of(path)] = size
+    return found
 
 
 def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:

@@ -266,6 +266,21 @@ def test_few_row_counts():
     assert len({packing.round_rows(rows) for rows in range(33, 65)}) <= 8
 
 
+def test_one_row_a_shard_does_not_double_the_rows():
+    """Where nothing is pooled, rows with many scored tokens are closed earlier."""
+    random = np.random.default_rng(0)
+    prompts = random.integers(50, 300, 512).tolist()
+    responses = random.integers(50, 400, (512, 2)).tolist()
+    budget = Budget(2_048, 1_504, shards=256)
+    pooled = packing.plan_tree(prompts, responses, budget._replace(shards=1))
+    assert sum(map(bool, pooled)) <= 256
+    plan = packing.plan_tree(prompts, responses, budget)
+    assert len(plan) == 256
+    scored = [sum(responses[part.group][k] for part in row for k in part.responses) for row in plan]
+    assert max(scored) <= budget.scored_length
+    assert sum(scored) == np.sum(responses)
+
+
 def test_scored_tokens_over_the_budget_take_more_rows_not_an_error():
     groups = groups_of([(1, [9]), (1, [9])])
     batch = pack(groups, row_length=20, scored_length=6)

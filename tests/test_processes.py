@@ -1,5 +1,6 @@
 """Several processes on one machine, joined over loopback: the same run as in one process."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ from test_train import lines_of
 from jaxpref import checkpoint
 
 SMALL = [
-    "--config=configs/quickstart.py:dpo",
+    f"--config={ROOT / 'configs' / 'quickstart.py'}:dpo",
     "--config.model.init_from=",
     "--config.model.width=16",
     "--config.model.layers=1",
@@ -27,8 +28,11 @@ SMALL = [
 ]
 
 
-def start(workdir, *flags, processes=1):
-    """One run in so many processes, with two devices among them."""
+def start(workdir, *flags, processes=1, own=((), ()), folders=(ROOT, ROOT)):
+    """One run in so many processes, with two devices among them.
+
+    Each of them may have flags of its own, and a folder in which it is started.
+    """
     joined = [[]]
     if processes > 1:
         with socket.socket() as free:
@@ -39,21 +43,30 @@ def start(workdir, *flags, processes=1):
         ]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "jaxpref.main", *SMALL, f"--workdir={workdir}", *flags, *others],
-            cwd=ROOT,
-            env={**ENVIRONMENT, "JAX_NUM_CPU_DEVICES": str(2 // processes)},
+            [
+                *(sys.executable, "-m", "jaxpref.main", *SMALL, f"--workdir={workdir}"),
+                *flags,
+                *others,
+                *own[number],
+            ],
+            cwd=folders[number],
+            env={
+                **ENVIRONMENT,
+                "JAX_NUM_CPU_DEVICES": str(2 // processes),
+                "PYTHONPATH": str(ROOT),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for others in joined
+        for number, others in enumerate(joined)
     ]
 
 
-def finish(started):
+def finish(started, timeout=240):
     """The output of each process and how it ended."""
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in started]
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -92,6 +105,18 @@ def test_two_processes_train_as_one(one, tmp_path):
     assert "resuming after step 3" in more[0][0]
 
 
+@pytest.mark.process
+def test_a_process_that_is_killed_ends_all(tmp_path):
+    started = start(tmp_path, "--config.train.steps=100000", processes=2)
+    measurements = tmp_path / "metrics.jsonl"
+    wait_for(lambda: measurements.exists() and len(lines_of(tmp_path)) > 5, started[0])
+    started[1].kill()
+    outputs, codes = finish(started, timeout=60)
+    assert codes == [1, -signal.SIGKILL]
+    assert "jaxpref: process 1 of this run does not answer" in outputs[0]
+    assert "Traceback" not in outputs[0]
+
+
 @pytest.mark.long
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     started = start(tmp_path, "--config.train.steps=100000", processes=2)
@@ -103,6 +128,45 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     step = checkpoint.latest_step(tmp_path)
     assert all(f"interrupted after step {step}, which is saved" in output for output in outputs)
     assert lines_of(tmp_path)[-1]["step"] == step
+
+
+def pairs_in(folder, count, first="a"):
+    """A folder with a data set of so many pairs."""
+    folder.mkdir()
+    lines = [
+        json.dumps({"prompt": f"{n}?", "chosen": f" {first}{n}", "rejected": " b"})
+        for n in range(count)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("settings", "optimizer.learning_rate: 0.5 here, 0.0003 there"),
+        ("missing file", "pairs.jsonl (data.path): no such file"),
+        ("other file", "process 1 of this run does not have what process 0 has:\n  data"),
+    ],
+)
+def test_a_process_that_cannot_go_on_ends_all(case, message, tmp_path):
+    """Before the first step, with the same sentence on every terminal."""
+    folders = [pairs_in(tmp_path / "first", 40)]
+    own = ((), ("--config.optimizer.learning_rate=0.5",) if case == "settings" else ())
+    folders.append(tmp_path / "second")
+    if case == "missing file":
+        folders[1].mkdir()
+    else:
+        pairs_in(folders[1], 40, first="c" if case == "other file" else "a")
+    data = ["--config.data.format=explicit", "--config.data.path=pairs.jsonl"]
+    workdir = tmp_path / "run"
+    started = start(workdir, *data, processes=2, own=own, folders=folders)
+    outputs, codes = finish(started, timeout=60)
+    assert codes == [2, 2], outputs
+    assert all(message in output for output in outputs), outputs
+    assert "process 1 of this run" in outputs[0]
+    assert not any("Traceback" in output or "step 1" in output for output in outputs)
 
 
 @pytest.mark.parametrize(

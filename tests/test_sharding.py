@@ -118,6 +118,26 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert sharding.shardings(mesh, box).shard_shape((16, 2, 4)) == (16, 2, 4)
 
 
+def test_what_is_large_and_not_split_is_told():
+    mesh = mesh_of((2, 2, 2))
+    axes = ("width", "feed_forward")
+    shapes = {"odd": (1025, 1025), "even": (1026, 1025), "small": (15, 15)}
+    boxes = {
+        name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+        for name, shape in shapes.items()
+    }
+    placed = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        nn.meta.unbox({"layers": boxes}),
+        sharding.shardings(mesh, {"layers": boxes}),
+    )
+    assert sharding.whole_everywhere(placed) == {"layers/odd": 4 * 1025 * 1025}
+    # Where only rows are split it is as it should be.
+    alone = sharding.shardings(mesh_of((8, 1, 1)), boxes["odd"])
+    leaf = jax.ShapeDtypeStruct((1025, 1025), jnp.float32, sharding=alone)
+    assert not sharding.whole_everywhere({"odd": leaf})
+
+
 def test_rows_are_split_and_tables_whole():
     mesh = mesh_of((4, 2, 1))
     batch = batch_of(mesh, 0)
@@ -131,6 +151,61 @@ def test_rows_are_split_and_tables_whole():
 def test_mesh_sizes_must_fit_the_devices(sizes):
     with pytest.raises(UserError, match="should multiply to the 8 devices here"):
         sharding.make_mesh(*sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made from, of a device that is not here."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+def torus(x, y, z, slices=1, **kind):
+    places = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    return [
+        Chip(s * len(places) + n, place, s, **kind)
+        for s in range(slices)
+        for n, place in enumerate(places)
+    ]
+
+
+# The first four are sizes that `jax.make_mesh` refuses on these slices.
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ((2, 8, 4), (4, 4, 4)),
+        ((8, 8, 1), (4, 4, 4)),
+        ((1, 32, 2), (4, 4, 4)),
+        ((4, 64, 1), (16, 16, 1)),
+        ((16, 16, 1), (16, 16, 1)),
+    ],
+)
+def test_any_sizes_fit_a_torus(sizes, shape):
+    chips = torus(*shape)
+    found = sharding.arrange(sizes, chips)
+    assert found.shape == sizes
+    assert {chip.id for chip in found.flat} == {chip.id for chip in chips}
+
+
+def test_only_data_lies_between_slices():
+    chips = torus(2, 2, 2, slices=4)
+    found = sharding.arrange((8, 2, 2), chips)
+    assert found.shape == (8, 2, 2)
+    # Two neighbours along data are in each slice, with all of fsdp and tensor.
+    slices = np.vectorize(lambda chip: chip.slice_index)(found)
+    np.testing.assert_array_equal(slices, np.repeat(np.arange(4), 8).reshape(8, 2, 2))
+    for sizes in ((2, 16, 1), (1, 8, 4)):
+        with pytest.raises(UserError, match=r"in 4 slices.*Set mesh.data to a multiple of 4"):
+            sharding.arrange(sizes, chips)
+    # What connects the hosts of GPUs carries fsdp as well.
+    gpus = torus(2, 2, 2, slices=4, platform="gpu", device_kind="H200")
+    assert sharding.arrange((2, 16, 1), gpus).shape == (2, 16, 1)
 
 
 def test_minus_one_takes_what_is_left():

@@ -214,7 +214,6 @@ def test_mixed_sources_are_evaluated_apart_and_resume_bit_identical(mixture, tmp
     assert "fruit.jsonl: read as format 'explicit', by its columns" in capsys.readouterr().out
 
 
-@pytest.mark.long
 def test_a_mixture_of_other_weights_is_another_run(mixture, tmp_path):
     train.run(small(**mixture, train__steps=1), tmp_path / "run")
     mixture["data__mixture"][0]["weight"] = 9.0

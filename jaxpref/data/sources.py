@@ -173,11 +173,16 @@ def imdb(record: Mapping, where: str) -> Example:
 
 
 def cnn_dailymail(record: Mapping, where: str) -> Example:
-    """abisee/cnn_dailymail (See et al. 2017, arXiv 1704.04368), articles to summarise: prompts.
+    """abisee/cnn_dailymail (See et al. 2017, arXiv 1704.04368), articles to summarise: sft.
 
-    Reads `article`.
+    Reads `article`, and `highlights` if they are there: the summary, which the authors of the
+    articles have written.
     """
-    return Example(columns.text(record, "article", where) + _SUMMARY_TURN, (), where=where)
+    prompt = columns.text(record, "article", where) + _SUMMARY_TURN
+    if not record.get("highlights"):
+        return Example(prompt, (), where=where)
+    summary = columns.text(record, "highlights", where)
+    return _spaced(Example(prompt, (summary,), where=where), ("highlights",))
 
 
 def html_to_text(html: str) -> str:

@@ -1,5 +1,7 @@
 """Which group goes into which row, by lengths alone."""
 
+import bisect
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -77,13 +79,18 @@ def plan_tree(
       ValueError: a prompt with one response is longer than a row.
     """
     lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths)
-    # Rows share a table of scored tokens, so that these alone close none.
-    parts = _split_all(lengths, budget.row_length, None)
-    filling = _Filling.empty()
-    _best_fit(
-        [part for group in parts for part in group], lengths, budget.row_length, None, filling
-    )
-    return _deal(filling.rows, lengths.scored, budget)
+    # The rows of a shard share a table of scored tokens, so that these alone close no row.
+    rows = _filled(lengths, budget.row_length, None)
+    total = round_rows(len(rows), budget.shards)
+    while (dealt := _dealt(rows, lengths.scored, budget, total)) is None:
+        # Where few rows share a table, fuller and emptier ones do not even out. Rows that are
+        # closed by their scored tokens may still be few enough.
+        table = total // budget.shards * budget.scored_length
+        closed = _filled(lengths, budget.row_length, table)
+        if (dealt := _dealt(closed, lengths.scored, budget, total)) is not None:
+            break
+        total = round_rows(total + 1, budget.shards)
+    return dealt
 
 
 def plan_micro_batches(
@@ -267,12 +274,13 @@ class _Filling(NamedTuple):
 
     Attributes:
       rows: the parts of each.
-      free: tokens, and scored tokens, that each has room for.
+      free: tokens that each has room for, with the row's number and the scored tokens that it has
+        room for; sorted.
       held: tokens and scored tokens in all of them.
     """
 
     rows: Plan
-    free: list[tuple[float, float]]
+    free: list[tuple[int, int, float]]
     held: Int[np.ndarray, " two"]
 
     @classmethod
@@ -283,6 +291,15 @@ class _Filling(NamedTuple):
     def copy(self) -> "_Filling":
         """Another that can be filled further, while this one stays."""
         return _Filling([list(row) for row in self.rows], list(self.free), self.held.copy())
+
+
+def _filled(lengths: _Lengths, row_length: int, scored_length: int | None) -> Plan:
+    """All groups in as few rows as best-fit decreasing finds; one that fits a row stays whole."""
+    filling = _Filling.empty()
+    parts = _split_all(lengths, row_length, None)
+    every = [part for group in parts for part in group]
+    _best_fit(every, lengths, row_length, scored_length, filling)
+    return filling.rows
 
 
 def _split_all(lengths: _Lengths, row_length: int, scored_length: int | None) -> list[list[Part]]:
@@ -328,20 +345,16 @@ def _best_fit(
     sizes = {part: lengths.of_part(part) for part in parts}
     for part in sorted(parts, key=lambda part: -sizes[part][0]):
         tokens, scored = sizes[part]
-        fitting = [
-            (room, row)
-            for row, (room, of_scored) in enumerate(into.free)
-            if room >= tokens and of_scored >= scored
-        ]
-        if fitting:
-            _, row = min(fitting)
+        place = bisect.bisect_left(into.free, (tokens,))
+        while place < len(into.free) and into.free[place][2] < scored:
+            place += 1
+        if place < len(into.free):
+            room, row, of_scored = into.free.pop(place)
         else:
-            row = len(into.rows)
+            room, row, of_scored = row_length, len(into.rows), most
             into.rows.append([])
-            into.free.append((row_length, most))
         into.rows[row].append(part)
-        room, of_scored = into.free[row]
-        into.free[row] = room - tokens, of_scored - scored
+        bisect.insort(into.free, (room - tokens, row, of_scored - scored))
         into.held[:] += tokens, scored
 
 
@@ -366,14 +379,15 @@ def _dealt(rows: Plan, scored_lengths: Lengths, budget: Budget, total: int) -> P
     order = sorted(range(len(rows)), key=lambda row: -scored[row])
     per_shard = total // budget.shards
     shards: list[list[int]] = [[] for _ in range(budget.shards)]
-    load = [0] * budget.shards
+    # The shards that have room for a row, by the scored tokens that they hold.
+    loads = [(0, shard) for shard in range(budget.shards)]
     for row in order:
-        open_shards = [s for s in range(budget.shards) if len(shards[s]) < per_shard]
-        shard = min(open_shards, key=lambda s: load[s])
+        load, shard = heapq.heappop(loads)
+        if load + scored[row] > per_shard * budget.scored_length:
+            return None
         shards[shard].append(row)
-        load[shard] += scored[row]
-    if max(load) > per_shard * budget.scored_length:
-        return None
+        if len(shards[shard]) < per_shard:
+            heapq.heappush(loads, (load + scored[row], shard))
     return [
         row
         for shard in shards

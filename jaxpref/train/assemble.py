@@ -21,6 +21,7 @@ from jaxpref import (
     experience,
     models,
     optimizer as optimizer_lib,
+    processes,
     reference as reference_lib,
     sharding,
     weights,
@@ -105,6 +106,7 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1
     )
     identity = checkpoint.describe_run(config, **data.fingerprints)
+    processes.agree(identity)
     checkpoint.check_same_run(workdir, identity)
 
     method = config_lib.method_of(config.algorithm.name)
@@ -332,6 +334,12 @@ def _describe(begun: Begun, abstract_frozen: Any, budget: Budget) -> None:
     axes = " x ".join(f"{name} {size}" for name, size in begun.mesh.shape.items())
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
     console.print(f"model: {parameters / 1e6:.1f}M parameters; mesh: {axes} ({jax.devices()[0]})")
+    for parts in (state.policy, abstract_frozen):
+        for path, size in sharding.whole_everywhere(parts).items():
+            console.print(
+                f"not split: {path}, {size / 1e6:.1f} MB on every device, because the mesh divides "
+                "none of its axes"
+            )
     if trained < parameters:
         console.print(
             f"trained: {trained:,} of {parameters:,} parameters, with "

@@ -15,6 +15,7 @@ from jaxpref import (
     data as data_lib,
     evaluation,
     metrics as metrics_lib,
+    processes,
     sharding,
 )
 from jaxpref.errors import UserError
@@ -40,8 +41,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     data_lib.check(config)
     # Where several processes train, the first one alone speaks and writes what is not an array.
     console.quiet = jax.process_index() > 0
+    run_of = checkpoint.describe_run(config)
+    processes.agree({**run_of, "--workdir": str(workdir), "version of jax": jax.__version__})
     with checkpoint.hold(workdir):
-        checkpoint.check_same_run(workdir, checkpoint.describe_run(config))
+        checkpoint.check_same_run(workdir, run_of)
         with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
             training = assemble(config, workdir, checkpoints)
             with sharding.use(training.mesh):

@@ -1,0 +1,235 @@
+"""Several processes of one run: how they join, agree, and end together.
+
+What they tell each other here are texts, by the service through which JAX joins processes. So a
+process can be told of an error while it waits for another one on its devices.
+"""
+
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxpref.errors import UserError
+
+# Seconds without a sign of life after which a process counts as dead.
+_HEARTBEAT = 30
+# Milliseconds: how long one question to the service takes, and how long one that fails waits until
+# all others have heard of it.
+_ASKED, _HEARD = 2_000, 10_000
+_FAILURE, _HEARD_BY = "jaxpref/failure", "jaxpref/heard"
+
+
+def join(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the other processes of a run, whose devices together are then `jax.devices()`.
+
+    It has to come before anything that asks JAX for a device. Without arguments the cluster says
+    who the others are (Cloud TPU, Slurm, Open MPI, Kubernetes); elsewhere there are none.
+
+    Args:
+      coordinator: HOST:PORT of process 0, which waits there for the others.
+      processes: how many there are; 1 for this one alone, whatever the cluster says.
+      process: which of them this one is, from 0.
+
+    Raises:
+      UserError: they cannot be joined.
+    """
+    if processes == 1:
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=_HEARTBEAT
+        )
+    except (RuntimeError, ValueError) as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            # No cluster is known here.
+            return
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"the other processes of this run cannot be joined ({reason}). Give each of them the "
+            "same --coordinator=HOST:PORT and --num_processes, and its own --process_id; or "
+            "--num_processes=1 for a process by itself."
+        ) from error
+
+
+def in_first(action: Callable[[], Any]) -> Any:
+    """Acts in the first process alone; what it gives, or its error, goes to all.
+
+    Args:
+      action: gives what JSON can hold.
+
+    Raises:
+      UserError: what the action raises, in every process.
+    """
+    if jax.process_count() == 1:
+        return action()
+    key = _key("first")
+    if jax.process_index() == 0:
+        try:
+            answer = action()
+        except UserError as error:
+            _client().key_value_set(key, json.dumps({"error": str(error)}))
+            raise
+        _client().key_value_set(key, json.dumps({"answer": answer}))
+        return answer
+    told = json.loads(_get(key))
+    if "error" in told:
+        raise UserError(told["error"])
+    return told["answer"]
+
+
+def agree(settings: Mapping[str, Any]) -> None:
+    """Refuses to go on where a process has other settings than the first one.
+
+    Args:
+      settings: flat, of what JSON can hold.
+
+    Raises:
+      UserError: in the process that differs, saying in what.
+    """
+    first = in_first(lambda: dict(settings))
+    if different := [
+        f"{key}: {settings.get(key)!r} here, {first.get(key)!r} there"
+        for key in {**first, **settings}
+        if settings.get(key) != first.get(key)
+    ]:
+        raise UserError(
+            f"process {jax.process_index()} of this run does not have what process 0 has:\n  "
+            + "\n  ".join(different)
+            + "\nGive all processes the same recipe, settings and data."
+        )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ends all processes with the one that fails, each with a message.
+
+    A process that waits for another one on its devices would wait for ever, or until the service
+    misses the other's heartbeat. What is raised inside has been told on this process's terminal; a
+    `SystemExit` is of the error that it comes from.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    watch = _Watch()
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        watch.ending.set()
+        if _of_all(error):
+            raise
+        _end(error)
+    finally:
+        watch.ending.set()
+
+
+def _end(error: BaseException) -> NoReturn:
+    """Tells all others of this process's error, and ends."""
+    told = isinstance(error, SystemExit)
+    reason = error.__context__ if told else error
+    sentence = (
+        str(reason) if isinstance(reason, UserError) else f"{type(reason).__name__}: {reason}"
+    )
+    silent = _tell(sentence)
+    if silent and isinstance(reason, jax.errors.JaxRuntimeError):
+        # What fails on the devices when another process dies says nothing to a reader.
+        first, names = str(reason).partition("\n")[0], " and ".join(map(str, silent))
+        print(
+            f"jaxpref: process {names} of this run does not answer, so this one ends, too "
+            f"({first}). The same command goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+    elif not told:
+        sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # As Python ends, JAX would wait for the others to say good-bye.
+    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+class _Watch(threading.Thread):
+    """Waits for the failure of another process, and ends this one."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        """Asks until this process ends."""
+        while not self.ending.is_set():
+            try:
+                told = json.loads(_client().blocking_key_value_get(_FAILURE, _ASKED))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error):
+                    continue
+                # The service itself is gone, which JAX tells of in its own way.
+                return
+            _client().key_value_set(f"{_HEARD_BY}/{jax.process_index()}", "")
+            if self.ending.is_set() or told["process"] == jax.process_index():
+                return
+            # Not print: another write may be under way.
+            os.write(
+                2,
+                f"jaxpref: process {told['process']} of this run cannot go on: "
+                f"{told['reason']}\n".encode(),
+            )
+            os._exit(told["code"])
+
+
+def _tell(reason: str) -> list[int]:
+    """Tells all others why this process ends, and gives those that have not heard it."""
+    me, silent = jax.process_index(), []
+    try:
+        _client().key_value_set(_FAILURE, json.dumps({"process": me, "reason": reason, "code": 2}))
+    except jax.errors.JaxRuntimeError as error:
+        # Another one has told of its own failure before; or the service is gone, and with it the
+        # first process.
+        return [] if "ALREADY_EXISTS" in str(error) else [0]
+    for other in range(jax.process_count()):
+        try:
+            if other != me:
+                _client().blocking_key_value_get(f"{_HEARD_BY}/{other}", _HEARD)
+        except jax.errors.JaxRuntimeError:
+            silent.append(other)
+    return silent
+
+
+def _of_all(error: BaseException) -> bool:
+    """Whether all processes end by this: they have agreed to, or the work is done."""
+    if isinstance(error, SystemExit) and error.__context__ is not None:
+        error = error.__context__
+    if isinstance(error, KeyboardInterrupt):
+        # What they agree on has a message that says after which step.
+        return bool(str(error))
+    return isinstance(error, SystemExit) and not error.code
+
+
+_asked: dict[str, int] = {}
+
+
+def _key(what: str) -> str:
+    """A new key, the same in all processes, which ask in the same order."""
+    _asked[what] = _asked.get(what, 0) + 1
+    return f"jaxpref/{what}/{_asked[what]}"
+
+
+def _get(key: str) -> str:
+    """What another process says, however long that takes."""
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, _ASKED)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _client() -> Any:
+    return ocp.multihost.get_jax_distributed_client()
