@@ -18,18 +18,15 @@ quickstart: .venv/installed
 		--config.model.init_from=$(RUNS)/sft --config.reward.path=$(RUNS)/reward \
 		--config.sampling.compare="('$(RUNS)/dpo',)"
 
-# All notebooks from their first cell to their last, with what they show in EXECUTED; the first error
-# ends it. What JAX compiles is kept for the next time.
+# All notebooks from their first cell to their last, two at a time, with what they show in EXECUTED; an
+# error in one of them is an error. What JAX compiles is kept for the next time.
 notebooks: .venv/installed-notebooks
 	@mkdir -p $(EXECUTED)
-	@for notebook in notebooks/*.ipynb; do \
-		start=$$(date +%s); \
-		JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache/notebooks \
-		JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
+	@printf '%s\n' notebooks/*.ipynb | JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.jax_cache/notebooks \
+		JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 xargs -P 2 -n 1 sh -c 'start=$$(date +%s); \
 		$(BIN)/jupyter-execute --NbClientApp.log_level=WARN \
-			--output="$(abspath $(EXECUTED))/{notebook_name}" $$notebook || exit 1; \
-		echo "$$notebook: $$(($$(date +%s) - start)) s"; \
-	done
+			--output="$(abspath $(EXECUTED))/{notebook_name}" $$0 || exit 1; \
+		echo "$$0: $$(($$(date +%s) - start)) s"'
 
 # Three workers keep two cores busy: a run waits now and then.
 test: .venv/installed-test

@@ -21,6 +21,7 @@ flags.declare_key_flag("output")
 flags.declare_key_flag("chat_template")
 _INPUT = flags.DEFINE_string("input", None, "File, or hub name, with prompts and responses.")
 _FORMAT = format_flag(DATA_FORMATS)
+flags.declare_key_flag("format")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 16, "Rows of tokens scored at a time.", lower_bound=1
 )

@@ -150,7 +150,6 @@ def tiny_lora():
     )
 
 
-@pytest.mark.long
 def test_the_base_as_the_reference_is_a_copy_with_fresh_adapters(tiny_lora, float64):
     """The same losses, measurements and gradients in both modes."""
     model, params = tiny_lora

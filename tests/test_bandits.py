@@ -68,7 +68,7 @@ def test_the_published_linear_result_is_found(matched):
         assert float(gaps[name]) == pytest.approx(gap, abs=1e-4)
 
 
-@pytest.mark.parametrize("matched", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.parametrize("matched", [True, False])
 def test_all_published_linear_results_are_found(matched):
     stored = json.loads(file_of("bandit-linear-official.json").read_text())
     for of_seed in stored["seeds"]:

@@ -29,6 +29,7 @@ RECIPES = [
     *((name, kind) for name in ("sft", "dpo") for kind in ("", "lora")),
     *(("method", name + kind) for name in OFFLINE for kind in ("", ",lora")),
     *(("methods_hh", name + size) for name in OFFLINE for size in ("", ",paper")),
+    *(("tldr", name + size) for name in METHODS for size in ("", ",paper", ",tiny")),
 ]
 
 

@@ -369,7 +369,33 @@ def test_what_is_no_completion_is_none(completion):
 
 def test_a_completion_may_say_nothing_and_not_what_it_cost():
     found = read_completion(json.dumps({"choices": [{"message": {"content": None}}]}))
-    assert found == ("", None, None)
+    assert found == ("", None, None, False)
+
+
+def test_answers_without_a_verdict_are_told_with_where_they_are(tmp_path, capsys):
+    cut = [json.dumps({"choices": [{"message": {"content": "A"}, "finish_reason": "length"}]})]
+    assert read_completion(cut[0]).cut
+    with serving(
+        lambda question: "Both." if "Question 0" in question else ruled(question)
+    ) as server:
+        judge(tmp_path, server, attempts=2)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "if none has to be asked again" in told
+    assert "the answers to 2 questions have no verdict that can be read; they are in" in told
+    assert "out.jsonl.answers. With more attempts" in told
+
+
+@pytest.mark.parametrize(
+    ("request_", "out"),
+    [
+        ({"max_tokens": None, "max_completion_tokens": 4000}, "at most 32,000 out"),
+        ({"max_tokens": None}, "any number out"),
+    ],
+)
+def test_what_an_answer_may_cost_follows_from_the_request(request_, out, tmp_path, capsys):
+    with serving() as server:
+        judge(tmp_path, server, request=request_)
+    assert out in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.process

@@ -26,8 +26,11 @@ from jaxpref.experiments import (
     select,
 )
 from jaxpref.experiments.frontier_study import END, EXACT, FRESH
+from jaxpref.experiments.report import in_words
 
 RECORDS = Path(__file__).parents[1] / "configs" / "experiments"
+# Those that are about the papers' own data, and at their size.
+JUDGED = ("tldr", "hh", "cnn_dailymail")
 GOOD, BAD = {"method": "good"}, {"method": "bad"}
 
 
@@ -71,9 +74,10 @@ def test_one_unit_resolves_nothing_and_what_is_exact_everything():
 def test_a_claim_on_several_points_is_on_their_mean_in_each_unit():
     found = decide(Claim("x", "gain", {"method": ("good", "bad")}), points([1.0, 2.0], [3.0, 6.0]))
     assert found.found == estimate([2.0, 4.0], "seeds")
-    with pytest.raises(UserError, match=r"no point should have it\. Mend the experiment's record"):
-        decide(Claim("x", "gain", {"method": "ugly"}), points([1.0], [1.0]))
-    with pytest.raises(UserError, match="points of different units"):
+    for absent in (Claim("x", "gain", {"method": "ugly"}), Claim("x", "loss", GOOD, BAD)):
+        nothing = decide(absent, points([1.0], [1.0]))
+        assert (nothing.verdict, in_words(nothing)) == ("not measured", "no point has it")
+    with pytest.raises(UserError, match="with points of other units"):
         decide(Claim("x", "gain", {}), [*points([1.0], [1.0]), *points([1.0], [1.0], "prompts")])
 
 
@@ -117,7 +121,30 @@ def test_jobs_are_done_once_and_again_where_their_settings_changed(tmp_path, cap
     assert "1 jobs of other settings, not shown" in capsys.readouterr().out
 
 
+def test_the_table_tells_the_settings_and_whose_it_is(tmp_path):
+    experiment = of_jobs(job("good", {}, []), job("bad", {}, [], (0.0, 0.1, 0.1)))
+    experiments.run(experiment, tmp_path, "seeds 3, steps 9")
+    assert "\n\nSettings: seeds 3, steps 9.\n\n" in (tmp_path / "table.md").read_text()
+    with pytest.raises(UserError, match=r"table\.md: is of another experiment.*--workdir"):
+        experiments.run(experiment._replace(title="Another"), tmp_path)
+
+
+def test_an_interruption_tells_what_is_kept(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    done: list = []
+    experiment = of_jobs(job("good", {}, done), Job("bad", {}, interrupted))
+    message = "1 of 2 jobs are done and kept in .*points.jsonl; the same command goes on"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt, match=message):
+            experiments.run(experiment, tmp_path)
+    assert done == ["good"]
+
+
 def test_what_is_wrong_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"--config\.learning_rate should be above 0; got 0"):
+        frontier_study.jobs(**{**SMALL, "learning_rate": 0})
     with pytest.raises(UserError, match=r"--config\.seeds should be at least 1; got 0"):
         frontier_study.jobs(**{**SMALL, "seeds": 0})
     with pytest.raises(
@@ -196,11 +223,21 @@ def test_bandits_are_measured_over_seeds():
 def test_records_are_whole(path, tmp_path):
     """Their claims and panels read labels and measures that their jobs could have."""
     record = runpy.run_path(str(path))
-    for size in ("full", "quick"):
+    sizes = ("paper", "tiny") if path.stem in JUDGED else ("full", "quick")
+    for size in sizes:
         config = record["get_config"](size)
         if path.stem == "sentiment":
             (tmp_path / "sentences.jsonl.gz").touch()
             config.settings.sentences = str(tmp_path / "sentences.jsonl.gz")
+        if "judge" in config:
+            pytest.importorskip("openai")
+            config.judge.update({"name": "endpoint:m", "base_url": "http://localhost:1/v1"})
+        if size == "tiny":
+            file = tmp_path / "test.jsonl"
+            file.touch()
+            config.test.path = config.pairs = str(file)
+            if "sft" in config:
+                config.sft = str(file)
         made = record["get_experiment"](config, str(tmp_path))
         keys = [j.key for j in made.jobs]
         assert len(set(keys)) == len(keys)
@@ -209,5 +246,7 @@ def test_records_are_whole(path, tmp_path):
         assert made.figure
         texts = [claim.text for claim in made.claims]
         assert len(set(texts)) == len(texts)
-    with pytest.raises(ValueError, match="argument is 'ful'; it should be one of full, quick"):
+    with pytest.raises(
+        ValueError, match=f"argument is 'ful'; it should be one of {', '.join(sizes)}"
+    ):
         record["get_config"]("ful")

@@ -66,7 +66,7 @@ LONG = [pytest.mark.long]
 LORA = {"model__lora__rank": 2}
 RUNS = {
     "synced": ({"reference__mode": "synced"}, LONG),
-    "the base": ({"reference__mode": "adapter", **LORA}, LONG),
+    "the base": ({"reference__mode": "adapter", **LORA}, []),
     "free": ({"reference__mode": "free"}, LONG),
     "adapters on a base in four bits": ({"model__frozen_dtype": "nf4", **LORA}, LONG),
     "adapters, precomputed": (
@@ -111,7 +111,6 @@ def test_rewards_do_not_depend_on_the_batch_size(tmp_path):
         scores_of(tmp_path / "run", path)
 
 
-@pytest.mark.long
 def test_a_precomputed_reference_is_read_from_where_it_was_and_compared(tmp_path):
     """Its weights are not kept, so others in their place are refused."""
     begun = tmp_path / "begun"

@@ -259,6 +259,21 @@ def test_two_judgings_of_the_same_responses_are_compared(tmp_path):
         judged(tmp_path, A, B, compare=str(tmp_path / "a.jsonl"))
 
 
+def test_another_judging_of_other_responses_is_refused_before_anybody_is_asked(tmp_path):
+    one, two = lines_of(["long one"], ["pea"]), lines_of(["x"], ["y"])
+    judged(tmp_path, one, two)
+    other = tmp_path / "other.jsonl"
+    (tmp_path / "out.jsonl").rename(other)
+
+    def never(comparisons):
+        raise AssertionError("somebody was asked")
+
+    third = lines_of(["u"], ["v"])
+    for sides, message in (((two, one), "A and B the other way round"), ((one, third), "nothing")):
+        with pytest.raises(UserError, match=f"other.jsonl: judges other responses.*{message}"):
+            judged(tmp_path, *sides, never, compare=str(other))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A reward model and a language model of the same shape, with random weights."""

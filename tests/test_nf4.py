@@ -111,7 +111,6 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(folder, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.long
 def test_the_merged_export_is_the_model_that_was_trained(folder, tmp_path):
     export.run(folder / "run", tmp_path / "out")
     merged, weights = models.from_pretrained(tmp_path / "out")

@@ -71,7 +71,7 @@ FIRST = {
     "cnn_dailymail": Example(
         "The village fair drew a record crowd on Sunday. Its largest pumpkin weighed as much as "
         "a pony.\n\nTL;DR:",
-        (),
+        (" Record crowd at village fair .\nPumpkin as heavy as a pony .",),
     ),
 }
 OPTIONS = {"hh": {"on_divergent": "skip"}}
@@ -81,7 +81,7 @@ KEPT = {
     "stack_exchange": (2, {"few_answers": 1}),
     "imdb": (4, {}),
 }
-KINDS = {"tldr_sft": "sft", "imdb": "unpaired", "cnn_dailymail": "prompts"}
+KINDS = {"tldr_sft": "sft", "imdb": "unpaired", "cnn_dailymail": "sft"}
 
 
 def test_every_source_has_a_fixture():

@@ -1,15 +1,20 @@
 """Experiments that train: their runs, what policies say, and what is made of it."""
 
+import json
+
 import numpy as np
 import pytest
+from judge_server import serving
 
 from jaxpref import config as config_lib
 from jaxpref.data import synthetic
+from jaxpref.errors import UserError
 from jaxpref.evaluation.ngrams import NaiveBayes
 from jaxpref.experiments import select
-from jaxpref.experiments.generated_study import BEST_OF, SHIFTED, USUAL, Recipes, Study
+from jaxpref.experiments.baselines import Generated, Judged
 from jaxpref.experiments.policies import Policy, Runs
 from jaxpref.experiments.sentiment_study import efficiency
+from jaxpref.experiments.win_rate_study import BEST_OF, USUAL, Recipes, Study
 from jaxpref.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -83,7 +88,6 @@ def test_folders_are_by_settings(tmp_path):
     )
 
 
-@pytest.mark.long
 def test_a_policy_agrees_with_itself(tmp_path):
     runs = Runs(tmp_path)
     folder = runs.train("sft", small("sft"))
@@ -103,16 +107,19 @@ def test_a_policy_agrees_with_itself(tmp_path):
 @pytest.mark.long
 def test_the_generated_task_end_to_end(tmp_path):
     ppo = small("ppo", sampling__samples=2, sampling__max_new_tokens=8, data__batch_size=4)
-    recipes = Recipes(small("sft"), small("sft"), small("dpo"), small("reward"), ppo)
+    recipes = Recipes(
+        {"sft": small("sft"), "dpo": small("dpo"), "reward": small("reward"), "ppo": ppo}
+    )
+    baselines = {USUAL: Generated(), "shifted": Generated(shifted=True)}
     settings = {"prompts": 4, "samples": 2, "best_of": 4, "best_of_prompts": 3}
-    study = Study(recipes, tmp_path, **settings, max_new_tokens=8, seed=0)
+    study = Study(recipes, tmp_path, baselines, **settings, max_new_tokens=8, seed=0)
     (early,) = study.at_temperatures("dpo", (1.0,), steps=1).points()
     assert early.labels["step"] == 1
     found = [
         point
-        for shifted in (False, True)
+        for prompts in baselines
         for method in ("sft", "dpo", "ppo", BEST_OF)
-        for point in study.at_temperatures(method, (0.0, 1.0), shifted=shifted).points()
+        for point in study.at_temperatures(method, (0.0, 1.0), prompts=prompts).points()
     ]
     for point in found:
         assert (
@@ -120,7 +127,44 @@ def test_the_generated_task_end_to_end(tmp_path):
         ).all()
     (sft,) = select(found, {"method": "sft", "temperature": 1.0, "prompts": USUAL})
     np.testing.assert_allclose(sft.values["kl"], 0, atol=1e-4)
-    assert len(select(found, {"method": BEST_OF, "prompts": SHIFTED})) == 1
+    assert len(select(found, {"method": BEST_OF, "prompts": "shifted"})) == 1
+    with pytest.raises(UserError, match=r"already at step 2, beyond train.steps = 1"):
+        study.at_temperatures("dpo", (1.0,), steps=1).points()
     best = study.over_n((1, 4)).points()
     (one,), (four,) = (select(best, {"n": n, "chosen by": "true reward"}) for n in (1, 4))
     assert np.mean(four.values["reward"]) >= np.mean(one.values["reward"])
+
+
+@pytest.mark.long
+def test_a_judge_at_an_endpoint_end_to_end(tmp_path):
+    """From one start, without PPO: each run once, and nothing asked twice."""
+    pytest.importorskip("openai")
+    test = tmp_path / "test.jsonl"
+    pairs = synthetic.generate(6, seed=3)
+    lines = [{"prompt": str(p.prompt), "completion": str(p.responses[0])} for p in pairs]
+    test.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipes = Recipes(
+        {"start": small("sft"), "dpo": small("dpo"), "model": small("reward")},
+        start="start",
+        reward="model",
+    )
+    settings = {"prompts": 6, "samples": 2, "best_of": 4, "best_of_prompts": 3}
+    with serving() as server:
+        judge = {"name": "endpoint:m", "base_url": server.url}
+        baselines = {USUAL: Judged(tmp_path, judge, {"path": str(test)})}
+        study = Study(recipes, tmp_path, baselines, **settings, max_new_tokens=8, seed=0)
+        jobs = [study.at_temperatures(name, (0.0, 1.0)) for name in ("start", "dpo", BEST_OF)]
+        found = [point for job in jobs for point in job.points()]
+        assert set(server.asked.values()) == {1}
+    units = [
+        (p.labels["method"], p.labels["temperature"], len(p.values["win_rate"])) for p in found
+    ]
+    assert units == [
+        ("start", 0.0, 6),
+        ("start", 1.0, 6),
+        ("dpo", 0.0, 6),
+        ("dpo", 1.0, 6),
+        (BEST_OF, 1.0, 3),
+    ]
+    assert all(set(point.values["no_verdict"]) == {0.0} for point in found)
+    assert len(list((tmp_path / "runs").iterdir())) == 3

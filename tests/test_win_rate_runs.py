@@ -92,7 +92,6 @@ def test_the_win_rate_is_that_of_the_samples_that_are_kept(whole):
     assert len(rates) > 1
 
 
-@pytest.mark.long
 def test_a_run_that_is_resumed_measures_the_same(whole, tmp_path):
     train.run(config_of(train__steps=2), tmp_path)
     train.run(config_of(), tmp_path)
@@ -104,7 +103,6 @@ def test_a_run_that_is_resumed_measures_the_same(whole, tmp_path):
         train.run(config_of(train__steps=6), tmp_path)
 
 
-@pytest.mark.long
 def test_a_method_that_samples_measures_the_same_samples(whole, tmp_path):
     """Of the same policy; once, and over as many prompts as are asked for."""
     config = config_of(
@@ -186,7 +184,6 @@ def file_of(path, count=40):
     return {"data__format": "auto", "data__path": str(path), "data__eval_fraction": 0.4}
 
 
-@pytest.mark.long
 def test_without_a_reward_there_is_no_win_rate_and_a_kl_at_the_temperature(tmp_path, capsys):
     """In DPO's updates the reference has no temperature; the policy is the reference at any."""
     given = file_of(tmp_path / "x.jsonl")

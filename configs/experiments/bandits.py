@@ -8,8 +8,7 @@ states; without it the gap over the number of further states is measured as well
 
 from ml_collections import ConfigDict
 
-from jaxpref.experiments import Claim, Diagram, Experiment, Published, bandit_study
-from jaxpref.knobs import one_of
+from jaxpref.experiments import Claim, Diagram, Experiment, Published, bandit_study, is_small
 
 SIZES = ("full", "quick")
 MATCHED, MISMATCHED, NEURAL = "matched", "mismatched", "neural"
@@ -17,9 +16,8 @@ MATCHED, MISMATCHED, NEURAL = "matched", "mismatched", "neural"
 
 def get_config(size: str = "full") -> ConfigDict:
     """The settings of `bandit_study.jobs`."""
-    if size not in SIZES:
-        raise ValueError(one_of("the record's argument", size, SIZES))
-    extra = (25,) if size == "quick" else (25, 100, 250, 500)
+    quick = is_small(size, SIZES)
+    extra = (25,) if quick else (25, 100, 250, 500)
     return ConfigDict({"seeds": 1_000, "extra": extra, "extra_seeds": 200, "seed": 0}).lock()
 
 

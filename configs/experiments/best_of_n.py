@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxpref.experiments import Claim, Diagram, Experiment
-from jaxpref.experiments.generated_study import BEST_OF, Study
-from jaxpref.knobs import one_of
+from jaxpref.experiments import Claim, Diagram, Experiment, is_small
+from jaxpref.experiments.baselines import Generated
+from jaxpref.experiments.win_rate_study import BEST_OF, USUAL, Study
 
 SIZES = ("full", "quick")
 # The generated task's runs are those of the win rates over temperatures.
@@ -24,10 +24,9 @@ _RUNS = runpy.run_path(str(Path(__file__).with_name("temperatures.py")))
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    """The settings of `generated_study.Settings`, and the numbers of samples."""
-    if size not in SIZES:
-        raise ValueError(one_of("the record's argument", size, SIZES))
-    most = 16 if size == "quick" else 128
+    """The settings of `win_rate_study.Settings`, and the numbers of samples."""
+    quick = is_small(size, SIZES)
+    most = 16 if quick else 128
     settings = {**_RUNS["get_config"](size).settings, "best_of": most}
     numbers = tuple(2**k for k in range(8) if 2**k <= most)
     return ConfigDict({"settings": settings, "runs": "", "numbers": numbers}).lock()
@@ -35,7 +34,9 @@ def get_config(size: str = "full") -> ConfigDict:
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    study = Study(_RUNS["get_recipes"](80), config.runs or workdir, **config.settings)
+    runs = config.runs or workdir
+    recipes = _RUNS["get_recipes"](80, runs)
+    study = Study(recipes, runs, {USUAL: Generated()}, **config.settings)
     model, truth = {"chosen by": "reward model"}, {"chosen by": "true reward"}
     one, most = min(config.numbers), max(config.numbers)
     middle = sorted(config.numbers)[len(config.numbers) // 2]

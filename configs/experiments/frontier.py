@@ -8,22 +8,21 @@ As figure 2 (left) of Rafailov et al. 2023 (arXiv 2305.18290), where the frontie
 
 from ml_collections import ConfigDict
 
-from jaxpref.experiments import Claim, Diagram, Experiment, frontier_study
+from jaxpref.errors import UserError
+from jaxpref.experiments import Claim, Diagram, Experiment, frontier_study, is_small
 from jaxpref.experiments.frontier_study import END, EXACT
-from jaxpref.knobs import one_of
 
 SIZES = ("full", "quick")
 
 
 def get_config(size: str = "full") -> ConfigDict:
     """The settings of `frontier_study.jobs`."""
-    if size not in SIZES:
-        raise ValueError(one_of("the record's argument", size, SIZES))
+    quick = is_small(size, SIZES)
     return ConfigDict(
         {
             "betas": (0.1, 0.3, 1.0, 3.0),
             "alphas": (0.05, 0.1, 0.5, 1.0),
-            "pairs": (2_000, 0) if size == "quick" else (2_000, 20_000, 100_000, 0),
+            "pairs": (2_000, 0) if quick else (2_000, 20_000, 100_000, 0),
             "seeds": 16,
             "steps": 2_000,
             "batch_size": 256,
@@ -35,7 +34,9 @@ def get_config(size: str = "full") -> ConfigDict:
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    fewest = min(count for count in config.pairs if count)
+    fewest = min((count for count in config.pairs if count), default=0)
+    if not fewest:
+        raise UserError(f"--config.pairs should have a number above 0; got {config.pairs}.")
     last = {"at": END}
     series = ("method", "learns from")
     on_true = {"method": "ppo", "learns from": "true reward", **last}

@@ -8,18 +8,15 @@ beta alone. Both methods learn from the same number of pairs, over five seeds.
 
 from ml_collections import ConfigDict
 
-from jaxpref.experiments import Claim, Diagram, Experiment, frontier_study
+from jaxpref.experiments import Claim, Diagram, Experiment, frontier_study, is_small
 from jaxpref.experiments.frontier_study import END
-from jaxpref.knobs import one_of
 
 SIZES = ("full", "quick")
 
 
 def get_config(size: str = "full") -> ConfigDict:
     """The settings of `frontier_study.sensitivity`."""
-    if size not in SIZES:
-        raise ValueError(one_of("the record's argument", size, SIZES))
-    quick = size == "quick"
+    quick = is_small(size, SIZES)
     return ConfigDict(
         {
             "betas": (0.1, 0.3, 1.0, 3.0),

@@ -16,26 +16,27 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jaxpref.experiments import Claim, Diagram, Experiment
-from jaxpref.experiments.generated_study import SHIFTED, USUAL, Study
-from jaxpref.knobs import one_of
+from jaxpref.experiments.baselines import Generated
+from jaxpref.experiments.win_rate_study import USUAL, Study
 
-SIZES = ("full", "quick")
 # The generated task's runs are those of the win rates over temperatures.
 _RUNS = runpy.run_path(str(Path(__file__).with_name("temperatures.py")))
 METHODS = ("sft", "dpo", "ppo")
+SHIFTED = "other words and topics"
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    """The settings of `generated_study.Settings`, and the temperatures."""
-    if size not in SIZES:
-        raise ValueError(one_of("the record's argument", size, SIZES))
+    """The settings of `win_rate_study.Settings`, and the temperatures."""
     settings = _RUNS["get_config"](size).settings
     return ConfigDict({"settings": settings, "runs": "", "temperatures": (0.0, 0.25)}).lock()
 
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    study = Study(_RUNS["get_recipes"](80), config.runs or workdir, **config.settings)
+    runs = config.runs or workdir
+    recipes = _RUNS["get_recipes"](80, runs)
+    baselines = {USUAL: Generated(), SHIFTED: Generated(shifted=True)}
+    study = Study(recipes, runs, baselines, **config.settings)
     claims = []
     for temperature in config.temperatures:
         at = {"temperature": temperature}
@@ -62,8 +63,8 @@ def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
         title="Shifted prompts on the generated task",
         source="As Rafailov et al. 2023 (arXiv 2305.18290), table 1.",
         jobs=[
-            study.at_temperatures(method, config.temperatures, shifted=shifted)
-            for shifted in (False, True)
+            study.at_temperatures(method, config.temperatures, prompts=prompts)
+            for prompts in baselines
             for method in METHODS
         ],
         figure=[

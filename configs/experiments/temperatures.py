@@ -6,24 +6,26 @@ As figure 2 (right) and figure 3 of Rafailov et al. 2023 (arXiv 2305.18290): how
 of SFT, Preferred-FT, DPO, PPO and best-of-N are better than the chosen ones of test pairs.
 """
 
+import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from jaxpref.experiments import Claim, Diagram, Experiment
-from jaxpref.experiments.generated_study import BEST_OF, USUAL, Recipes, Study
-from jaxpref.knobs import one_of
+from jaxpref.data import synthetic
+from jaxpref.experiments import Claim, Diagram, Experiment, is_small
+from jaxpref.experiments.baselines import Generated
+from jaxpref.experiments.win_rate_study import BEST_OF, USUAL, Recipes, Study
 
 SIZES = ("full", "quick")
-METHODS = ("sft", "preferred_ft", "dpo", "ppo")
+# The seed of the data that runs train on; test pairs have another one.
+_TRAINING = 0
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    """The settings of `generated_study.Settings`, and what is varied."""
-    if size not in SIZES:
-        raise ValueError(one_of("the record's argument", size, SIZES))
-    quick = size == "quick"
+    """The settings of `win_rate_study.Settings`, and what is varied."""
+    quick = is_small(size, SIZES)
     return ConfigDict(
         {
             "settings": {
@@ -42,13 +44,15 @@ def get_config(size: str = "full") -> ConfigDict:
     ).lock()
 
 
-def get_recipes(steps: int) -> Recipes:
+def get_recipes(steps: int, workdir: str) -> Recipes:
     """The quickstart's runs; methods on pairs have the same steps and a constant rate."""
     here = Path(__file__).parents[1]
     offline = runpy.run_path(str(here / "quickstart.py"))["get_config"]
     sft = offline("sft")
     # It sees both responses of every pair, twice as many as the quickstart's.
     sft.train.steps = 480
+    sft.data.format = "sft"
+    sft.data.path = str(Path(workdir).resolve() / "data" / "sft.jsonl")
     preferred_ft, dpo = offline("sft"), offline("dpo")
     preferred_ft.optimizer.learning_rate = dpo.optimizer.learning_rate
     for config in (preferred_ft, dpo):
@@ -56,12 +60,37 @@ def get_recipes(steps: int) -> Recipes:
         config.train.steps = steps
         config.train.eval_every = 0
     ppo = runpy.run_path(str(here / "rlhf_quickstart.py"))["get_config"]("ppo")
-    return Recipes(sft, preferred_ft, dpo, offline("reward"), ppo)
+    configs = {
+        "sft": sft,
+        "preferred_ft": preferred_ft,
+        "dpo": dpo,
+        "reward": offline("reward"),
+        "ppo": ppo,
+    }
+    for config in configs.values():
+        config.train.log_every = 20
+    pairs = sft.data.synthetic_pairs
+    return Recipes(configs, prepare=partial(write_sft, Path(sft.data.path), pairs))
+
+
+def write_sft(path: Path, pairs: int) -> None:
+    """Both responses of every pair: SFT is to know the task, not which response is better."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"prompt": pair.prompt, "completion": response})
+        for pair in synthetic.generate(pairs, _TRAINING)
+        for response in pair.responses
+    ]
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def get_experiment(config: ConfigDict, workdir: str) -> Experiment:
     """The record."""
-    study = Study(get_recipes(max(config.steps)), config.runs or workdir, **config.settings)
+    runs = config.runs or workdir
+    recipes = get_recipes(max(config.steps), runs)
+    study = Study(recipes, runs, {USUAL: Generated()}, **config.settings)
     jobs = [
         study.at_temperatures(method, config.temperatures, steps=steps)
         for method in ("preferred_ft", "dpo")

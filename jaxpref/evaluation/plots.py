@@ -9,6 +9,9 @@ import numpy as np
 from jaxpref.evaluation.calibration import Reliability
 
 _DPI = 110
+_COLORS, _MARKS = 10, "os^Dv"
+# More series have one legend for all panels; more panels are in two rows.
+_IN_A_LEGEND, _IN_A_ROW = 6, 3
 # What is measured of a reward model, in one panel of its curves.
 _REWARDS = ("mean_reward", "min_reward", "max_reward", "good_reward", "bad_reward", "margin")
 
@@ -41,7 +44,7 @@ class Panel(NamedTuple):
       x: what its places are.
       y: what its values are.
       series: what is drawn, in the order of the legend; the same label has the same color in all
-        panels of a figure.
+        panels, unless they have too many in all.
       log_x: whether places are drawn by their logarithm.
     """
 
@@ -53,51 +56,77 @@ class Panel(NamedTuple):
 
 
 def plot_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Draws panels side by side.
+    """Draws panels side by side, with one legend for all of them where there are many series.
 
     Args:
       panels: at least one.
       path: the PNG to write.
       title: of the figure.
     """
-    figure, axes = _subplots(len(panels), height=4.0, width=5.0)
+    rows = 1 if len(panels) <= _IN_A_ROW else 2
+    figure, axes = _subplots(len(panels), height=4.0, width=5.0, rows=rows)
     labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series))
+    most = max(len(panel.series) for panel in panels)
+    together = _IN_A_LEGEND < len(labels) == most
+    drawn: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
-        for series in panel.series:
-            _draw(axis, series, f"C{labels.index(series.label)}")
+        for number, series in enumerate(panel.series):
+            # With more series than colours, those of the same colour have other marks; panels that
+            # have little in common have colours of their own.
+            place = labels.index(series.label) if together or len(labels) <= _COLORS else number
+            color, mark = f"C{place % _COLORS}", _MARKS[place // _COLORS % len(_MARKS)]
+            drawn.setdefault(series.label, _draw(axis, series, color, mark))
         axis.set_title(panel.title, fontsize=9)
         axis.set_xlabel(panel.x)
         axis.set_ylabel(panel.y)
         if panel.log_x:
-            axis.set_xscale("log")
+            _log_places(axis, panel)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if not together:
+            axis.legend(fontsize=7)
+    if together:
+        figure.legend(drawn.values(), drawn, fontsize=8, loc="outside right center")
     figure.suptitle(title)
     figure.savefig(path, dpi=_DPI)
 
 
-def _draw(axis: Any, series: Series, color: str) -> None:
+def _log_places(axis: Any, panel: Panel) -> None:
+    """A logarithmic axis of places; where they are few, these are its marks."""
+    axis.set_xscale("log")
+    places = sorted({x for series in panel.series for x in series.x})
+    if len(places) <= _COLORS:
+        axis.set_xticks(places, [f"{x:g}" for x in places])
+        axis.minorticks_off()
+
+
+def _draw(axis: Any, series: Series, color: str, mark: str) -> Any:
+    """Draws a series, and gives what stands for it in a legend."""
+    style = {"color": color, "label": series.label, "marker": mark}
     if series.line:
-        axis.plot(series.x, series.y, color=color, label=series.label, marker=".", markersize=4)
+        (line,) = axis.plot(series.x, series.y, **style, markersize=3)
         if series.low is not None and series.high is not None:
             axis.fill_between(series.x, series.low, series.high, color=color, alpha=0.2)
-        return
+        return line
     y = np.asarray(series.y)
     errors = None
     if series.low is not None and series.high is not None:
         errors = np.stack([y - np.asarray(series.low), np.asarray(series.high) - y])
-    axis.errorbar(
-        series.x, y, errors, color=color, label=series.label, fmt="o", markersize=4, alpha=0.8
-    )
+    return axis.errorbar(series.x, y, errors, **style, linestyle="", markersize=4, alpha=0.8)
 
 
-def _subplots(count: int, *, height: float = 3.4, width: float = 4.2) -> tuple[Any, list[Any]]:
-    """A figure without a window, and its diagrams side by side."""
+def _subplots(
+    count: int, *, height: float = 3.4, width: float = 4.2, rows: int = 1
+) -> tuple[Any, list[Any]]:
+    """A figure without a window, and its diagrams, in rows."""
     # Matplotlib takes half a second to load, which commands that draw nothing need not wait for.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    columns = -(-count // rows)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def plot_reliability(found: Reliability, path: Path, title: str) -> None:

@@ -8,12 +8,12 @@ from rich.table import Table
 _TITLES = {
     "eval/loss": "loss",
     "eval/rewards/accuracies": "preference accuracy",
+    "eval/accuracy": "accuracy",
     "eval/rewards/best_accuracy": "  best possible with these labels",
     "eval/rewards/margins": "implicit reward margin",
     "eval/rewards/rank_correlation": "rank correlation with the true reward",
     "eval/rewards/chosen": "implicit reward, chosen",
     "eval/rewards/rejected": "implicit reward, rejected",
-    "eval/accuracy": "accuracy",
     "eval/margin": "reward margin",
     "eval/mean_reward": "reward",
     "eval/good_reward": "reward, labelled good",

@@ -10,7 +10,7 @@ The studies, from which the jobs come, are modules here: `bandit_study` and `fro
 """
 
 from jaxpref.experiments.claims import Claim, Verdict, decide
-from jaxpref.experiments.experiment import Diagram, Experiment, Published
+from jaxpref.experiments.experiment import Diagram, Experiment, Published, is_small
 from jaxpref.experiments.points import Estimate, Job, Point, estimate, select
 from jaxpref.experiments.run import Outcome, run
 
@@ -26,6 +26,7 @@ __all__ = [
     "Verdict",
     "decide",
     "estimate",
+    "is_small",
     "run",
     "select",
 ]

@@ -6,11 +6,13 @@ The same command goes on where it was stopped. Any of the settings can be set af
 `--config.seeds=10`; what was measured with other settings stays in W, and is done again.
 """
 
+import os
 import sys
 
 from absl import app, flags
 
 from jaxpref.commands import WORKDIR, fail, quiet, show, told
+from jaxpref.config import flatten
 from jaxpref.recipes import CONFIG, defined, listed, parse_flags
 
 # --help shows these two as well.
@@ -37,7 +39,15 @@ def main(argv: list[str]) -> None:
     with told():
         from jaxpref import experiments
 
-        experiments.run(get_experiment(CONFIG.value, WORKDIR.value), WORKDIR.value)
+        experiment = get_experiment(CONFIG.value, WORKDIR.value)
+        settings = ", ".join(f"{key} {value}" for key, value in flatten(CONFIG.value))
+        try:
+            experiments.run(experiment, WORKDIR.value, settings)
+        except KeyboardInterrupt as interrupt:
+            print(interrupt, file=sys.stderr, flush=True)
+            sys.stdout.flush()
+            # What JAX still computes would lose its ground as Python ends.
+            os._exit(130)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a paper claims, and whether the points say so."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from jaxpref.errors import UserError
 from jaxpref.experiments.points import Chosen, Estimate, Point, estimate, select, shown
 
 HELD, FAILED, OPEN = "held", "did not hold", "not resolved"
+# With other settings than the record's own a claim may be about what no job measures.
+ABSENT = "not measured"
 
 
 class Claim(NamedTuple):
@@ -37,7 +40,7 @@ class Verdict(NamedTuple):
     Attributes:
       claim: of which it is.
       verdict: "held" if the whole 95% interval agrees with the claim, "did not hold" if the whole
-        interval contradicts it, else "not resolved".
+        interval contradicts it, else "not resolved"; "not measured" if no point is of it.
       found: what was measured, or by how much it is larger.
       over: the units of its interval.
     """
@@ -56,12 +59,16 @@ def decide(claim: Claim, points: Sequence[Point]) -> Verdict:
       points: all that were measured.
 
     Raises:
-      UserError: no point has the claim's labels or its measure.
+      UserError: the points of one side are of different units.
     """
-    larger, over = _mean(claim, claim.of, points)
+    of, than = _of(claim, claim.of, points), _of(claim, claim.than, points)
+    if not of or (claim.than is not None and not than):
+        nothing = Estimate(math.nan, math.nan, math.nan, math.nan, 0)
+        return Verdict(claim, ABSENT, nothing, "")
+    larger, over = _mean(claim, of)
     found = estimate(larger, over)
     if claim.than is not None:
-        smaller, other_over = _mean(claim, claim.than, points)
+        smaller, other_over = _mean(claim, than)
         if over == other_over and len(larger) == len(smaller):
             found = estimate(larger - smaller, over)
         else:
@@ -76,17 +83,18 @@ def decide(claim: Claim, points: Sequence[Point]) -> Verdict:
     return Verdict(claim, verdict, found, over)
 
 
-def _mean(
-    claim: Claim, labels: Chosen, points: Sequence[Point]
-) -> tuple[Float[np.ndarray, " units"], str]:
-    """The measure, in each unit the mean over the points with these labels."""
-    chosen = [p for p in select(points, labels) if claim.measure in p.values]
+def _of(claim: Claim, labels: Chosen | None, points: Sequence[Point]) -> list[Point]:
+    """The points with these labels that have the measure."""
+    return [p for p in select(points, labels or {}) if claim.measure in p.values]
+
+
+def _mean(claim: Claim, chosen: Sequence[Point]) -> tuple[Float[np.ndarray, " units"], str]:
+    """The measure, in each unit the mean over the points."""
     units = {(len(p.values[claim.measure]), p.over) for p in chosen}
     if len(units) != 1:
-        what = "no point" if not chosen else "points of different units"
         raise UserError(
-            f"the claim {claim.text!r} reads {claim.measure} of {shown(labels)}, and {what} "
-            "should have it. Mend the experiment's record."
+            f"the claim {claim.text!r} takes {claim.measure} of {shown(chosen[0].labels)} together "
+            "with points of other units. Mend the experiment's record."
         )
     values = np.mean([np.asarray(p.values[claim.measure], float) for p in chosen], axis=0)
     return values, chosen[0].over

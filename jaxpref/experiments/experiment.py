@@ -5,6 +5,18 @@ from typing import NamedTuple
 
 from jaxpref.experiments.claims import Claim
 from jaxpref.experiments.points import ALL, Chosen, Job
+from jaxpref.knobs import one_of
+
+
+def is_small(size: str, sizes: tuple[str, str]) -> bool:
+    """Whether a record's argument asks for the smaller one of its two sizes.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if size not in sizes:
+        raise ValueError(one_of("the record's argument", size, sizes))
+    return size == sizes[1]
 
 
 class Diagram(NamedTuple):

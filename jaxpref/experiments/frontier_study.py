@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxpref import advantages, losses
+from jaxpref.errors import UserError
 from jaxpref.evaluation import best_of_n, enumerable, frontier
 from jaxpref.experiments.points import Job, Label, Point, check_counts, shown
 
@@ -152,6 +153,8 @@ def _checked(common: Mapping[str, Any]) -> Settings:
     settings = Settings(**common)
     counts = ("seeds", "steps", "batch_size", "checkpoints")
     check_counts(**{name: getattr(settings, name) for name in counts})
+    if not settings.learning_rate > 0:
+        raise UserError(f"--config.learning_rate should be above 0; got {settings.learning_rate}.")
     return settings
 
 

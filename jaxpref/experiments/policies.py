@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, data as data_lib, train, weights
+from jaxpref import config as config_lib, data as data_lib, train, weights
 from jaxpref.algorithms import response_logps
+from jaxpref.data.chat import Chat
 from jaxpref.data.examples import Example
 from jaxpref.errors import UserError
 from jaxpref.experience.parts import Prompts
@@ -25,6 +26,8 @@ from jaxpref.terminal import console
 
 # Rows whose log-probs are computed at a time, and responses that are sampled at a time.
 _ROWS, _AT_ONCE = 16, 1_024
+# In a run's folder, with the steps that were asked for: the run has them.
+_DONE = "done"
 
 
 class Runs:
@@ -37,7 +40,6 @@ class Runs:
     def __init__(self, workdir: str | Path):
         """Takes the experiment's workdir."""
         self.workdir = Path(workdir).resolve()
-        self._trained: dict[str, int] = {}
 
     def folder(self, name: str, config: ConfigDict) -> Path:
         """Where a run is, or will be.
@@ -52,15 +54,19 @@ class Runs:
         return self.workdir / "runs" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def train(self, name: str, config: ConfigDict) -> Path:
-        """Trains a run up to its steps, unless it has them already, and says where it is."""
+        """Trains a run up to its steps, unless it has them already, and says where it is.
+
+        Raises:
+          UserError: the run has more steps already, or cannot be trained.
+        """
         folder, steps = self.folder(name, config), config.train.steps
-        # A run of epochs knows its steps only once its data is there.
-        there = steps and checkpoint.latest_step(folder) == steps
-        if not there and self._trained.get(folder.name) != steps:
-            console.print(f"{folder.name}: {config.algorithm.name}")
-            config_lib.check(config)
-            train.run(config, folder)
-            self._trained[folder.name] = steps
+        # A run of epochs knows its steps only once its data is there, so what is done is written.
+        done = folder / _DONE
+        if done.exists() and done.read_text() == str(steps):
+            return folder
+        console.print(f"{folder.name}: {config.algorithm.name}")
+        train.run(config, folder)
+        done.write_text(str(steps))
         return folder
 
 
@@ -80,6 +86,18 @@ class Answers(NamedTuple):
     def by_prompt(self, values: Any) -> Float[np.ndarray, "prompts samples"]:
         """One number a response, by prompts."""
         return np.asarray(values, float).reshape(self.logps.shape)
+
+    def choose(self, samples: Int[np.ndarray, " prompts"]) -> "Answers":
+        """One sample of each prompt alone."""
+        prompts, count = self.logps.shape
+        places = (np.arange(prompts) * count + samples).tolist()
+        groups = [
+            group._replace(responses=(group.responses[k],))
+            for group, k in zip(self.groups, samples.tolist(), strict=True)
+        ]
+        return Answers(
+            self.sampled.take(places), groups, self.logps[np.arange(prompts), samples, None]
+        )
 
 
 class Policy(Scorer):
@@ -113,10 +131,17 @@ class Policy(Scorer):
         """See `Scorer`."""
         return self._logps(params, batch)
 
-    def prompts(self, texts: Sequence[str]) -> Prompts:
-        """Texts as prompts for `answers`, with this policy's tokenizer."""
-        examples = [Example(text, (), where=str(i)) for i, text in enumerate(texts)]
+    def prompts(self, asked: Sequence[str | Chat]) -> Prompts:
+        """Texts and conversations as prompts for `answers`, with this policy's tokenizer.
+
+        Raises:
+          UserError: one is too long, and `data.on_long_prompt` of the run does not truncate it.
+        """
+        examples = [Example(prompt, (), where=f"prompt {i}") for i, prompt in enumerate(asked)]
         limits = data_lib.limits_of(self.config, self.tokenizer)
+        if limits.on_long_prompt == "skip":
+            # All policies are to answer the same prompts.
+            limits = dataclasses.replace(limits, on_long_prompt="error")
         found = data_lib.tokenize(examples, self.tokenizer, limits)
         return Prompts(dataclasses.replace(found, examples=examples), None)
 

@@ -9,14 +9,22 @@ from jaxpref.experiments.claims import Verdict
 from jaxpref.experiments.experiment import Diagram, Experiment
 from jaxpref.experiments.points import Estimate, Point, estimate, in_short, select, shown
 
+# How a measure that has a unit is called beside an axis.
+_UNITS = {"kl": "KL (nats)", "kl_bound": "bound of the KL (nats)", "length": "length (tokens)"}
+
 
 def write_table(
-    experiment: Experiment, points: Sequence[Point], verdicts: Sequence[Verdict], path: Path
+    experiment: Experiment,
+    points: Sequence[Point],
+    verdicts: Sequence[Verdict],
+    path: Path,
+    settings: str = "",
 ) -> None:
     """Writes what was measured and what became of the claims, as Markdown."""
     parts = [
         f"# {experiment.title}",
         experiment.source,
+        *([f"Settings: {settings}."] if settings else []),
         _rows(["claim", "found (95% interval)", "verdict"], map(_verdict_row, verdicts)),
         _measured(experiment, select(points, experiment.table)),
     ]
@@ -30,6 +38,8 @@ def _verdict_row(verdict: Verdict) -> list[str]:
 def in_words(verdict: Verdict) -> str:
     """What was found, and over how many units."""
     found, over = verdict.found, verdict.over
+    if not found.units:
+        return "no point has it"
     what = "" if verdict.claim.than is None else "difference "
     return f"{what}{_number(found.mean)}{_interval(found)}" + (
         f" over {found.units:,} {over}" if over else ", exact"
@@ -90,14 +100,14 @@ def draw(experiment: Experiment, points: Sequence[Point], path: Path) -> None:
     panels = [
         Panel(
             diagram.title,
-            diagram.x,
-            diagram.y,
+            _UNITS.get(diagram.x, diagram.x),
+            _UNITS.get(diagram.y, diagram.y),
             _series(diagram, select(points, diagram.where)),
             diagram.log_x,
         )
         for diagram in experiment.figure
     ]
-    plot_panels(panels, path, experiment.title)
+    plot_panels(panels, path, f"{experiment.title} (with 95% intervals)")
 
 
 def _series(diagram: Diagram, points: Sequence[Point]) -> list[Series]:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from jaxpref import metrics, rewards
+from jaxpref import config as config_lib, metrics, rewards
 from jaxpref.data.records import read_records
 from jaxpref.data.sources import imdb
 from jaxpref.errors import UserError
@@ -25,6 +25,7 @@ from jaxpref.evaluation import best_of_n
 from jaxpref.evaluation.ngrams import NaiveBayes
 from jaxpref.experiments.points import Job, Label, Point, check_counts, shown
 from jaxpref.experiments.policies import Answers, Policy, Runs
+from jaxpref.methods import METHODS
 from jaxpref.rewards import Sampled
 from jaxpref.sampling import Sampling
 
@@ -32,6 +33,8 @@ from jaxpref.sampling import Sampling
 START, CLASSIFIER, REWARD = "start", "classifier", "reward"
 CLASSIFIERS = 2
 _SAMPLES_A_PROMPT = 4
+# Of a run, of each of which the gradients' norms are drawn as one point.
+_PARTS = 10
 
 
 class Recipes(NamedTuple):
@@ -112,7 +115,11 @@ class Study:
           labels: further ones.
           knobs: of the config, with "__" for dots; `on="learned"` has methods that sample learn
             from the reward model of the pairs, otherwise from the true reward.
+
+        Raises:
+          UserError: the run's config cannot be used.
         """
+        config_lib.check(self._config(method, knobs))
         known: dict[str, Label] = {"method": method, **(labels or {})}
 
         def points() -> list[Point]:
@@ -149,7 +156,7 @@ class Study:
         settings: Mapping[str, Any],
         points: Callable[[], list[Point]],
     ) -> Job:
-        bases = {f"run {name}": self._digest(name, {}) for name in (START, CLASSIFIER)}
+        bases = {f"run {name}": self._digest(name, {}) for name in (START, CLASSIFIER, REWARD)}
         common = self._settings._replace(sentences=Path(self._settings.sentences).name)._asdict()
         return Job(shown(labels), {**labels, **settings, **bases, **common}, points)
 
@@ -168,7 +175,7 @@ class Study:
             config.data.path = str(self._data / "reward.jsonl")
             config.tokenizer.name = str(self._data / "classifier_tokenizer")
         else:
-            self._set_paths(config, method, learned)
+            self._set_paths(config, "sft" if method == "preferred_ft" else method, learned)
         config.update_from_flattened_dict({k.replace("__", "."): v for k, v in knobs.items()})
         return config
 
@@ -178,7 +185,7 @@ class Study:
         name = "ranked" if method == "rrhf" else "pairs"
         config.data.path = str(pairs / f"{name}.jsonl")
         config.data.format = "ranked" if method == "rrhf" else "explicit"
-        if "reward" in config and "mixture" in config.reward:
+        if METHODS[method].samples:
             config.data.path = str(pairs / "prompts.jsonl")
             config.data.format = "prompts"
             if learned:
@@ -251,7 +258,16 @@ class Study:
         """The true reward."""
         for seed in range(CLASSIFIERS):
             self._trained(CLASSIFIER, {"seed": seed})
-        config = self._config("rloo", {})
+        return self._reward("true")
+
+    @cached_property
+    def _learned(self) -> Callable[[Sampled], Float[np.ndarray, " responses"]]:
+        """The reward model of the pairs."""
+        self._trained(REWARD, {})
+        return self._reward("learned")
+
+    def _reward(self, on: str) -> Callable[[Sampled], Float[np.ndarray, " responses"]]:
+        config = self._config("rloo", {"on": on})
         found = rewards.build(
             config.reward, self._start.tokenizer, max_length=config.data.max_length
         )
@@ -279,6 +295,7 @@ class Study:
         naive = self._naive.log_odds(texts) > 0
         found = {
             "reward": reward,
+            "learned_reward": self._learned(sampled),
             "positive": reward > 0,
             "positive, naive Bayes": naive,
             "disagreement": (reward > 0).astype(float) - naive,
@@ -308,7 +325,17 @@ class Study:
         norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
         if labels["method"] not in ("reinforce", "remax"):
             return []
-        return [Point({**labels, "of": "steps"}, {"gradient_norm": norms}, "steps")]
+        # All of them for what is claimed, and parts of the run for what is drawn.
+        found = [Point({**labels, "of": "steps"}, {"gradient_norm": norms}, "steps")]
+        parts = np.array_split(np.arange(len(norms)), min(_PARTS, len(norms)))
+        return found + [
+            Point(
+                {**labels, "of": "part of the steps", "step": int(part[-1]) + 1},
+                {"gradient_norm": np.asarray(norms)[part]},
+                "steps",
+            )
+            for part in parts
+        ]
 
     def _write_pairs(self) -> None:
         """Samples from the language model, and labels all pairs by the true reward."""

@@ -36,6 +36,21 @@ class Sampled(NamedTuple):
         """Tokens of each response, with the one that ended it."""
         return np.asarray([len(ids) for ids in self.response_ids])
 
+    def take(self, places: Sequence[int]) -> "Sampled":
+        """Some of the responses, in this order."""
+
+        def taken(entries: Sequence[Any]) -> list[Any]:
+            return [entries[place] for place in places]
+
+        return Sampled(
+            taken(self.prompts),
+            taken(self.responses),
+            taken(self.prompt_ids),
+            taken(self.response_ids),
+            self.finished[np.asarray(places, int)],
+            taken(self.records) if self.records else (),
+        )
+
     @property
     def conversations(self) -> bool:
         """Whether any prompt is a list of messages."""

@@ -8,8 +8,9 @@ to, and `judging` joins them.
 """
 
 from jaxpref.evaluation.judges.base import Comparison, Judge, Verdicts
+from jaxpref.evaluation.judges.compare import prompt_text, response_text
 from jaxpref.evaluation.judges.endpoint import Asking
-from jaxpref.evaluation.judges.judging import Reading, judge_files
+from jaxpref.evaluation.judges.judging import Reading, decide, judge_files, open_judge
 from jaxpref.evaluation.judges.report import Judged, table
 
 __all__ = [
@@ -19,6 +20,10 @@ __all__ = [
     "Judged",
     "Reading",
     "Verdicts",
+    "decide",
     "judge_files",
+    "open_judge",
+    "prompt_text",
+    "response_text",
     "table",
 ]

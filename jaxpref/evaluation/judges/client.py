@@ -28,11 +28,13 @@ class Answer(NamedTuple):
       tokens: how many went in and came out; None where the endpoint does not say.
       likeliest: each token of the text with the log-probs (nats) of the likeliest tokens in its
         place; None where this was not asked for, or not given.
+      cut: whether it was cut by length.
     """
 
     text: str
     tokens: tuple[int, int] | None
     likeliest: Sequence[tuple[str, Mapping[str, float]]] | None
+    cut: bool = False
 
 
 class RefusedError(Exception):
@@ -68,7 +70,7 @@ class Client:
         if not key and not base_url and not os.environ.get("OPENAI_BASE_URL"):
             raise UserError(
                 "OPENAI_API_KEY is not set: put the endpoint's key into this variable of the "
-                "environment, or name a server that needs none with --base_url."
+                "environment, or name a server that needs none (base_url)."
             )
         if not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that are in no key; set it anew.")
@@ -165,7 +167,10 @@ def read_completion(text: str) -> Answer | None:
             (token["token"], {other["token"]: other["logprob"] for other in token["top_logprobs"]})
             for token in listed
         ]
-        return Answer(said, tokens or None, likeliest or None) if isinstance(said, str) else None
+        cut = choice.get("finish_reason") == "length"
+        if not isinstance(said, str):
+            return None
+        return Answer(said, tokens or None, likeliest or None, cut)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from jaxpref.data import columns, formats
 from jaxpref.data.chat import Chat, messages_of
+from jaxpref.data.examples import Response
 from jaxpref.data.records import read_records
 from jaxpref.errors import UserError
 from jaxpref.evaluation.judges.base import Comparison
@@ -95,6 +96,11 @@ def prompt_text(prompt: str | Chat) -> str:
     return "\n\n".join([*tools, *turns])
 
 
+def response_text(response: Response) -> str:
+    """A response of one message, or a text, as a text to read."""
+    return _content(messages_of(response)[0])
+
+
 def _content(message: Mapping[str, Any]) -> str:
     """What a message says; parts that are no text, and calls of tools, as JSON."""
     content = message["content"]
@@ -127,7 +133,7 @@ def _said(record: Mapping[str, Any], where: str) -> _Said:
                 f"{where}: a response has {len(messages_of(several))} messages; a judge reads "
                 "responses of one message each."
             )
-        texts = tuple(_content(messages_of(response)[0]) for response in example.responses)
+        texts = tuple(map(response_text, example.responses))
         prompt, finished = example.prompt, example.finished
         if prompt == _wrapped(record, where):
             prompt = _instruction(record, where)

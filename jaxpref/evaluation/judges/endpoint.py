@@ -18,6 +18,8 @@ from jaxpref.terminal import console, progress
 
 # A rough mean of English texts, to know beforehand about how much a judgement costs.
 _CHARACTERS_A_TOKEN = 4
+# Fields of a request that say how many tokens an answer may have.
+_LIMITS = ("max_tokens", "max_completion_tokens")
 # The most that the protocol knows.
 _LIKELIEST = 20
 # One question may be too long; so many, and no other, tell of a wrong request.
@@ -153,12 +155,26 @@ class _Judging:
             raise self._refuses_all()
         if self._made:
             console.print(f"{self._model}: {self._cost(self._made)}")
+        self._tell_unread()
         if self._refused:
             question, why = next(iter(self._refused.items()))
             console.print(
                 f"{self._model}: {len(self._refused):,} questions were refused, the first at "
                 f"{self._places[question]}: {why}"
             )
+
+    def _tell_unread(self) -> None:
+        """Tells of questions whose answers have no verdict, and what may be done."""
+        unread = [q for q in self._places if self._answers(q) and np.isnan(self.score(q))]
+        if not unread:
+            return
+        cut = sum(any(answer.get("cut") for answer in self._answers(q)) for q in unread)
+        why = f", those to {cut:,} were cut by length (max_tokens)" if cut else ""
+        console.print(
+            f"{self._model}: the answers to {len(unread):,} questions have no verdict that can be "
+            f"read{why}; they are in {self._kept.path}. With more attempts, or other parameters, "
+            "these questions are asked anew"
+        )
 
     def score(self, question: str) -> float:
         """The score of the response that came first; NaN if there is none."""
@@ -228,15 +244,16 @@ class _Judging:
         if not waiting:
             console.print(f"{self._model}: all {len(self._places):,} questions are answered")
             return
-        tokens = (
-            sum(map(len, waiting)) // _CHARACTERS_A_TOKEN,
-            self._max_tokens * len(waiting),
-        )
+        limits = (self._parameters(0).get(name) for name in _LIMITS)
+        most = max((limit for limit in limits if isinstance(limit, int)), default=0)
+        tokens = sum(map(len, waiting)) // _CHARACTERS_A_TOKEN, most * len(waiting)
+        out = f"at most {tokens[1]:,} out" if most else "any number out"
         price = f", which is ${self._dollars(tokens):,.2f} at most" if self._asking.price else ""
         console.print(
             f"{self._model}: {len(waiting):,} questions to ask, "
             f"{len(self._places) - len(waiting):,} answered before; about {tokens[0]:,} tokens in "
-            f"(taken as {_CHARACTERS_A_TOKEN} characters each), at most {tokens[1]:,} out{price}"
+            f"(taken as {_CHARACTERS_A_TOKEN} characters each), {out}{price if most else ''}, if "
+            "none has to be asked again"
         )
         if len(waiting) > self._room():
             raise UserError(

@@ -89,16 +89,16 @@ def judge_files(
     _check_output(output, [a, b, compare, reading.prompts])
     others = _means_of(compare) if compare else {}
     _check_sides(a, b, reading)
-    decide = open_judge(judge, output, asking, reading, seed) if isinstance(judge, str) else judge
+    opened = open_judge(judge, output, asking, reading, seed) if isinstance(judge, str) else judge
     paths = _sampled(a, b, output, reading, seed)
     compared = compare_files(*paths)
-    different = [x for x in compared.comparisons if x.a != x.b]
     console.print(
         f"{compared.prompts:,} prompts, {len(compared.comparisons):,} comparisons"
         f"{listed(compared.counts)}"
     )
-    said = decide(different) if different else Verdicts(np.zeros(0))
-    verdicts = _with_ties(compared.comparisons, said)
+    if compare:
+        _check_others(compared.comparisons, others, compare)
+    verdicts = decide(compared.comparisons, opened)
     found = judged(compared.comparisons, verdicts, compared.counts, seed)
     lines = _lines(compared.comparisons, verdicts)
     if compare:
@@ -139,6 +139,25 @@ def open_judge(name: str, output: Path, asking: Asking, reading: Reading, seed: 
         max_length=reading.max_length,
         chat_template=reading.chat_template,
     )
+
+
+def decide(comparisons: Sequence[Comparison], judge: Judge) -> Verdicts:
+    """The verdicts on all comparisons: the judge's, and ties where the responses are equal.
+
+    Raises:
+      UserError: the judge fails.
+      KeyboardInterrupt: the judging was stopped.
+    """
+    asked = np.array([x.a != x.b for x in comparisons], bool)
+    different = [x for x in comparisons if x.a != x.b]
+    said = judge(different) if different else Verdicts(np.zeros(0))
+    orders = []
+    for scores in (said.first, said.second):
+        every = np.full(len(comparisons), 0.5)
+        if scores is not None:
+            every[asked] = scores
+        orders.append(every)
+    return Verdicts(orders[0], None if said.second is None else orders[1], said.told)
 
 
 def _check_output(output: Path, inputs: Sequence[str]) -> None:
@@ -188,18 +207,6 @@ def _sampled(a: str, b: str, output: Path, reading: Reading, seed: int) -> list[
     return paths
 
 
-def _with_ties(comparisons: Sequence[Comparison], said: Verdicts) -> Verdicts:
-    """The verdicts on all comparisons: those of the judge, and ties where responses are equal."""
-    asked = np.array([x.a != x.b for x in comparisons])
-    orders = []
-    for scores in (said.first, said.second):
-        every = np.full(len(comparisons), 0.5)
-        if scores is not None:
-            every[asked] = scores
-        orders.append(every)
-    return Verdicts(orders[0], None if said.second is None else orders[1], said.told)
-
-
 def _lines(comparisons: Sequence[Comparison], verdicts: Verdicts) -> list[dict[str, Any]]:
     """The output's lines."""
     columns = {"scores": verdicts.scores}
@@ -241,6 +248,23 @@ def _means_of(path: str) -> dict[str, float]:
 
 def _key(line: Any) -> str:
     return json.dumps([line[name] for name in ("prompt", "responses_a", "responses_b")])
+
+
+def _check_others(comparisons: Sequence[Comparison], others: dict[str, float], path: str) -> None:
+    """Refuses another judging of other responses, before anybody is asked."""
+    nothing = Verdicts(np.zeros(len(comparisons)))
+    lines = _lines(comparisons, nothing)
+    if any(_key(line) in others for line in lines):
+        return
+    swapped = any(
+        _key({**line, "responses_a": line["responses_b"], "responses_b": line["responses_a"]})
+        in others
+        for line in lines
+    )
+    raise UserError(
+        f"{path}: judges other responses than these, so there is nothing to compare."
+        + (" It has A and B the other way round; give a and b in its order." if swapped else "")
+    )
 
 
 def _agreement(
