@@ -402,20 +402,21 @@ def test_what_an_answer_may_cost_follows_from_the_request(request_, out, tmp_pat
 def test_a_command_that_is_killed_goes_on_with_what_was_answered(tmp_path):
     a, b = files(tmp_path, 100)
     said = tmp_path / "out.jsonl.answers"
+    command = [sys.executable, "-m", "jaxpref.judge", f"--a={a}", f"--b={b}"]
+    command += ["--judge=endpoint:m", f"--output={tmp_path / 'out.jsonl'}"]
+    options = {"cwd": ROOT, "env": ENVIRONMENT, "stdout": subprocess.DEVNULL}
     with serving(lambda question: time.sleep(0.02) or ruled(question)) as server:
-        command = [sys.executable, "-m", "jaxpref.judge", f"--a={a}", f"--b={b}"]
-        command += ["--judge=endpoint:m", f"--base_url={server.url}"]
-        command += [f"--output={tmp_path / 'out.jsonl'}"]
-        options = {"cwd": ROOT, "env": ENVIRONMENT, "stdout": subprocess.DEVNULL}
-        process = subprocess.Popen(command, **options)
+        process = subprocess.Popen([*command, f"--base_url={server.url}"], **options)
         wait_for(lambda: said.exists() and said.read_bytes().count(b"\n") > 20, process)
         process.kill()
         process.wait()
-        kept = len(read_lines(said))
-        asked = len(server.requests)
-        assert kept >= asked - 17
-        subprocess.run(command, **options, check=True)
-        assert len(server.requests) == asked + 200 - kept
+        kept = said.read_bytes().count(b"\n")
+        # Those that were under way, 16 at a time, are lost, however busy the machine is.
+        assert kept >= len(server.requests) - 16
+    # Another server, which no request of the command that was killed can reach late.
+    with serving() as server:
+        subprocess.run([*command, f"--base_url={server.url}"], **options, check=True)
+        assert len(server.requests) == 200 - kept
     assert len(read_lines(tmp_path / "out.jsonl")) == 100
 
 

@@ -183,6 +183,9 @@ def ask_all(
 ) -> Iterator[tuple[Question, Said | Exception]]:
     """Asks many questions at once.
 
+    A thread asks its next question when an answer has been dealt with: at no time are there more
+    than `threads` answers that were paid for and are not yet kept.
+
     Args:
       ask: gives an answer, or raises.
       questions: to be asked in this order.
@@ -197,6 +200,7 @@ def ask_all(
         waiting.put(question)
     threads = min(threads, waiting.qsize())
     done: queue.SimpleQueue[tuple[Question, Said | Exception] | None] = queue.SimpleQueue()
+    dealt_with = threading.Semaphore(0)
 
     def work() -> None:
         while not stopped():
@@ -208,6 +212,7 @@ def ask_all(
                 done.put((question, ask(question)))
             except Exception as error:
                 done.put((question, error))
+            dealt_with.acquire()
         done.put(None)
 
     for _ in range(threads):
@@ -216,3 +221,4 @@ def ask_all(
     for _ in range(threads):
         while (answered := done.get()) is not None:
             yield answered
+            dealt_with.release()
