@@ -42,7 +42,7 @@ test-process: .venv/installed-test
 ISAS ?= SSE4_2 AVX2
 NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py bandits.py enumerable.py \
 	frontiers.py heads.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py \
-	rollouts.py sampling.py sharding.py trl_rollouts.py)
+	rollouts.py sampling.py sharding.py splash.py trl_rollouts.py vocabulary.py)
 test-isa: .venv/installed-test
 	for isa in $(ISAS); do \
 		rm -rf .jax_cache/$$isa; \

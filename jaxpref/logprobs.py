@@ -4,6 +4,10 @@ A step over `tokens` scored positions and a vocabulary of `vocabulary` entries w
 need `tokens x vocabulary` logits several times over. Here the vocabulary is walked
 in blocks: the forward pass keeps a running log-sum-exp, the backward pass computes
 each block's logits again, and each block of the head's gradient is written once.
+
+On a mesh each device walks its own part of the vocabulary for its own positions. It gathers one
+block of the head's width at a time, and gives the block's gradient back reduced and scattered, so
+that no device ever holds the whole head.
 """
 
 import dataclasses
@@ -14,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxpref.losses.inputs import check_range
@@ -25,6 +30,41 @@ _SMALLEST_BLOCK = 1024
 _LANES = 128
 
 
+class Split(NamedTuple):
+    """How positions and a table of the vocabulary lie over the mesh that is set.
+
+    Attributes:
+      positions: the axes of the mesh along which positions are split.
+      vocabulary: the axis along which the table's rows are; None: they are whole.
+      width: the axis, one of those of positions, along which its columns are; None: they are whole.
+    """
+
+    positions: tuple[str, ...]
+    vocabulary: str | None
+    width: str | None
+
+    @property
+    def table(self) -> PartitionSpec:
+        """Of the table `[vocabulary, width]`."""
+        return PartitionSpec(self.vocabulary, self.width)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of arrays with positions along their first axis."""
+        return PartitionSpec(self.positions)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The axes along which devices have the same part of the table, for other positions."""
+        return tuple(name for name in self.positions if name != self.width)
+
+    @property
+    def shards(self) -> int:
+        """How many parts positions are split into."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return math.prod(sizes[name] for name in self.positions)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LMHead:
@@ -32,12 +72,17 @@ class LMHead:
 
     With all its parts: `soft_cap * tanh((h @ kernel.T + bias) / soft_cap) / temperature`.
 
+    Products are made in the dtype of the hidden states. The kernel may have a wider one, in which
+    its gradient is then summed.
+
     Attributes:
       kernel: one row a vocabulary entry; for a tied head, the embedding table.
       bias: added to the logits; None for none.
       soft_cap: bound of the logits (Gemma 2, arXiv 2408.00118, section 2); None for none.
       temperature: what the logits are divided by last, above 0. What a policy sampled at this
         temperature has log-probs, entropy and KL of a head that has it too.
+      split: how the kernel lies over a mesh, as `sharding.table_split` says; None: JAX decides
+        what devices exchange.
 
     Raises:
       ValueError: the temperature is not above 0.
@@ -47,6 +92,7 @@ class LMHead:
     bias: Float[Array, " vocabulary"] | None = None
     soft_cap: float | None = dataclasses.field(default=None, metadata={"static": True})
     temperature: float = dataclasses.field(default=1.0, metadata={"static": True})
+    split: Split | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_range("LMHead", above=0, temperature=self.temperature)
@@ -54,7 +100,8 @@ class LMHead:
     def logits(self, hidden: Float[Array, "*positions width"]) -> Float[Array, "*positions _"]:
         """All logits in float32, for callers who want them; training does not."""
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = jnp.einsum("...d,vd->...v", hidden, self.kernel, preferred_element_type=dtype)
+        kernel = self.kernel.astype(hidden.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, kernel, preferred_element_type=dtype)
         if self.bias is not None:
             logits += jnp.broadcast_to(self.bias.astype(dtype), logits.shape)
         return _scaled(logits, self.soft_cap, self.temperature)
@@ -182,7 +229,7 @@ def token_kl(
         )
     count = math.prod(positions)
     # Twice as many logits exist at one time as for log-probs.
-    block_size = min(block_size or _block_size(2 * count), vocabulary)
+    block_size = block_size or _block_size(2 * count)
     sides = [
         (_Setting(block_size, head.soft_cap, head.temperature), hidden.reshape(count, -1), head)
         for hidden, head in ((hidden_p, head_p), (hidden_q, head_q))
@@ -266,14 +313,20 @@ def _blockwise(
     hidden: Array, head: LMHead, targets: Array, block_size: int | None, **wanted: bool
 ) -> "_Result":
     _check("token_logprobs", hidden, head, targets.shape, "the targets' shape")
-    vocabulary, width = head.kernel.shape
-    block_size = min(block_size or _block_size(targets.size), vocabulary)
-    setting = _Setting(block_size, head.soft_cap, head.temperature, **wanted)
+    width = head.kernel.shape[1]
+    shards = 1 if head.split is None else head.split.shards
+    # What counts is how many positions a device has.
+    block_size = block_size or _block_size(-(-targets.size // shards))
+    setting = _Setting(block_size, head.soft_cap, head.temperature, head.split, **wanted)
     # The positions lie along one flat axis: XLA on CPU is slower at products with several axes.
-    result = _token_logprobs(
-        setting, hidden.reshape(-1, width), head.kernel, head.bias, targets.ravel()
-    )
-    return _Result(*(x.reshape(targets.shape) for x in result))
+    hidden, flat = hidden.reshape(-1, width), targets.ravel()
+    missing = -flat.size % shards
+    if missing:
+        hidden, flat = (
+            jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in (hidden, flat)
+        )
+    result = _token_logprobs(setting, hidden, head.kernel, head.bias, flat)
+    return _Result(*(x[: targets.size].reshape(targets.shape) for x in result))
 
 
 def _check(name: str, hidden: Array, head: LMHead, positions: tuple[int, ...], whose: str) -> None:
@@ -302,8 +355,62 @@ class _Setting(NamedTuple):
     block_size: int
     soft_cap: float | None
     temperature: float
+    split: Split | None = None
     with_entropy: bool = False
     with_collision: bool = False
+
+    def on_devices(self, function: Callable, inputs: tuple[str, ...], outputs: Any) -> Callable:
+        """A function of what each device has, as one of whole arrays.
+
+        Args:
+          function: of arrays, which are "table", "bias" or "rows".
+          inputs: which of these.
+          outputs: which of these its results are.
+        """
+        if self.split is None:
+            return function
+        specs = {
+            "table": self.split.table,
+            "bias": PartitionSpec(self.split.vocabulary),
+            "rows": self.split.rows,
+        }
+        return jax.shard_map(
+            function,
+            in_specs=tuple(specs[name] for name in inputs),
+            out_specs=jax.tree.map(specs.__getitem__, outputs),
+            # What is equal on several devices is said here by the sums over them.
+            check_vma=False,
+        )
+
+    def first_entry(self, kernel: Array) -> Array | int:
+        """The first entry of the vocabulary that this device has."""
+        if self.split is None or self.split.vocabulary is None:
+            return 0
+        return jax.lax.axis_index(self.split.vocabulary) * kernel.shape[0]
+
+    def entries(self, kernel: Array) -> int:
+        """How many entries the whole vocabulary has."""
+        if self.split is None or self.split.vocabulary is None:
+            return kernel.shape[0]
+        return kernel.shape[0] * jax.lax.axis_size(self.split.vocabulary)
+
+    def gathered(self, block: Array) -> Array:
+        """A block of the kernel with all of its columns."""
+        if self.split is None or self.split.width is None:
+            return block
+        return jax.lax.all_gather(block, self.split.width, axis=1, tiled=True)
+
+    def scattered(self, block: Array) -> Array:
+        """This device's columns of a block, summed over the devices that gathered it."""
+        if self.split is None or self.split.width is None:
+            return block
+        return jax.lax.psum_scatter(block, self.split.width, scatter_dimension=1, tiled=True)
+
+    def over_vocabulary(self, x: Any, reduce: Callable = jax.lax.psum) -> Any:
+        """Sums, or another reduction, over all parts of the vocabulary."""
+        if self.split is None or self.split.vocabulary is None:
+            return x
+        return reduce(x, self.split.vocabulary)
 
 
 class _Result(NamedTuple):
@@ -314,6 +421,7 @@ class _Result(NamedTuple):
 
 def _over_blocks(block_size: int, vocabulary: int, step: Callable, carry: Any) -> Any:
     """Applies `step(carry, first_column, columns)` to the remainder, then to each full block."""
+    block_size = min(block_size, vocabulary)
     full, remainder = divmod(vocabulary, block_size)
     if remainder:
         carry = step(carry, full * block_size, remainder)
@@ -331,7 +439,8 @@ def _block_logits(
     size: int,
 ) -> tuple[Array, Array]:
     """The logits of `size` columns from `start` on, and the rows of the kernel behind them."""
-    kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size)
+    kernel = jax.lax.dynamic_slice_in_dim(kernel, start, size).astype(hidden.dtype)
+    kernel = setting.gathered(kernel)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("td,vd->tv", hidden, kernel, preferred_element_type=dtype)
     if bias is not None:
@@ -373,7 +482,22 @@ def _token_logprobs(
 def _forward(
     setting: _Setting, hidden: Array, kernel: Array, bias: Array | None, targets: Array
 ) -> tuple[_Result, tuple]:
+    forward = setting.on_devices(
+        partial(_forward_here, setting),
+        ("rows", "table", "bias", "rows"),
+        ("rows",) * 5,
+    )
+    *result, highest, log_total = forward(hidden, kernel, bias, targets)
+    found = _Result(*result)
+    return found, (hidden, kernel, bias, targets, highest, log_total, found.entropy)
+
+
+def _forward_here(
+    setting: _Setting, hidden: Array, kernel: Array, bias: Array | None, targets: Array
+) -> tuple[Array, ...]:
+    """On one device: the result, the highest logits, and the log-sum-exp relative to them."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    first = setting.first_entry(kernel)
 
     def step(carry: tuple, start: Array | int, size: int) -> tuple:
         maximum, total, moment, squares, target_logit = carry
@@ -389,7 +513,8 @@ def _forward(
         if setting.with_collision:
             squares = jnp.square(rescale) * squares + jnp.square(weights).sum(axis=-1)
         total = rescale * total + weights.sum(axis=-1)
-        target_logit += jnp.where(_is_target(targets, start, size), logits, 0).sum(axis=-1)
+        here = _is_target(targets, first + start, size)
+        target_logit += jnp.where(here, logits, 0).sum(axis=-1)
         return new_maximum, total, moment, squares, target_logit
 
     # A finite start, since (-inf) * 0 would make the moment NaN.
@@ -398,26 +523,54 @@ def _forward(
     maximum, total, moment, squares, target_logit = _over_blocks(
         setting.block_size, kernel.shape[0], step, (lowest, zeros, zeros, zeros, zeros)
     )
+    highest = setting.over_vocabulary(maximum, jax.lax.pmax)
+    rescale = jnp.exp(maximum - highest)
+    moment = rescale * (moment + (maximum - highest) * total)
+    total, moment, squares, target_logit = setting.over_vocabulary(
+        (rescale * total, moment, jnp.square(rescale) * squares, target_logit)
+    )
     log_total = jnp.log(total)
     entropy = log_total - moment / total if setting.with_entropy else zeros
     log_collision = jnp.log(squares) - 2 * log_total if setting.with_collision else zeros
     # Subtracting the maximum first keeps small log-probs exact for large logits.
-    logps = _nan_outside(kernel.shape[0], targets, (target_logit - maximum) - log_total)
-    result = _Result(logps, entropy, log_collision)
-    return result, (hidden, kernel, bias, targets, maximum, log_total, entropy)
+    logps = _nan_outside(setting.entries(kernel), targets, (target_logit - highest) - log_total)
+    return logps, entropy, log_collision, highest, log_total
 
 
 def _backward(setting: _Setting, residuals: tuple, cotangents: _Result) -> tuple:
-    hidden, kernel, bias, targets, maximum, log_total, entropy = residuals
+    rows = ("rows",) * 6
+    backward = setting.on_devices(
+        partial(_backward_here, setting),
+        ("rows", "table", "bias", *rows),
+        ("rows", "table", "bias"),
+    )
+    by_result = jnp.asarray(cotangents.logprobs), jnp.asarray(cotangents.entropy)
+    return *backward(*residuals, *by_result), None
+
+
+def _backward_here(
+    setting: _Setting,
+    hidden: Array,
+    kernel: Array,
+    bias: Array | None,
+    targets: Array,
+    maximum: Array,
+    log_total: Array,
+    entropy: Array,
+    by_logprob: Array,
+    by_entropy: Array,
+) -> tuple[Array, Array, Array | None]:
+    """On one device: the gradients by the hidden states, the kernel and the bias."""
     accumulator = jnp.promote_types(hidden.dtype, jnp.float32)
-    by_logprob, by_entropy = (x[..., None] for x in cotangents[:2])
+    by_logprob, by_entropy = by_logprob[:, None], by_entropy[:, None]
+    first = setting.first_entry(kernel)
 
     def step(carry: tuple, start: Array | int, size: int) -> tuple:
         by_hidden, by_kernel, by_bias = carry
         logits, kernel_block = _block_logits(setting, hidden, kernel, bias, start, size)
         logps = (logits - maximum[..., None]) - log_total[..., None]
         probabilities = jnp.exp(logps)
-        by_logits = jnp.where(_is_target(targets, start, size), by_logprob, 0)
+        by_logits = jnp.where(_is_target(targets, first + start, size), by_logprob, 0)
         by_logits -= by_logprob * probabilities
         if setting.with_entropy:
             surprise = jnp.where(probabilities > 0, logps + entropy[..., None], 0)
@@ -432,9 +585,8 @@ def _backward(setting: _Setting, residuals: tuple, cotangents: _Result) -> tuple
             "tv,vd->td", by_logits, kernel_block, preferred_element_type=accumulator
         )
         block = jnp.einsum("tv,td->vd", by_logits, hidden, preferred_element_type=accumulator)
-        by_kernel = jax.lax.dynamic_update_slice_in_dim(
-            by_kernel, block.astype(kernel.dtype), start, 0
-        )
+        block = setting.scattered(block).astype(kernel.dtype)
+        by_kernel = jax.lax.dynamic_update_slice_in_dim(by_kernel, block, start, 0)
         return by_hidden, by_kernel, by_bias
 
     by_hidden, by_kernel, by_bias = _over_blocks(
@@ -447,7 +599,11 @@ def _backward(setting: _Setting, residuals: tuple, cotangents: _Result) -> tuple
             None if bias is None else jnp.zeros_like(bias),
         ),
     )
-    return by_hidden.astype(hidden.dtype), by_kernel, by_bias, None
+    by_hidden = setting.over_vocabulary(by_hidden).astype(hidden.dtype)
+    if setting.split is not None:
+        by_kernel = jax.lax.psum(by_kernel, setting.split.copies)
+        by_bias = jax.lax.psum(by_bias, setting.split.positions)
+    return by_hidden, by_kernel, by_bias
 
 
 _token_logprobs.defvjp(_forward, _backward)

@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpref.errors import UserError
+from jaxpref.logprobs import Split
 from jaxpref.packing import ROW_FIELDS, PackedBatch
 from jaxpref.trainable import path_of
 
@@ -138,14 +139,38 @@ def shardings(mesh: Mesh, abstract: Any, rules: Rules = RULES) -> Any:
     def place(leaf: Any) -> NamedSharding:
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, PartitionSpec())
-        axes = dict(rules)
-        spec = [
-            axes[name] if size % _ways(mesh, axes[name]) == 0 else None
-            for name, size in zip(leaf.names, leaf.value.shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        return NamedSharding(mesh, _spec(mesh, leaf.names, leaf.value.shape, rules))
 
     return jax.tree.map(place, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def table_split(shape: Sequence[int]) -> Split | None:
+    """How a table of the vocabulary lies over the mesh that `use` has made known.
+
+    Args:
+      shape: entries of the vocabulary, and width.
+
+    Returns:
+      None outside of `use`, and where there is one device.
+    """
+    spec = spec_of(("vocabulary", "width"), shape)
+    return None if spec is None else Split(dict(nn.get_logical_axis_rules())["rows"], *spec)
+
+
+def spec_of(names: Sequence[str], shape: Sequence[int]) -> PartitionSpec | None:
+    """Along which axes of the mesh that `use` has made known those of an array lie.
+
+    Args:
+      names: logical, of the array's axes.
+      shape: of the array; an axis that its mesh axes do not divide is whole.
+
+    Returns:
+      None outside of `use`, and where there is one device.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if mesh.empty or mesh.size == 1 or not rules:
+        return None
+    return _spec(mesh, names, shape, rules)
 
 
 def whole_everywhere(tree: Any) -> dict[str, int]:
@@ -205,7 +230,20 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(jax.tree.map(whole, tree))
 
 
-def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+def _spec(
+    mesh: Mesh | AbstractMesh, names: Sequence[str], shape: Sequence[int], rules: Rules
+) -> PartitionSpec:
+    """Along which axes of the mesh those of an array lie; one that they do not divide is whole."""
+    axes = dict(rules)
+    return PartitionSpec(
+        *(
+            axes[name] if size % _ways(mesh, axes[name]) == 0 else None
+            for name, size in zip(names, shape, strict=True)
+        )
+    )
+
+
+def _ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
     axes = (axis,) if isinstance(axis, str) else axis or ()
     ways = 1
     for name in axes:

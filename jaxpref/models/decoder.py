@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxpref import sharding
 from jaxpref.logprobs import LMHead
 from jaxpref.models.cache import Cache, Held, seated
 from jaxpref.models.config import REMAT_POLICIES, DecoderConfig
 from jaxpref.models.layers import Angles, Block, Norm, OfLayer, OfRows, param
 from jaxpref.models.protocol import ScalarHead
+from jaxpref.models.vocabulary import look_up
 from jaxpref.packing import Seats, Tree
 
 
@@ -200,13 +202,15 @@ class Decoder(nn.Module):
         """Embeds, runs the layers, norms; what layers have seen is stacked, or in a list."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        x = jnp.take(self._gathered(self.embedding), tokens, axis=0)
+        x = look_up(self.embedding, tokens).astype(dtype)
         if config.embedding_scale != 1:
             x *= jnp.asarray(config.embedding_scale, dtype)
         if config.embedding_width:
             x @= self.project_in.astype(dtype)
         if config.learned_positions:
-            table = self._gathered(self.position_embedding)
+            table = nn.with_logical_constraint(
+                self.position_embedding.astype(dtype), ("gathered", "activation")
+            )
             x += jnp.take(table, positions + config.position_offset, axis=0)
         x = nn.with_logical_constraint(x, ("rows", "length", "activation"))
         if config.rope and rows.angles is None:
@@ -237,22 +241,14 @@ class Decoder(nn.Module):
         )
 
     def lm_head(self) -> LMHead:
-        """The head in the compute dtype: `model.apply(variables, method="lm_head")`."""
+        """The head, with the table as it is: `model.apply(variables, method="lm_head")`."""
         config = self.config
         if config.scalar_head:
             raise ValueError("a model with a scalar head has no LM head; ask for its scalars.")
-        kernel = self._gathered(self.embedding if config.tied_head else self.head_kernel)
-        bias = self.head_bias.astype(jnp.dtype(config.dtype)) if config.head_bias else None
-        return LMHead(kernel, bias, config.logit_soft_cap)
-
-    def _gathered(self, table: Array) -> Array:
-        """A table of the vocabulary in the compute dtype, whole on every device.
-
-        Looked up by rows that are split otherwise, or walked block by block, a table in
-        parts would be gathered again and again.
-        """
-        table = table.astype(jnp.dtype(self.config.dtype))
-        return nn.with_logical_constraint(table, ("gathered", "activation"))
+        kernel = self.embedding if config.tied_head else self.head_kernel
+        bias = self.head_bias if config.head_bias else None
+        split = sharding.table_split(kernel.shape)
+        return LMHead(kernel, bias, config.logit_soft_cap, split=split)
 
     def __call__(
         self,

@@ -1,0 +1,335 @@
+"""What a compiled program does, read from its text: operations, and what devices exchange.
+
+`compiled.cost_analysis()` counts the body of a loop once. Here everything is multiplied with the
+trips of the loops that it is in.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+# Bytes of an element, by the name that HLO gives its type.
+_BYTES = {"pred": 1, "token": 0, "opaque": 0}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_NAME = re.compile(r"%([\w.\-]+)")
+
+# The share of an array's bytes that a device receives is 1 - 1 / devices, this many times.
+_COLLECTIVES = {
+    "all-gather": 1,
+    "all-reduce": 2,
+    "reduce-scatter": 1,
+    "all-to-all": 1,
+    "ragged-all-to-all": 1,
+    "collective-permute": 1,
+    "collective-broadcast": 1,
+}
+
+
+class Collective(NamedTuple):
+    """One exchange between devices.
+
+    Attributes:
+      kind: such as "all-gather".
+      size: bytes of the array as a whole: of what is gathered, or reduced.
+      times: how often it is done in a call of the program.
+      devices: that take part in it together.
+      source: where it comes from, as JAX names it.
+      loops: names of the loops that it is in, the outermost first.
+    """
+
+    kind: str
+    size: int
+    times: int
+    devices: int
+    source: str
+    loops: tuple[str, ...]
+
+    @property
+    def received(self) -> float:
+        """Bytes that a device receives, all times; what is reduced everywhere counts twice."""
+        if self.devices == 1:
+            return 0.0
+        share = 1.0 if self.kind == "collective-permute" else 1 - 1 / self.devices
+        return self.size * self.times * _COLLECTIVES[self.kind] * share
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    # What stands between the parentheses, and behind them.
+    given: str
+    attributes: str
+
+    def called(self, name: str) -> str | None:
+        """The computation that an attribute names."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+    @property
+    def source(self) -> str:
+        """JAX's name of what it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
+_Computation = Mapping[str, _Instruction]
+
+
+class Program:
+    """A compiled program, from `compiled.as_text()`."""
+
+    def __init__(self, text: str):
+        """Reads it.
+
+        Raises:
+          ValueError: the text is none of a compiled program.
+        """
+        self._computations: dict[str, dict[str, _Instruction]] = {}
+        self._roots: dict[str, str] = {}
+        entry = None
+        into: dict[str, _Instruction] = {}
+        here = ""
+        for line in text.splitlines():
+            if found := _COMPUTATION.match(line):
+                here = found[2]
+                into = self._computations[here] = {}
+                entry = here if found[1] else entry
+            elif found := _INSTRUCTION.match(line):
+                instruction = _parse(found[1], line[found.end() :])
+                into[found[1]] = instruction
+                if line.lstrip().startswith("ROOT "):
+                    self._roots[here] = found[1]
+        if entry is None:
+            raise ValueError("this is no text of a compiled program: it has no entry.")
+        self._entry = entry
+
+    def collectives(self) -> list[Collective]:
+        """All exchanges between devices."""
+        return [
+            _collective(instruction, times, loops)
+            for _, instruction, times, loops in self._walk(self._entry, 1, ())
+            if _kind(instruction.opcode) is not None
+        ]
+
+    def operations(self) -> float:
+        """Floating-point operations of a device in products of matrices and convolutions."""
+        return float(
+            sum(
+                times * _operations(instruction, computation)
+                for computation, instruction, times, _ in self._walk(self._entry, 1, ())
+            )
+        )
+
+    def _walk(
+        self, name: str, times: int, loops: tuple[str, ...]
+    ) -> Iterator[tuple[_Computation, _Instruction, int, tuple[str, ...]]]:
+        """All instructions with how often they are run, and the loops around them."""
+        computation = self._computations[name]
+        for instruction in computation.values():
+            yield computation, instruction, times, loops
+            body = instruction.called("body")
+            if instruction.opcode == "while" and body is not None:
+                trips = self._trips(instruction, computation)
+                yield from self._walk(body, times * trips, (*loops, instruction.source))
+            elif instruction.opcode in ("fusion", "call", "async-start"):
+                called = instruction.called("calls") or instruction.called("to_apply")
+                if called is not None:
+                    yield from self._walk(called, times, loops)
+            elif instruction.opcode == "conditional":
+                for branch in _NAME.findall(
+                    _between(instruction.attributes, "branch_computations")
+                ):
+                    yield from self._walk(branch, times, loops)
+
+    def _trips(self, loop: _Instruction, around: _Computation) -> int:
+        """How often a loop is run that counts up or down to a bound.
+
+        Raises:
+          ValueError: it does not count, so that this is not known.
+        """
+        if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
+        condition, body = loop.called("condition"), loop.called("body")
+        assert condition is not None
+        assert body is not None
+        compared = self._compared(condition)
+        if compared is None:
+            raise ValueError(f"the loop {loop.name} ({loop.source}) does not count.")
+        index, bound = compared
+        step = self._step(body, index)
+        start = self._constant(self._element(around[loop.operands[0]], index, around), around)
+        return max(math.ceil((bound - (start or 0)) / (step or 1)), 0)
+
+    def _compared(self, condition: str) -> tuple[int, int] | None:
+        """The element of a loop's carry that counts, and its bound."""
+        computation = self._computations[condition]
+        index, bound = None, None
+        for instruction in computation.values():
+            if instruction.opcode == "get-tuple-element":
+                index = int(_attribute(instruction, "index"))
+            elif instruction.opcode == "constant" and instruction.given.lstrip("-").isdigit():
+                bound = int(instruction.given)
+        return None if index is None or bound is None else (index, bound)
+
+    def _step(self, body: str, index: int) -> int | None:
+        """What a loop's body adds to an element of its carry."""
+        computation = self._computations[body]
+        element = self._element(computation[self._roots[body]], index, computation)
+        if element.opcode == "fusion" and (called := element.called("calls")) is not None:
+            computation = self._computations[called]
+            element = computation[self._roots[called]]
+        if element.opcode != "add":
+            return None
+        added = (self._constant(computation[name], computation) for name in element.operands)
+        return next((number for number in added if number is not None), None)
+
+    def _element(self, value: _Instruction, index: int, inside: _Computation) -> _Instruction:
+        if value.opcode == "tuple":
+            value = inside[value.operands[index]]
+        while value.opcode in ("copy", "bitcast"):
+            value = inside[value.operands[0]]
+        return value
+
+    def _constant(self, value: _Instruction, inside: _Computation) -> int | None:
+        while value.opcode in ("copy", "bitcast", "convert"):
+            value = inside[value.operands[0]]
+        if value.opcode == "constant" and value.given.lstrip("-").isdigit():
+            return int(value.given)
+        return None
+
+
+def _parse(name: str, rest: str) -> _Instruction:
+    shape_end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:shape_end], rest[shape_end:].lstrip()
+    opened = rest.index("(")
+    closed = _closing(rest, opened)
+    given = rest[opened + 1 : closed - 1]
+    operands = tuple(_NAME.findall(given))
+    return _Instruction(name, shape, rest[:opened], operands, given, rest[closed:])
+
+
+def _closing(text: str, opened: int) -> int:
+    """The place after the parenthesis that closes the one at `opened`."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, opened):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.end()
+    raise ValueError(f"a parenthesis is not closed in {text[:80]!r}.")
+
+
+def _between(attributes: str, name: str) -> str:
+    found = re.search(rf"{name}=\{{([^}}]*)\}}", attributes)
+    return found[1] if found else ""
+
+
+def _attribute(instruction: _Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=([^\s,]+)", instruction.attributes)
+    return found[1] if found else ""
+
+
+def _arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Types and sizes of the arrays in a shape."""
+    return [
+        (dtype, tuple(int(re.sub(r"\D", "", size)) for size in sizes.split(",") if size))
+        for dtype, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape))
+    ]
+
+
+def _bytes(dtype: str, sizes: tuple[int, ...]) -> int:
+    if dtype not in _BYTES:
+        bits = re.match(r"[a-z]+(\d+)", dtype)
+        _BYTES[dtype] = -(-int(bits[1]) // 8) if bits else 0
+    return math.prod(sizes) * _BYTES[dtype]
+
+
+def _kind(opcode: str) -> str | None:
+    kind = opcode.removesuffix("-start")
+    return kind if kind in _COLLECTIVES else None
+
+
+def _collective(instruction: _Instruction, times: int, loops: tuple[str, ...]) -> Collective:
+    kind = _kind(instruction.opcode)
+    assert kind is not None
+    devices = _group_size(instruction)
+    sizes = [_bytes(*array) for array in _arrays(instruction.shape)]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # Those that were given come first, then those that come out, then what is kept of it.
+        sizes = [max(sizes)]
+    size = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
+    if kind == "reduce-scatter" and instruction.opcode.endswith("-start"):
+        size = max(sizes)
+    return Collective(kind, size, times, devices, instruction.source, loops)
+
+
+def _group_size(instruction: _Instruction) -> int:
+    """How many devices exchange something with each other."""
+    if "source_target_pairs" in instruction.attributes:
+        return 2
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes):
+        return int(iota[2])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", instruction.attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+    raise ValueError(f"it is not known which devices take part in {instruction.name}.")
+
+
+def _operations(instruction: _Instruction, computation: _Computation) -> float:
+    if instruction.opcode == "dot":
+        return _of_dot(instruction, computation)
+    if instruction.opcode == "convolution":
+        return _of_convolution(instruction, computation)
+    return 0.0
+
+
+def _of_dot(instruction: _Instruction, computation: _Computation) -> float:
+    ((_, left),) = _arrays(computation[instruction.operands[0]].shape)
+    summed = _between(instruction.attributes, "lhs_contracting_dims")
+    inner = math.prod(left[int(axis)] for axis in summed.split(",") if axis)
+    ((_, out),) = _arrays(instruction.shape)
+    return 2.0 * math.prod(out) * inner
+
+
+def _of_convolution(instruction: _Instruction, computation: _Computation) -> float:
+    """Products of numbers that are there: what is padded or lies between does not count."""
+    ((_, left),) = _arrays(computation[instruction.operands[0]].shape)
+    ((_, right),) = _arrays(computation[instruction.operands[1]].shape)
+    ((_, out),) = _arrays(instruction.shape)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    of_left, of_right, of_out = labels.groups()
+    count = 2.0 * right[of_right.index("i")] * out[of_out.index("f")] * out[of_out.index("b")]
+    window = _window(_between(instruction.attributes, "window"))
+    for axis in (label for label in of_out if label.isdigit()):
+        place = int(axis)
+        size = right[of_right.index(axis)]
+        stride, low, dilated, spread = (
+            window[name][place] if name in window else default
+            for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+        )
+        length = left[of_left.index(axis)]
+        extent = (length - 1) * dilated + 1
+        count *= sum(
+            0 <= position < extent and position % dilated == 0
+            for o in range(out[of_out.index(axis)])
+            for k in range(size)
+            for position in [o * stride + k * spread - low]
+        )
+    return count
+
+
+def _window(text: str) -> dict[str, list[int]]:
+    """The parts of a window by name; of the padding what comes first."""
+    return {
+        name: [int(part.split("_")[0]) for part in numbers.split("x")]
+        for name, _, numbers in (part.partition("=") for part in text.split())
+        if name != "rhs_reversal"
+    }
