@@ -173,7 +173,16 @@ KNOBS: dict[str, Knob] = {
         "products with weights, or everything",
         choices=("none", "dots", "full"),
     ),
-    "model.attention_block": Knob(128, "queries that attention computes at a time", at_least=1),
+    "model.attention": Knob(
+        "auto",
+        "what computes attention: a kernel for TPUs (splash), or XLA block by block (blockwise); "
+        "auto: the kernel where it can be had",
+        choices=("auto", "blockwise", "splash"),
+        resumable=True,
+    ),
+    "model.attention_block": Knob(
+        128, "queries that attention computes at a time, block by block", at_least=1
+    ),
     "model.lora.rank": Knob(
         0, "rank of low-rank adapters (LoRA), which alone are then trained; 0: none", at_least=0
     ),

@@ -191,19 +191,24 @@ def _refuse_shape(config: ConfigDict) -> None:
         )
 
 
-def build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Decoder:
+def build_model(
+    config: ConfigDict, source: Source, tokenizer_size: int, platform: str = ""
+) -> Decoder:
     """The model, before any weights are read.
 
     Args:
       config: a whole config.
       source: from `find`.
       tokenizer_size: ids that the tokenizer can give.
+      platform: of the devices that it is for, as JAX names it; empty: of those here.
 
     Raises:
-      UserError: its shape is impossible, or too small for the tokenizer or for the data's
-        lengths.
+      UserError: its shape or attention is impossible, or it is too small for the tokenizer or
+        for the data's lengths.
     """
     model = _build_model(config, source, tokenizer_size)
+    attention = models.attention_of(config, platform or jax.devices()[0].platform)
+    model = model.clone(config=dataclasses.replace(model.config, attention=attention))
     return models.as_scalar(model) if config.algorithm.name == "reward" else model
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib, packing, sharding
+from jaxpref import config as config_lib, models, packing, sharding
 from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.load import Data
 from jaxpref.errors import UserError
@@ -180,7 +180,8 @@ def budget_of(config: ConfigDict, dataset: TokenizedDataset, mesh: Mesh) -> Budg
     scored_length = config.data.scored_length or packing.scored_budget(
         dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
     )
-    return Budget(row_length, scored_length, sharding.batch_shards(mesh))
+    aligned = models.alignment(config, mesh)
+    return Budget(row_length, scored_length, sharding.batch_shards(mesh), aligned)
 
 
 def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:

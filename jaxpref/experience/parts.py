@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib, data as data_lib, packing, sharding
+from jaxpref import config as config_lib, data as data_lib, models, packing, sharding
 from jaxpref.algorithms import Online, token_logps, token_values
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE, SAMPLED, VALUES
 from jaxpref.data import BatchStream, TokenizedDataset
@@ -295,4 +295,4 @@ def budget_of(config: ConfigDict, mesh: Mesh, *, samples: int, scored_length: in
     responses = longest * samples
     share = responses / (config.data.max_prompt_length + responses)
     scored = scored_length or min(max(int(share * row), longest), row)
-    return Budget(row, scored, sharding.batch_shards(mesh))
+    return Budget(row, scored, sharding.batch_shards(mesh), models.alignment(config, mesh))

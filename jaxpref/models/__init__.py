@@ -5,7 +5,7 @@ from jaxpref.models.cache import Cache, branch, widened
 from jaxpref.models.classifiers import as_scalar, padding_beside_adapters, with_scalar_head
 from jaxpref.models.config import DecoderConfig, Lora
 from jaxpref.models.decoder import Decoder, rotary_table, unroll
-from jaxpref.models.from_config import build, lora
+from jaxpref.models.from_config import alignment, attention_of, build, lora
 from jaxpref.models.huggingface import (
     from_pretrained,
     make_rope,
@@ -29,7 +29,9 @@ __all__ = [
     "Rope",
     "ScalarHead",
     "abstract_params",
+    "alignment",
     "as_scalar",
+    "attention_of",
     "branch",
     "build",
     "dequantize",

@@ -37,6 +37,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_tanh": partial(nn.gelu, approximate=True),
 }
 
+# What computes attention: block by block on any device, or a kernel for TPUs where it can tell the
+# tokens' places (see `packing.Alignment`), and block by block elsewhere.
+ATTENTIONS = ("blockwise", "splash")
+
 # What can have an adapter; experts cannot.
 ADAPTABLE = ("query", "key", "value", "out", "gate", "up", "down")
 _OF_FEED_FORWARD = ("gate", "up", "down")
@@ -121,6 +125,7 @@ class DecoderConfig:
       dtype: of activations and products.
       param_dtype: of parameters.
       remat: a key of `REMAT_POLICIES`.
+      attention: one of `ATTENTIONS`: which function computes it.
       attention_block: queries a block of attention.
     """
 
@@ -163,6 +168,7 @@ class DecoderConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "dots"
+    attention: str = "blockwise"
     attention_block: int = 128
 
     @property
@@ -191,6 +197,7 @@ class DecoderConfig:
             "norm": NORMS,
             "block": BLOCKS,
             "activation": tuple(ACTIVATIONS),
+            "attention": ATTENTIONS,
         }.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxpref.errors import UserError
+from jaxpref.models import splash
 from jaxpref.models.config import DecoderConfig, Lora
 from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface import Origin, make_rope
+from jaxpref.packing import Alignment
 
 
 def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
@@ -31,12 +34,45 @@ def build(config: ConfigDict, tokenizer_size: int) -> Decoder:
         raise UserError(f"model.head_dim must be even for rotary; got {config.head_dim}.")
     names = {field.name for field in dataclasses.fields(DecoderConfig)}
     shape = {name: value for name, value in config.items() if name in names}
-    shape |= {"vocabulary_size": size, "lora": lora(config)}
+    # It depends on the devices, too: see `attention_of`.
+    shape |= {"vocabulary_size": size, "lora": lora(config), "attention": "blockwise"}
     rope = make_rope(config.head_dim, rope_theta=config.rope_theta)
     try:
         return Decoder(DecoderConfig(**shape, rope=(rope,)), _as_llama(config, size))
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def attention_of(config: ConfigDict, platform: str) -> str:
+    """Which attention a run has on devices of a platform, see `DecoderConfig.attention`.
+
+    Args:
+      config: a whole config.
+      platform: as JAX names it.
+
+    Raises:
+      UserError: the config asks for one that there cannot be.
+    """
+    asked = config.model.attention
+    why = splash.refusal(config.data.row_length or config.data.max_length, platform)
+    if asked == "splash" and why is not None:
+        raise UserError(
+            f"model.attention is 'splash', which cannot be had: {why}. With 'auto' it is taken "
+            "where it can."
+        )
+    return "blockwise" if asked == "blockwise" or why is not None else "splash"
+
+
+def alignment(config: ConfigDict, mesh: Mesh) -> Alignment:
+    """How a run's rows have to be aligned for its attention.
+
+    Args:
+      config: a whole config.
+      mesh: over which the run is sharded.
+    """
+    if attention_of(config, mesh.devices.flat[0].platform) == "blockwise":
+        return Alignment()
+    return Alignment.of(config.data.row_length or config.data.max_length)
 
 
 def lora(config: ConfigDict) -> Lora | None:

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxpref.losses.inputs import in_float32
+from jaxpref.models import splash
 from jaxpref.models.attention import attention
 from jaxpref.models.cache import Held, Places, attend
 from jaxpref.models.config import ACTIVATIONS, DecoderConfig
@@ -187,15 +188,12 @@ class Block(nn.Module):
             )
         else:
             assert rows.seats is not None
-            attended = attention(
-                query,
-                key,
-                value,
-                rows.seats,
-                window=layer.window,
-                block_size=config.attention_block,
-                **shape,
-            )
+            if config.attention == "splash" and splash.can(rows.seats):
+                windows = tuple(sorted(set(config.windows)))
+                attend_rows: Any = partial(splash.splash_attention, windows=windows)
+            else:
+                attend_rows = partial(attention, block_size=config.attention_block)
+            attended = attend_rows(query, key, value, rows.seats, window=layer.window, **shape)
         attended = checkpoint_name(attended, "attended")
         out = self._linear(
             attended.reshape(-1, heads * head_dim),

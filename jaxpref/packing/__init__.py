@@ -53,11 +53,13 @@ from jaxpref.packing.planner import (
     round_rows,
     scored_budget,
 )
-from jaxpref.packing.tree import Group, Seats, Tree, sees
+from jaxpref.packing.tree import LONGEST_ALIGNED, Alignment, Group, Seats, Tree, sees
 from jaxpref.packing.writer import materialise, pack, pack_micro_batches, plan
 
 __all__ = [
+    "LONGEST_ALIGNED",
     "ROW_FIELDS",
+    "Alignment",
     "Budget",
     "Group",
     "Lengths",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jaxpref.packing.tree import Seats, Tree, sees
+from jaxpref.packing.tree import Alignment, Seats, Tree, sees
 
 # The fields of a batch that have a row for each row of tokens.
 ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "place", "target", "response")
@@ -36,6 +36,7 @@ class PackedBatch:
       extras: further arrays `[groups, ...]` in batch order, such as `reference_logps`.
       token_extras: further values of each scored position, such as advantages.
       shards: number of equal blocks of rows whose scored positions share a table.
+      aligned: where prompts end and responses start.
     """
 
     tokens: Int[Array | np.ndarray, "*micro rows length"]
@@ -52,11 +53,12 @@ class PackedBatch:
         dataclasses.field(default_factory=dict)
     )
     shards: int = dataclasses.field(default=1, metadata={"static": True})
+    aligned: Alignment = dataclasses.field(default=Alignment(), metadata={"static": True})
 
     @property
     def tree(self) -> Tree:
         """Groups and branches, for a model: who sees whom, without an array of all pairs."""
-        return Tree(self.group, self.branch)
+        return Tree(self.group, self.branch, self.aligned)
 
 
 def attention_mask(batch: PackedBatch) -> Bool[Array, "rows length length"]:

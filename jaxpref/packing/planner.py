@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from jaxpref.packing.tree import Alignment
+
 # Fewer at a time leave a device idle.
 _LEAST_TOKENS = 2_048
 
@@ -20,11 +22,13 @@ class Budget(NamedTuple):
       row_length: tokens a row.
       scored_length: scored tokens a row; the rows of a shard pool theirs.
       shards: rows come in multiples of this.
+      aligned: where prompts end and responses start.
     """
 
     row_length: int
     scored_length: int
     shards: int = 1
+    aligned: Alignment = Alignment()
 
 
 class Shape(NamedTuple):
@@ -78,7 +82,7 @@ def plan_tree(
     Raises:
       ValueError: a prompt with one response is longer than a row.
     """
-    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths)
+    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths, budget)
     # The rows of a shard share a table of scored tokens, so that these alone close no row.
     rows = _filled(lengths, budget.row_length, None)
     total = round_rows(len(rows), budget.shards)
@@ -121,7 +125,7 @@ def plan_micro_batches(
     """
     if rows % budget.shards:
         raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
-    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths)
+    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths, budget)
     # A row with more scored tokens than the table of its shard would find no place.
     table = rows // budget.shards * budget.scored_length
     parts = _split_all(lengths, budget.row_length, table)
@@ -255,17 +259,24 @@ class _Lengths(NamedTuple):
     prompts: Sequence[int]
     responses: Lengths
     scored: Lengths
+    aligned: Alignment
 
     @classmethod
-    def of(cls, prompts: Sequence[int], responses: Lengths, scored: Lengths | None) -> "_Lengths":
+    def of(
+        cls, prompts: Sequence[int], responses: Lengths, scored: Lengths | None, budget: Budget
+    ) -> "_Lengths":
         """Where nothing else is said, all tokens of responses are scored."""
-        return cls(prompts, responses, responses if scored is None else scored)
+        return cls(prompts, responses, responses if scored is None else scored, budget.aligned)
 
     def of_part(self, part: Part) -> tuple[int, int]:
         """Tokens that a part takes of a row, and scored ones."""
         group, chosen = part
         responses, scored = self.responses[group], self.scored[group]
-        tokens = self.prompts[group] + sum(responses[k] for k in chosen)
+        if self.aligned == Alignment():
+            tokens = self.prompts[group] + sum(responses[k] for k in chosen)
+        else:
+            of_part = [responses[k] for k in chosen]
+            tokens = self.aligned.places(self.prompts[group], of_part)[1][-1] + of_part[-1]
         return tokens, sum(scored[k] for k in chosen)
 
 
@@ -345,6 +356,8 @@ def _best_fit(
     sizes = {part: lengths.of_part(part) for part in parts}
     for part in sorted(parts, key=lambda part: -sizes[part][0]):
         tokens, scored = sizes[part]
+        # Another group may follow from there on.
+        tokens = min(lengths.aligned.after(tokens), row_length)
         place = bisect.bisect_left(into.free, (tokens,))
         while place < len(into.free) and into.free[place][2] < scored:
             place += 1

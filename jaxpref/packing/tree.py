@@ -1,5 +1,6 @@
 """The tree itself: groups of tokens, and who sees whom."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,16 +38,80 @@ class Group(NamedTuple):
         return [int((~context).sum()) for context in self.context]
 
 
-class Tree(NamedTuple):
+# Tokens of the longest row that `Alignment` knows of.
+LONGEST_ALIGNED = 32_768
+
+
+class Alignment(NamedTuple):
+    """Where prompts end and responses start in a row, for kernels that know these places coarsely.
+
+    Attributes:
+      prompt: prompts with several responses end at multiples of this.
+      response: the responses start at multiples of this, which divides `prompt`.
+    """
+
+    prompt: int = 1
+    response: int = 1
+
+    @classmethod
+    def of(cls, length: int) -> "Alignment":
+        """So that a token's place, its prompt's end and its branch's start fit 32 bits together.
+
+        Rows of up to 1,024 tokens need none, those of 4,096 prompts that end at multiples of 16.
+
+        Args:
+          length: tokens of a row.
+
+        Raises:
+          ValueError: it is above 32,768.
+        """
+        if length > LONGEST_ALIGNED:
+            raise ValueError(f"rows should have at most {LONGEST_ALIGNED} tokens; got {length}.")
+        missing = max(3 * max((length - 1).bit_length(), 1) - 32, 0)
+        # There are more responses than prompts, so that theirs is the coarser.
+        of_prompts = min(missing, 7)
+        return cls(2**of_prompts, 2 ** (missing - of_prompts))
+
+    def includes(self, other: "Alignment") -> bool:
+        """Whether what has this alignment has another one too."""
+        return self.prompt % other.prompt == 0 and self.response % other.response == 0
+
+    def places(self, prompt: int, responses: Sequence[int]) -> tuple[int, list[int]]:
+        """Where a prompt and its responses start, after a multiple of `prompt` in the row.
+
+        A single response needs no alignment, since there is nothing between it and its prompt.
+
+        Args:
+          prompt: its tokens.
+          responses: their tokens.
+        """
+        if len(responses) == 1:
+            return 0, [prompt]
+        end = self.after(prompt)
+        starts = [end]
+        for tokens in responses[:-1]:
+            starts.append(starts[-1] + -(-tokens // self.response) * self.response)
+        return end - prompt, starts
+
+    def after(self, end: int) -> int:
+        """The first place from `end` on where a prompt may end, and what follows a group start."""
+        return -(-end // self.prompt) * self.prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tree:
     """Whose token each one is: the tree itself, as the drawing in `jaxpref.packing` has it.
 
     Attributes:
       group: 1, 2, ... within a row; 0 is padding.
       branch: 0 for a prompt, k for the k-th response of the group.
+      aligned: where prompts are known to end, and responses to start.
     """
 
     group: Int[Array | np.ndarray, "*micro rows length"]
     branch: Int[Array | np.ndarray, "*micro rows length"]
+    aligned: Alignment = dataclasses.field(default=Alignment(), metadata={"static": True})
 
 
 class Seats(NamedTuple):

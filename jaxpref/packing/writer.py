@@ -25,7 +25,7 @@ def plan(groups: Sequence[Group], budget: Budget, planner: Planner = plan_tree) 
         of whose tokens is scored.
     """
     _check_groups(groups)
-    if min(budget) < 1:
+    if min(budget.row_length, budget.scored_length, budget.shards) < 1:
         raise ValueError(f"a row needs at least one token and one scored token; got {budget}.")
     return planner(
         [len(group.prompt) for group in groups],
@@ -139,16 +139,20 @@ def materialise(
         first_of_row = row_in_shard * budget.row_length
         end = 0
         for number, part in enumerate(parts, start=1):
-            prompt = groups[part.group].prompt
-            start, end = end, end + len(prompt)
+            prompt, responses_here = groups[part.group].prompt, groups[part.group].responses
+            sizes = [len(responses_here[k]) for k in part.responses]
+            before, starts = budget.aligned.places(len(prompt), sizes)
+            origin = budget.aligned.after(end)
+            start = origin + before
+            end = start + len(prompt)
             tokens[row, start:end] = prompt
             positions[row, start:end] = np.arange(len(prompt))
             group_ids[row, start:end] = number
             last_of_prompt = first_of_row + end - 1
             scored_places = groups[part.group].scored
-            for k in part.responses:
-                ids, places = groups[part.group].responses[k], scored_places[k]
-                start, end = end, end + len(ids)
+            for k, offset in zip(part.responses, starts, strict=True):
+                ids, places = responses_here[k], scored_places[k]
+                start, end = origin + offset, origin + offset + len(ids)
                 tokens[row, start:end] = ids
                 positions[row, start:end] = np.arange(len(prompt), len(prompt) + len(ids))
                 group_ids[row, start:end] = number
@@ -177,6 +181,7 @@ def materialise(
         lengths=lengths,
         extras={},
         shards=shards,
+        aligned=budget.aligned,
     )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from jaxpref import packing, sharding, weights
+from jaxpref import models, packing, sharding, weights
 from jaxpref.errors import UserError
 from jaxpref.packing import Budget, Group, PackedBatch
 
@@ -98,7 +98,8 @@ class Scorer(abc.ABC):
           rows: how many are scored at a time, at most.
           progress: called with the number of groups done so far.
         """
-        budget = Budget(self.row_length, self.row_length, sharding.batch_shards(self.mesh))
+        shards, aligned = sharding.batch_shards(self.mesh), models.alignment(self.config, self.mesh)
+        budget = Budget(self.row_length, self.row_length, shards, aligned)
         with sharding.use(self.mesh):
             return score(
                 lambda batch: self.rewards(params, sharding.put_batch(self.mesh, batch)),
