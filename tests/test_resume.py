@@ -8,7 +8,7 @@ import pytest
 from test_train import assert_same_params, lines_of, small
 
 from jaxpref import checkpoint, train
-from jaxpref.train import assemble
+from jaxpref.train import layout
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -52,7 +52,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
     # A rate at which every update shows.
     config = small(name, train__save_every=2, optimizer__learning_rate=1e-2, **changes)
     train.run(config, tmp_path / "whole")
-    make_update = assemble.make_update
+    make_update = layout.make_update
 
     def mortal(*args, **options):
         update = make_update(*args, **options)
@@ -65,7 +65,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
         return step
 
     with monkeypatch.context() as patched:
-        patched.setattr(assemble, "make_update", mortal)
+        patched.setattr(layout, "make_update", mortal)
         with pytest.raises(Death):
             train.run(config, tmp_path / "died")
     assert checkpoint.latest_step(tmp_path / "died") == 2

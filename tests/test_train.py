@@ -15,7 +15,7 @@ from jaxpref import (
     train,
 )
 from jaxpref.errors import UserError
-from jaxpref.train import assemble, loop
+from jaxpref.train import layout, loop
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -368,7 +368,7 @@ def test_nan_stops_naming_metric_and_step(tmp_path):
 
 def test_nan_later_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     """Weights that turn bad at step 3 are never saved, and the save of step 2 is awaited."""
-    original = assemble.make_update
+    original = layout.make_update
 
     def make_update(*args, **options):
         update = original(*args, **options)
@@ -383,7 +383,7 @@ def test_nan_later_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
         return breaks
 
-    monkeypatch.setattr(assemble, "make_update", make_update)
+    monkeypatch.setattr(layout, "make_update", make_update)
     message = "step 3: loss after the update = nan. Stopped; the checkpoint of step 2 is kept"
     with pytest.raises(UserError, match=message):
         train.run(small(train__steps=9, train__save_every=1), tmp_path)

@@ -17,6 +17,9 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
 
+# TPUs have a reduce-scatter as an all-reduce of which each keeps a part, in a computation so named.
+_SCATTER = "all-reduce-scatter"
+
 # The share of an array's bytes that a device receives is 1 - 1 / devices, this many times.
 _COLLECTIVES = {
     "all-gather": 1,
@@ -81,6 +84,27 @@ class _Instruction(NamedTuple):
 _Computation = Mapping[str, _Instruction]
 
 
+class _Where(NamedTuple):
+    """Where an instruction stands.
+
+    Attributes:
+      computation: its own.
+      times: how often that is run.
+      loops: around it, the outermost first.
+      around: the computation that calls its own as a part of one instruction; "" for none.
+    """
+
+    computation: str
+    times: int
+    loops: tuple[str, ...]
+    around: str
+
+
+class _Step(NamedTuple):
+    instruction: _Instruction
+    where: _Where
+
+
 class Program:
     """A compiled program, from `compiled.as_text()`."""
 
@@ -111,41 +135,53 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """All exchanges between devices."""
-        return [
-            _collective(instruction, times, loops)
-            for _, instruction, times, loops in self._walk(self._entry, 1, ())
-            if _kind(instruction.opcode) is not None
-        ]
+        found, seen = [], set()
+        for step in self._walk(_Where(self._entry, 1, (), "")):
+            instruction = step.instruction
+            if _kind(instruction.opcode) is None:
+                continue
+            if step.where.around:
+                # What goes on while others compute stands in each of the fusions that do, too.
+                channel = _attribute(instruction, "channel_id")
+                key = (step.where.around, step.where.loops, instruction.opcode, channel)
+                if key in seen:
+                    continue
+                seen.add(key)
+            scatters = _SCATTER in step.where.computation
+            found.append(_collective(instruction, step.where, scatters=scatters))
+        return found
 
     def operations(self) -> float:
         """Floating-point operations of a device in products of matrices and convolutions."""
+        steps = self._walk(_Where(self._entry, 1, (), ""))
         return float(
             sum(
-                times * _operations(instruction, computation)
-                for computation, instruction, times, _ in self._walk(self._entry, 1, ())
+                step.where.times
+                * _operations(step.instruction, self._computations[step.where.computation])
+                for step in steps
             )
         )
 
-    def _walk(
-        self, name: str, times: int, loops: tuple[str, ...]
-    ) -> Iterator[tuple[_Computation, _Instruction, int, tuple[str, ...]]]:
-        """All instructions with how often they are run, and the loops around them."""
-        computation = self._computations[name]
+    def _walk(self, where: _Where) -> Iterator[_Step]:
+        """All instructions, each with where it stands."""
+        computation = self._computations[where.computation]
         for instruction in computation.values():
-            yield computation, instruction, times, loops
+            yield _Step(instruction, where)
             body = instruction.called("body")
             if instruction.opcode == "while" and body is not None:
-                trips = self._trips(instruction, computation)
-                yield from self._walk(body, times * trips, (*loops, instruction.source))
+                times = where.times * self._trips(instruction, computation)
+                loops = (*where.loops, instruction.source)
+                yield from self._walk(_Where(body, times, loops, ""))
             elif instruction.opcode in ("fusion", "call", "async-start"):
                 called = instruction.called("calls") or instruction.called("to_apply")
                 if called is not None:
-                    yield from self._walk(called, times, loops)
+                    around = where.around or where.computation
+                    yield from self._walk(where._replace(computation=called, around=around))
             elif instruction.opcode == "conditional":
                 for branch in _NAME.findall(
                     _between(instruction.attributes, "branch_computations")
                 ):
-                    yield from self._walk(branch, times, loops)
+                    yield from self._walk(where._replace(computation=branch))
 
     def _trips(self, loop: _Instruction, around: _Computation) -> int:
         """How often a loop is run that counts up or down to a bound.
@@ -254,7 +290,7 @@ def _kind(opcode: str) -> str | None:
     return kind if kind in _COLLECTIVES else None
 
 
-def _collective(instruction: _Instruction, times: int, loops: tuple[str, ...]) -> Collective:
+def _collective(instruction: _Instruction, where: _Where, *, scatters: bool) -> Collective:
     kind = _kind(instruction.opcode)
     assert kind is not None
     devices = _group_size(instruction)
@@ -265,7 +301,8 @@ def _collective(instruction: _Instruction, times: int, loops: tuple[str, ...]) -
     size = sum(sizes) * (devices if kind == "reduce-scatter" else 1)
     if kind == "reduce-scatter" and instruction.opcode.endswith("-start"):
         size = max(sizes)
-    return Collective(kind, size, times, devices, instruction.source, loops)
+    kind = "reduce-scatter" if scatters else kind
+    return Collective(kind, size, where.times, devices, instruction.source, where.loops)
 
 
 def _group_size(instruction: _Instruction) -> int:
@@ -276,9 +313,13 @@ def _group_size(instruction: _Instruction) -> int:
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", instruction.attributes):
         return int(iota[2])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", instruction.attributes):
+    if mesh := re.search(
+        r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", instruction.attributes
+    ):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+        # An axis may be split: 'axis_0':(2)4 is a part of 4 of it.
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
     raise ValueError(f"it is not known which devices take part in {instruction.name}.")
 
 

@@ -19,8 +19,6 @@ from jaxpref import (
     data as data_lib,
     evaluation,
     experience,
-    models,
-    optimizer as optimizer_lib,
     processes,
     reference as reference_lib,
     sharding,
@@ -30,22 +28,18 @@ from jaxpref.checkpoint import CRITIC
 from jaxpref.data import Data
 from jaxpref.data.synthetic import true_rewards
 from jaxpref.errors import UserError
-from jaxpref.experience.rollouts import MOMENTS
 from jaxpref.measurements import Metric, total
 from jaxpref.packing import Budget, PackedBatch
 from jaxpref.terminal import console, progress
 from jaxpref.train import evaluations
 from jaxpref.train.begun import Begun
-from jaxpref.train.critic import Critic
-from jaxpref.train.state import POLICY, State, abstract_state, initial_state
+from jaxpref.train.layout import Layout, lay_out
+from jaxpref.train.state import POLICY, State, initial_state
 from jaxpref.train.update import (
-    EvalStep,
     Frozen,
     Step,
-    Update,
     make_eval_step,
     make_step,
-    make_update,
 )
 from jaxpref.trainable import as_abstract, store_frozen
 
@@ -109,25 +103,8 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
     processes.agree(identity)
     checkpoint.check_same_run(workdir, identity)
 
-    method = config_lib.method_of(config.algorithm.name)
-    online = algorithms.build_online(config) if method.samples else None
-    algorithm = algorithms.build(config) if online is None else online.policy
-    updates = 1 if online is None else online.epochs * online.minibatches
-    optimizer, schedule = optimizer_lib.build(config.optimizer, steps * updates)
-    controls = {} if online is None else {**online.controls, **dict.fromkeys(MOMENTS, 0.0)}
-    abstract, abstract_frozen = abstract_state(
-        opened.model,
-        optimizer,
-        mesh,
-        config_lib.trainable(config),
-        moving_reference=reference_lib.moves(config),
-        running=algorithm.running,
-        controls=controls,
-    )
-    critic = None
-    if online is not None and online.critic is not None:
-        critic = Critic.of(config, opened, mesh, steps * updates)
-        abstract = abstract._replace(roles={**abstract.roles, CRITIC: critic.abstract})
+    layout = lay_out(config, opened, mesh, steps)
+    abstract, critic = layout.state, layout.critic
     start = checkpoints.latest or 0
     if start > steps:
         raise UserError(
@@ -136,9 +113,9 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         )
     if start:
         state = abstract.with_parts(*checkpoints.restore(start, abstract.params, abstract.rest))
-        params, frozen = state.policy, _restore_frozen(config, workdir, abstract_frozen)
+        params, frozen = state.policy, _restore_frozen(config, workdir, layout.frozen)
     else:
-        params, frozen = weights.load_first(config, opened, abstract.policy, abstract_frozen)
+        params, frozen = weights.load_first(config, opened, abstract.policy, layout.frozen)
         checkpoint.save_frozen(workdir, frozen)
     reference = reference_lib.start(
         reference_lib.Start(
@@ -147,7 +124,7 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
             mesh=mesh,
             decoder=opened.model,
             another=another,
-            algorithm=algorithm,
+            algorithm=layout.algorithm,
             data=data,
             policy=params,
             frozen=frozen,
@@ -157,10 +134,10 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
     if not start:
         state = initial_state(
             params,
-            optimizer,
-            running=algorithm.running,
+            layout.optimizer,
+            running=layout.algorithm.running,
             reference=reference.moving,
-            controls=controls,
+            controls=layout.controls,
             abstract=abstract,
         )
         if critic is not None:
@@ -181,15 +158,7 @@ def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoi
         start=start,
         steps=steps,
     )
-    if online is None:
-        model = models.packed(opened.model)
-        update = make_update(
-            algorithm, model, optimizer, schedule, reference=reference.mode, seed=config.seed
-        )
-        eval_step = make_eval_step(algorithm, model, reference=reference.mode)
-        training = _offline(begun, update, eval_step, abstract_frozen)
-    else:
-        training = _online(begun, online, optimizer, schedule, critic, abstract_frozen)
+    training = (_offline if layout.online is None else _online)(begun, layout)
     if not start:
         weights.keep(opened.source, opened.model, workdir)
         checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
@@ -212,14 +181,16 @@ def _training(begun: Begun, source: experience.Source, step: Step, **others: Any
     )
 
 
-def _offline(begun: Begun, update: Update, eval_step: EvalStep, abstract_frozen: Any) -> Training:
+def _offline(begun: Begun, layout: Layout) -> Training:
     """A run on data."""
-    data, mesh = begun.data, begun.mesh
+    data, mesh, mode = begun.data, begun.mesh, begun.reference.mode
+    update = layout.policy_update(mode)
+    eval_step = make_eval_step(layout.algorithm, layout.policy, reference=mode)
     put = partial(sharding.put_batch, mesh)
     stream = begun.stream("train", training=True)
     held_out = None if data.held_out is None else begun.stream("held_out", training=False)
     sampled = evaluations.of_run_on_data(begun)
-    _describe(begun, abstract_frozen, stream.budget)
+    _describe(begun, layout.frozen, stream.budget)
 
     def look(state: State, batch: PackedBatch) -> algorithms.Objective:
         return eval_step(state, begun.frozen, begun.reference.params, batch)
@@ -247,16 +218,11 @@ def _offline(begun: Begun, update: Update, eval_step: EvalStep, abstract_frozen:
     return _training(begun, source, make_step(update), evaluate=evaluate, loss_after=loss_after)
 
 
-def _online(
-    begun: Begun,
-    online: algorithms.Online,
-    optimizer: optax.GradientTransformation,
-    schedule: optimizer_lib.Schedule,
-    critic: Critic | None,
-    abstract_frozen: Any,
-) -> Training:
+def _online(begun: Begun, layout: Layout) -> Training:
     """A run on what the policy samples."""
     config, data, mesh = begun.config, begun.data, begun.mesh
+    online, critic = layout.online, layout.critic
+    assert online is not None
     budget = experience.budget_of(
         config, mesh, samples=config.sampling.samples, scored_length=config.data.scored_length
     )
@@ -272,18 +238,10 @@ def _online(
     stream = begun.stream("train", training=True)
     source = experience.Rollouts(parts, experience.Prompts(data.train, stream), begun.workdir)
     evaluate = evaluations.of_run_on_samples(begun, parts)
-    _describe(begun, abstract_frozen, parts.budget)
-    update = make_update(
-        online.policy,
-        parts.policy,
-        optimizer,
-        schedule,
-        reference=begun.reference.mode,
-        seed=config.seed,
-    )
+    _describe(begun, layout.frozen, parts.budget)
     updates = make_step(
-        update,
-        None if critic is None or online.critic is None else critic.update(online.critic),
+        layout.policy_update(begun.reference.mode),
+        layout.critic_update(),
         epochs=online.epochs,
         stop_kl=online.stop_kl,
         warmup=0 if critic is None else config.critic.warmup,
