@@ -77,13 +77,15 @@ def quantize(x: Array) -> Nf4:
 
 def abstract(x: Array | jax.ShapeDtypeStruct) -> Nf4:
     """Shapes, dtypes and shardings of what `quantize` makes of an array of this shape."""
-    sharding = x.sharding
-    if isinstance(sharding, NamedSharding):
-        # The last axis is not split: its parts would have to fall between blocks.
-        spec = (*sharding.spec, *(None,) * len(x.shape))[: len(x.shape) - 1]
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec, None))
     *axes, last = x.shape
     blocks = last // _block(x.shape)
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
+        *spec, of_last = (*sharding.spec, *(None,) * len(x.shape))[: len(x.shape)]
+        # The last axis is split between blocks, or not at all.
+        split = NamedSharding(sharding.mesh, PartitionSpec(of_last)).shard_shape
+        whole = blocks % (last // split((last,))[0])
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec, None if whole else of_last))
     return Nf4(
         jax.ShapeDtypeStruct((*axes, last // 2), jnp.uint8, sharding=sharding),
         jax.ShapeDtypeStruct((*axes, blocks), jnp.bfloat16, sharding=sharding),

@@ -7,7 +7,7 @@ logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps the
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -193,14 +193,31 @@ def whole_everywhere(tree: Any) -> dict[str, int]:
 
 def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
     """Puts a batch of micro-batches (a leading axis) on the devices: rows split, tables whole."""
+    return _placed(batch, lambda x, spec: _put(mesh, x, spec))
+
+
+def abstract_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
+    """The shapes, dtypes and shardings of what `put_batch` makes of a batch, or of its shapes."""
+
+    def describe(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return _placed(batch, describe)
+
+
+def _placed(batch: PackedBatch, put: Callable[[Any, PartitionSpec], Any]) -> PackedBatch:
     by_row, whole = PartitionSpec(None, ("data", "fsdp")), PartitionSpec()
-    rows: dict[str, Any] = {name: _put(mesh, getattr(batch, name), by_row) for name in ROW_FIELDS}
-    extras = {name: _put(mesh, x, whole) for name, x in batch.extras.items()}
-    lengths = _put(mesh, batch.lengths, whole)
-    of_tokens = {name: _put(mesh, x, by_row) for name, x in batch.token_extras.items()}
+    rows: dict[str, Any] = {name: put(getattr(batch, name), by_row) for name in ROW_FIELDS}
+    extras = {name: put(x, whole) for name, x in batch.extras.items()}
+    of_tokens = {name: put(x, by_row) for name, x in batch.token_extras.items()}
     return dataclasses.replace(
-        batch, **rows, lengths=lengths, extras=extras, token_extras=of_tokens
+        batch, **rows, lengths=put(batch.lengths, whole), extras=extras, token_extras=of_tokens
     )
+
+
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Where the arrays of a batch are that have a row for each row of its tokens."""
+    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
 
 
 def put_rows(mesh: Mesh, array: Any) -> jax.Array:

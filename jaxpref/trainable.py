@@ -78,7 +78,10 @@ def store_frozen(frozen: Any, dtype: str, *, convert: Callable[[Any, str], Any])
 
 def as_array(x: jax.Array, dtype: str) -> Any:
     """An array in a dtype or in nf4."""
-    return nf4.quantize(x) if dtype == "nf4" else x.astype(dtype)
+    if dtype != "nf4":
+        return x.astype(dtype)
+    places = jax.tree.map(lambda like: like.sharding, nf4.abstract(x))
+    return jax.device_put(nf4.quantize(x), places)
 
 
 def as_abstract(x: jax.Array | jax.ShapeDtypeStruct, dtype: str) -> Any:

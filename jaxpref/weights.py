@@ -82,21 +82,25 @@ def open_run(config: ConfigDict, workdir: Path) -> Opened:
     return _open(config, find(config, workdir))
 
 
-def open_first(config: ConfigDict) -> Opened:
+def open_first(config: ConfigDict, platform: str = "") -> Opened:
     """Opens a run as it began, whatever has become of it since.
+
+    Args:
+      config: checked.
+      platform: see `build_model`.
 
     Raises:
       UserError: see `open_run`.
     """
-    return _open(config, _first(config))
+    return _open(config, _first(config), platform)
 
 
-def _open(config: ConfigDict, source: Source) -> Opened:
+def _open(config: ConfigDict, source: Source, platform: str = "") -> Opened:
     name = config.tokenizer.name
     tokenizer = load_tokenizer(
         source.tokenizer if name == "auto" else name, config.tokenizer.chat_template
     )
-    model = build_model(config, source, len(tokenizer))
+    model = build_model(config, source, len(tokenizer), platform)
     return Opened(source, tokenizer, model)
 
 

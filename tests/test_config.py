@@ -23,6 +23,8 @@ RECIPES = [
     ("dpo_hh", "paper"),
     *((f"{name}_hh", size) for name in ONLINE_HH for size in ("tiny", "paper")),
     *(("rlhf_hh", name + size) for name in ONLINE for size in ("", ",paper")),
+    *(("shapes", f"{name},dpo") for name in ("llama3_8b", "llama3_70b", "qwen3_32b")),
+    ("shapes", "llama3_8b,grpo"),
     ("sentiment_sft", None),
     ("sentiment_reward", None),
     *(("sentiment_rlhf", name) for name in ONLINE),

@@ -14,11 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxpref import sampling, sharding
 from jaxpref.algorithms import Online, Rollout
-from jaxpref.algorithms.policy_gradient import ADVANTAGES, BETA, OLD, REFERENCE, RETURNS, VALUES
+from jaxpref.algorithms.policy_gradient import (
+    ADVANTAGES,
+    BETA,
+    OLD,
+    REFERENCE,
+    RETURNS,
+    SAMPLED,
+    VALUES,
+)
 from jaxpref.checkpoint import CRITIC
 from jaxpref.experience.base import Experience
 from jaxpref.experience.offline import work_of
@@ -49,7 +58,7 @@ class Rollouts:
             samples=self._samples,
         )
         self._look = make_look(parts.policy, parts.mode, parts.critic)
-        self._learned = jax.jit(partial(_learned, online))
+        self._learned = jax.jit(partial(_learned, online, parts.mesh))
         self._packer = Packer(parts.config, parts.budget)
         self._pool = Pool(workdir / "pool.jsonl") if online.pool else None
         # Responses of a prompt that are trained on.
@@ -188,6 +197,39 @@ class Rollouts:
         )
 
 
+def abstract_batch(
+    online: Online, look: Callable[..., Any], asked: Asked, batch: PackedBatch, mesh: Mesh
+) -> PackedBatch:
+    """What an update is given of a rollout: its shapes, dtypes and shardings.
+
+    Args:
+      online: the method.
+      look: from `make_look`.
+      asked: shapes of the parameters.
+      batch: of one update, as it is packed.
+      mesh: over which it is sharded.
+    """
+    if online.learned is None:
+        return sharding.abstract_batch(mesh, batch)
+    batch = dataclasses.replace(
+        batch, token_extras={SAMPLED: np.zeros(batch.response.shape, np.float32)}
+    )
+    found = jax.eval_shape(look, asked, sharding.abstract_batch(mesh, batch))
+    _, groups, samples = batch.lengths.shape
+    count, one = online.minibatches, jax.ShapeDtypeStruct((), jnp.float32)
+    prompts = groups * count
+    learned = jax.eval_shape(
+        partial(_learned, online, mesh),
+        [batch] * count,
+        [found] * count,
+        jax.ShapeDtypeStruct((prompts, samples), jnp.float32),
+        jax.ShapeDtypeStruct((prompts,), jnp.float32) if online.greedy else None,
+        dict.fromkeys(online.controls, one),
+    )
+    ready = jax.eval_shape(_with_tokens, batch, {**found, **learned.extras[0]}, learned.beta)
+    return sharding.abstract_batch(mesh, ready)
+
+
 class _OnTokens(NamedTuple):
     """What `Online.learned` says, in the shape of the batches, with sums of its metrics."""
 
@@ -199,6 +241,7 @@ class _OnTokens(NamedTuple):
 
 def _learned(
     online: Online,
+    mesh: Mesh,
     batches: Sequence[PackedBatch],
     looked: Sequence[dict[str, Array]],
     rewards: Float[Array, "prompts samples"],
@@ -234,7 +277,8 @@ def _learned(
         start = 0
         for batch, of_batch in zip(batches, extras, strict=True):
             stop = start + len(batch.tokens) * batch.shards
-            of_batch[name] = values[start:stop].reshape(batch.response.shape)
+            mine = values[start:stop].reshape(batch.response.shape)
+            of_batch[name] = jax.lax.with_sharding_constraint(mine, sharding.by_row(mesh))
             start = stop
     metrics = {name: total(metric) for name, metric in learned.metrics.items()}
     return _OnTokens(extras, controls[BETA], learned.controls, metrics)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxpref.packing.tree import Alignment, Seats, Tree, sees
+
+if TYPE_CHECKING:
+    Values = Array | np.ndarray
+else:
+    # Where nothing has values yet, shapes stand for arrays, as JAX has it.
+    Values = Any
 
 # The fields of a batch that have a row for each row of tokens.
 ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "place", "target", "response")
@@ -39,18 +46,18 @@ class PackedBatch:
       aligned: where prompts end and responses start.
     """
 
-    tokens: Int[Array | np.ndarray, "*micro rows length"]
-    positions: Int[Array | np.ndarray, "*micro rows length"]
-    group: Int[Array | np.ndarray, "*micro rows length"]
-    branch: Int[Array | np.ndarray, "*micro rows length"]
-    source: Int[Array | np.ndarray, "*micro rows scored"]
-    place: Int[Array | np.ndarray, "*micro rows scored"]
-    target: Int[Array | np.ndarray, "*micro rows scored"]
-    response: Int[Array | np.ndarray, "*micro rows scored"]
-    lengths: Int[Array | np.ndarray, "*micro groups responses"]
-    extras: Mapping[str, Shaped[Array | np.ndarray, "..."]]
-    token_extras: Mapping[str, Shaped[Array | np.ndarray, "*micro rows scored"]] = (
-        dataclasses.field(default_factory=dict)
+    tokens: Int[Values, "*micro rows length"]
+    positions: Int[Values, "*micro rows length"]
+    group: Int[Values, "*micro rows length"]
+    branch: Int[Values, "*micro rows length"]
+    source: Int[Values, "*micro rows scored"]
+    place: Int[Values, "*micro rows scored"]
+    target: Int[Values, "*micro rows scored"]
+    response: Int[Values, "*micro rows scored"]
+    lengths: Int[Values, "*micro groups responses"]
+    extras: Mapping[str, Shaped[Values, "..."]]
+    token_extras: Mapping[str, Shaped[Values, "*micro rows scored"]] = dataclasses.field(
+        default_factory=dict
     )
     shards: int = dataclasses.field(default=1, metadata={"static": True})
     aligned: Alignment = dataclasses.field(default=Alignment(), metadata={"static": True})

@@ -32,6 +32,13 @@ _COLLECTIVES = {
 }
 
 
+# What moves nothing by itself.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
+    *("call", "after-all", "partition-id", "replica-id", "iota"),
+}
+
+
 class Collective(NamedTuple):
     """One exchange between devices.
 
@@ -108,12 +115,18 @@ class _Step(NamedTuple):
 class Program:
     """A compiled program, from `compiled.as_text()`."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, trips: int | None = None):
         """Reads it.
+
+        Args:
+          text: of a compiled program.
+          trips: of a loop that ends when it is told to, and does not count to a bound of its own;
+            None: there is none.
 
         Raises:
           ValueError: the text is none of a compiled program.
         """
+        self._trips_otherwise = trips
         self._computations: dict[str, dict[str, _Instruction]] = {}
         self._roots: dict[str, str] = {}
         entry = None
@@ -162,6 +175,59 @@ class Program:
             )
         )
 
+    def kernels(self, name: str) -> int:
+        """How often a kernel is run whose source, as JAX names it, has this name in it."""
+        return sum(
+            step.where.times
+            for step in self._walk(_Where(self._entry, 1, (), ""))
+            if step.instruction.opcode == "custom-call" and name in step.instruction.source
+        )
+
+    def moved(self) -> float:
+        """Bytes that a device reads from its memory and writes to it, about.
+
+        Each instruction reads its operands and writes its result, but for what is kept on the chip,
+        and of an array that is only sliced or written in part that part.
+        """
+        return float(
+            sum(
+                step.where.times * self._moved(step.instruction, step.where.computation)
+                for step in self._walk(_Where(self._entry, 1, (), ""))
+                if not step.where.around and step.instruction.opcode not in _FREE
+            )
+        )
+
+    def _moved(self, instruction: _Instruction, inside: str) -> int:
+        computation = self._computations[inside]
+        operands = [computation[name] for name in instruction.operands if name in computation]
+        written = _in_memory(instruction.shape)
+        read = [_in_memory(operand.shape) for operand in operands]
+        if instruction.opcode.endswith("-done"):
+            return 0
+        if instruction.opcode.endswith("-start"):
+            # What goes on while others compute gives what it was given, too.
+            return max(written, sum(read))
+        if instruction.opcode == "dynamic-slice":
+            return 2 * written
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * read[1]
+        called = instruction.called("calls") if instruction.opcode == "fusion" else None
+        if called is None or called not in self._computations:
+            return written + sum(read)
+        body = self._computations[called]
+        parameters = {int(x.given): name for name, x in body.items() if x.opcode == "parameter"}
+        for number, name in parameters.items():
+            users = [x for x in body.values() if name in x.operands]
+            if number >= len(read) or not users:
+                continue
+            if all(x.opcode == "dynamic-slice" and x.operands[0] == name for x in users):
+                read[number] = min(read[number], sum(_in_memory(x.shape) for x in users))
+            elif all(x.opcode == "dynamic-update-slice" and x.operands[0] == name for x in users):
+                # It is written in place: only what is new moves.
+                part = sum(_in_memory(body[x.operands[1]].shape) for x in users)
+                read[number], written = 0, max(written - _in_memory(users[0].shape), 0) + part
+        return written + sum(read)
+
     def _walk(self, where: _Where) -> Iterator[_Step]:
         """All instructions, each with where it stands."""
         computation = self._computations[where.computation]
@@ -184,10 +250,10 @@ class Program:
                     yield from self._walk(where._replace(computation=branch))
 
     def _trips(self, loop: _Instruction, around: _Computation) -> int:
-        """How often a loop is run that counts up or down to a bound.
+        """How often a loop is run.
 
         Raises:
-          ValueError: it does not count, so that this is not known.
+          ValueError: it counts to no bound, and how often such a one is run is not known.
         """
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
@@ -196,7 +262,9 @@ class Program:
         assert body is not None
         compared = self._compared(condition)
         if compared is None:
-            raise ValueError(f"the loop {loop.name} ({loop.source}) does not count.")
+            if self._trips_otherwise is None:
+                raise ValueError(f"the loop {loop.name} ({loop.source}) has no bound of its own.")
+            return self._trips_otherwise
         index, bound = compared
         step = self._step(body, index)
         start = self._constant(self._element(around[loop.operands[0]], index, around), around)
@@ -283,6 +351,15 @@ def _bytes(dtype: str, sizes: tuple[int, ...]) -> int:
         bits = re.match(r"[a-z]+(\d+)", dtype)
         _BYTES[dtype] = -(-int(bits[1]) // 8) if bits else 0
     return math.prod(sizes) * _BYTES[dtype]
+
+
+def _in_memory(shape: str) -> int:
+    """Bytes of the arrays of a shape that are not kept on the chip."""
+    return sum(
+        _bytes(*_arrays(array)[0])
+        for array in re.findall(r"[a-z]\w*\[[\d,<=]*\](?:\{[^}]*\})?", shape)
+        if "S(1)" not in array
+    )
 
 
 def _kind(opcode: str) -> str | None:

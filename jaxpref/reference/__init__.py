@@ -3,7 +3,7 @@
 from jaxpref.reference.another import Another, find_another, open_another
 from jaxpref.reference.finished import finished
 from jaxpref.reference.modes import COLUMN, Free, Live, Mode, Precomputed, Reference, Synced
-from jaxpref.reference.start import Start, describe, has_adapted, moves, start
+from jaxpref.reference.start import Start, abstract, describe, has_adapted, moves, start
 from jaxpref.reference.table import digest, load_table, precompute, save_table
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Reference",
     "Start",
     "Synced",
+    "abstract",
     "describe",
     "digest",
     "find_another",

@@ -137,7 +137,7 @@ def _config_of_another(config: ConfigDict, path: str) -> ConfigDict:
         there = config_lib.from_flat(described)
         other.model.update(there.model)
         other.tokenizer.update(there.tokenizer)
-    for name in ("dtype", "remat", "attention_block", "ignore_keys"):
+    for name in ("dtype", "remat", "attention", "attention_block", "ignore_keys"):
         other.model[name] = config.model[name]
     for name in ("max_length", "max_prompt_length"):
         other.data[name] = config.data[name]

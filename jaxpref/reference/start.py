@@ -25,7 +25,7 @@ from jaxpref.models.protocol import Model
 from jaxpref.packing import PackedBatch, sum_micro_batches
 from jaxpref.reference import table
 from jaxpref.reference.another import Another
-from jaxpref.reference.modes import Free, Live, Precomputed, Reference, Synced
+from jaxpref.reference.modes import Free, Live, Mode, Precomputed, Reference, Synced
 from jaxpref.terminal import progress
 from jaxpref.trainable import as_abstract, merge, partition
 
@@ -75,6 +75,25 @@ def start(given: Start) -> Reference:
     return _STARTS[given.config.reference.mode](given)
 
 
+def abstract(given: Start) -> tuple[Mode, Any]:
+    """How a reference gives log-probs, and the shapes and shardings of its own parameters.
+
+    Args:
+      given: of a run that has not begun, with shapes and shardings in place of parameters. Its
+        adapters are taken to be fresh ones.
+    """
+    knobs = given.config.reference
+    if knobs.mode == "live":
+        return _live_mode(given), _live_abstract(given)
+    modes: dict[str, Callable[[], Mode]] = {
+        "free": Free,
+        "precomputed": Precomputed,
+        "adapter": lambda: Live(_model(given, without_adapters(given.decoder))),
+        "synced": lambda: Synced(_model(given), mix=knobs.sync_mix, every=knobs.sync_every),
+    }
+    return modes[knobs.mode](), {}
+
+
 def moves(config: ConfigDict) -> bool:
     """Whether the train state will have the reference's parameters."""
     return config.reference.mode == "synced"
@@ -95,14 +114,9 @@ def _free(given: Start) -> Reference:
 
 
 def _live(given: Start) -> Reference:
-    dtype, another = given.config.reference.dtype, given.another
-    mode = Live(_model(given, another.model if another else None), shared=another is None)
+    dtype, another, mode = given.config.reference.dtype, given.another, _live_mode(given)
     if given.resuming:
-        own = (
-            another.abstract(given.mesh, dtype)
-            if another
-            else jax.tree.map(lambda x: as_abstract(x, dtype), given.policy)
-        )
+        own = _live_abstract(given)
         return Reference(mode, checkpoint.restore_reference(given.workdir, own))
     if another is not None:
         params = another.load(given.mesh, dtype)
@@ -112,6 +126,18 @@ def _live(given: Start) -> Reference:
         params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), given.policy)
     checkpoint.save_reference(given.workdir, params)
     return Reference(mode, params)
+
+
+def _live_mode(given: Start) -> Mode:
+    another = given.another
+    return Live(_model(given, another.model if another else None), shared=another is None)
+
+
+def _live_abstract(given: Start) -> Any:
+    dtype, another = given.config.reference.dtype, given.another
+    if another is not None:
+        return another.abstract(given.mesh, dtype)
+    return jax.tree.map(lambda x: as_abstract(x, dtype), given.policy)
 
 
 def _adapter(given: Start) -> Reference:

@@ -16,12 +16,16 @@ from jaxpref import (
 )
 from jaxpref.algorithms import Algorithm, Online
 from jaxpref.checkpoint import CRITIC
+from jaxpref.errors import UserError
 from jaxpref.experience.rollouts import MOMENTS
 from jaxpref.models import Model
 from jaxpref.reference.modes import Mode
 from jaxpref.train.critic import Critic
 from jaxpref.train.state import State, abstract_state
 from jaxpref.train.update import Update, make_update
+
+# Columns of a weight that a TPU computes with at a time.
+_COLUMNS = 128
 
 
 class Layout(NamedTuple):
@@ -89,8 +93,10 @@ def lay_out(config: ConfigDict, opened: weights.Opened, mesh: Mesh, steps: int) 
       steps: in all, which the learning rate depends on.
 
     Raises:
-      UserError: no parameter is trained, or the critic cannot begin as asked.
+      UserError: no parameter is trained, the critic cannot begin as asked, or TPUs would have too
+        small a part of each weight.
     """
+    _check_columns(opened, mesh)
     method = config_lib.method_of(config.algorithm.name)
     online = algorithms.build_online(config) if method.samples else None
     algorithm = algorithms.build(config) if online is None else online.policy
@@ -111,6 +117,23 @@ def lay_out(config: ConfigDict, opened: weights.Opened, mesh: Mesh, steps: int) 
         state = state._replace(roles={**state.roles, CRITIC: critic.abstract})
     return Layout(
         config, opened, mesh, online, algorithm, optimizer, schedule, critic, state, frozen
+    )
+
+
+def _check_columns(opened: weights.Opened, mesh: Mesh) -> None:
+    """Refuses parts of weights that are narrower than a TPU's registers.
+
+    They would be padded to that width wherever they go, and their gradients are summed whole on
+    every device in place of being scattered.
+    """
+    width, fsdp = opened.model.config.width, mesh.shape["fsdp"]
+    if mesh.devices.flat[0].platform != "tpu" or fsdp == 1 or width // fsdp >= _COLUMNS:
+        return
+    most = max(width // _COLUMNS, 1)
+    raise UserError(
+        f"mesh.fsdp is {fsdp}, which leaves a TPU {width // fsdp} of the {width} columns of a "
+        f"weight; it should have at least {_COLUMNS}. Set mesh.fsdp to at most {most}, and give "
+        "the other devices to mesh.data or mesh.tensor."
     )
 
 

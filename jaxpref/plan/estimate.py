@@ -1,0 +1,164 @@
+"""What a compiled program takes of a machine, and about how long."""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxpref import sharding
+from jaxpref.models import DecoderConfig
+from jaxpref.plan import hlo
+from jaxpref.plan.machines import Chip
+from jaxpref.plan.programs import Planned, Program, bytes_of
+from jaxpref.trainable import path_of
+
+# Products of matrices in each of the kernels of splash attention, by the names that they have.
+_KERNELS = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Estimate(NamedTuple):
+    """What one program takes of a device, each time that it is run.
+
+    Attributes:
+      name: of the program.
+      calls: how often a step runs it.
+      compiling: seconds, here.
+      held: bytes that are there before and after, by what they are.
+      peak: bytes at most, the held ones among them.
+      operations: floating-point operations, attention's with all pairs of a causal row.
+      useful: of them, what the tokens need at least: products with the parameters, without those
+        that are computed again, and without attention.
+      exchanged: bytes received from other devices, by the kind of exchange.
+      moved: bytes between the chip and its memory, about.
+      tokens: of the batch, over all devices, padding among them.
+      seconds: the least that operations, memory and links take; {} for a chip that is not known.
+    """
+
+    name: str
+    calls: int
+    compiling: float
+    held: dict[str, int]
+    peak: int
+    operations: float
+    useful: float
+    exchanged: dict[str, float]
+    moved: float
+    tokens: int
+    seconds: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=self.seconds.__getitem__, default="")
+
+
+class TooLargeError(Exception):
+    """A program does not fit the chip's memory.
+
+    Attributes:
+      name: of the program.
+      needed: bytes; 0 if the compiler does not say.
+    """
+
+    def __init__(self, name: str, needed: int):
+        """Takes both."""
+        super().__init__(name)
+        self.name, self.needed = name, needed
+
+
+def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) -> Estimate:
+    """Compiles a program, and reads from it what it takes.
+
+    Raises:
+      TooLargeError: the compiler finds no room for it.
+    """
+    began = time.monotonic()
+    with sharding.use(mesh):
+        lowered = program.function.lower(*program.inputs)
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        if (needed := _needed(str(error))) is None:
+            raise
+        raise TooLargeError(program.name, needed) from error
+    compiling = time.monotonic() - began
+    read = hlo.Program(compiled.as_text(), program.micro_batches)
+    exchanged: dict[str, float] = {}
+    for found in read.collectives():
+        exchanged[found.kind] = exchanged.get(found.kind, 0.0) + found.received
+    held = {name: bytes_of(tree) for name, tree in program.held.items()}
+    operations = read.operations() + _attention(read, planned.decoder.config, program, mesh)
+    tokens = program.micro_batches * math.prod(program.batch.tokens.shape[1:])
+    moved = read.moved()
+    seconds = {}
+    if chip is not None:
+        seconds = {
+            "compute": operations / chip.operations,
+            "memory": moved / chip.bandwidth,
+            "links": sum(exchanged.values()) / chip.links,
+        }
+    return Estimate(
+        name=program.name,
+        calls=program.calls,
+        compiling=compiling,
+        held={name: size for name, size in held.items() if size},
+        peak=_peak(compiled, program, sum(held.values())),
+        operations=operations,
+        useful=_useful(program) / mesh.size,
+        exchanged={kind: size for kind, size in exchanged.items() if size},
+        moved=moved,
+        tokens=tokens,
+        seconds=seconds,
+    )
+
+
+def _needed(message: str) -> int | None:
+    """The bytes that the compiler says it would need, if that is what it says."""
+    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+
+
+def _peak(compiled: Any, program: Program, held: int) -> int:
+    """Bytes at most: what is held, and what the program needs beside what it is given of that."""
+    memory = compiled.memory_analysis()
+    given = memory.argument_size_in_bytes
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = given + made + memory.temp_size_in_bytes
+    return max(held - given, 0) + needed
+
+
+def _attention(read: hlo.Program, config: DecoderConfig, program: Program, mesh: Mesh) -> float:
+    """Operations of the attention kernels, which are no part of what the compiler shows."""
+    rows, length = program.batch.tokens.shape[1:]
+    heads = config.heads // (
+        mesh.shape["tensor"] if config.heads % mesh.shape["tensor"] == 0 else 1
+    )
+    pairs = rows / sharding.batch_shards(mesh) * length * (length + 1) / 2
+    products = sum(count * read.kernels(name) for name, count in _KERNELS.items())
+    return products * 2 * pairs * heads * config.head_dim
+
+
+def _useful(program: Program) -> float:
+    """Operations that the tokens of a batch need at least, over all devices."""
+    tokens, scored = (
+        program.micro_batches * math.prod(x.shape[1:])
+        for x in (program.batch.tokens, program.batch.target)
+    )
+    total = 0.0
+    for params, trained in program.passes:
+        for path, leaf in jax.tree.leaves_with_path(params):
+            name = path_of(path)
+            if len(leaf.shape) < 2 or "position" in name:
+                continue
+            # Embeddings are looked up; as the head they are multiplied with what is scored alone.
+            table = name in ("embedding", "head", "score")
+            if name == "embedding" and ("head" in params or "score" in params):
+                continue
+            total += (6 if trained else 2) * leaf.size * (scored if table else tokens)
+    return total

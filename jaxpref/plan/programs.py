@@ -1,0 +1,259 @@
+"""The programs that a run compiles, from shapes alone: no array is made, no weights are read."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxpref import (
+    config as config_lib,
+    data as data_lib,
+    experience,
+    models,
+    reference as reference_lib,
+    sharding,
+    weights,
+)
+from jaxpref.checkpoint import CRITIC
+from jaxpref.models import Decoder
+from jaxpref.packing import Budget, Group, PackedBatch
+from jaxpref.reference.modes import COLUMN
+from jaxpref.train import Layout, lay_out
+from jaxpref.train.state import POLICY
+from jaxpref.trainable import as_abstract, merge, store_frozen
+
+# A run that has not begun has no workdir.
+_NOWHERE = Path("there is no workdir")
+# Modes in which a step asks a reference's model.
+_ASKED = ("live", "adapter", "synced")
+
+
+class Program(NamedTuple):
+    """A function that a run compiles.
+
+    Attributes:
+      name: of the function.
+      function: jitted.
+      inputs: of it, as shapes with shardings.
+      held: what devices hold while it is run, by what that is: shapes, too.
+      calls: how often a step calls it.
+      batch: one of its inputs.
+      micro_batches: how many of the batch's hold anything.
+      passes: times that a token goes forward through a model, with its parameters (shapes), and
+        twice as often backward if that is trained: (parameters, trained).
+    """
+
+    name: str
+    function: Any
+    inputs: tuple[Any, ...]
+    held: Mapping[str, Any]
+    calls: int
+    batch: PackedBatch
+    micro_batches: int
+    passes: tuple[tuple[Any, bool], ...]
+
+
+class Planned(NamedTuple):
+    """A run as it would be.
+
+    Attributes:
+      layout: its shapes.
+      programs: what it compiles.
+      examples: of a step, such as pairs; 0 where rows are full of nothing.
+      fill: share of the batch's tokens that are no padding.
+      data: what the batch was made from.
+    """
+
+    layout: Layout
+    programs: tuple[Program, ...]
+    examples: int
+    fill: float
+    data: str
+
+    @property
+    def decoder(self) -> Decoder:
+        """The policy's model."""
+        return self.layout.opened.model
+
+
+def plan_run(config: ConfigDict, mesh: Mesh, rows: int = 0) -> Planned:
+    """What a run with this config compiles on a mesh.
+
+    Args:
+      config: a checked config.
+      mesh: of devices that need not be here.
+      rows: full rows a device, of one micro-batch, in place of those that the data need; 0: these.
+
+    Raises:
+      UserError: the run could not begin.
+    """
+    platform = mesh.devices.flat[0].platform
+    opened = weights.open_first(config, platform)
+    another = reference_lib.find_another(config, _NOWHERE, opened.model, opened.tokenizer)
+    # How long the learning rate takes changes nothing of a program.
+    layout = lay_out(config, opened, mesh, config.train.steps or 1000)
+    stored = store_frozen(layout.frozen, config.model.frozen_dtype, convert=as_abstract)
+    mode, held = reference_lib.abstract(
+        reference_lib.Start(
+            config=config,
+            workdir=_NOWHERE,
+            mesh=mesh,
+            decoder=opened.model,
+            another=another,
+            policy=layout.state.policy,
+            frozen=stored,
+            resuming=False,
+        )
+    )
+    shares = {
+        "policy": layout.state.roles[POLICY].params,
+        "optimizer": layout.state.roles[POLICY].optimizer_state,
+        "reference": (held, layout.state.reference),
+        "frozen": stored,
+    }
+    if layout.online is not None:
+        return _online(layout, mode, held, stored, shares, rows)
+    of = _small(config) if rows else config
+    data = data_lib.load(of, opened.tokenizer, config_lib.data_kind(config))
+    given = data_lib.stream_of(of, data, "train", mesh, training=True).batch(0)
+    batch = sharding.abstract_batch(mesh, _as_given(config, given, mesh, rows))
+    update, policy = layout.policy_update(mode), merge(layout.state.policy, stored)
+    passes: tuple[tuple[Any, bool], ...] = ((policy, True),)
+    if layout.algorithm.reference_logps is not None and config.reference.mode in _ASKED:
+        passes += ((layout.state.reference if mode.moves else merge(stored, held), False),)
+    inputs = (layout.state, stored, held, batch)
+    count, fill = (1, 1.0) if rows else _filled(given)
+    held_then = {**shares, "batch": batch}
+    program = Program("update", update, inputs, held_then, 1, batch, count, passes)
+    what = f"{rows} full rows a device" if rows else "the first batch of the data"
+    examples = 0 if rows else config.data.batch_size
+    return Planned(layout, (program,), examples, fill, what)
+
+
+def _small(config: ConfigDict) -> ConfigDict:
+    """A config of few generated examples, whose batches have the right parts."""
+    small = config.copy_and_resolve_references()
+    small.data.format, small.data.synthetic_pairs = "synthetic", 64
+    small.data.path = ""
+    small.data.batch_size = 4
+    return small
+
+
+def _as_given(config: ConfigDict, batch: PackedBatch, mesh: Mesh, rows: int) -> PackedBatch:
+    """A batch as an update is given it, or one with the same parts and as many full rows."""
+    extras: dict[str, Any] = dict(batch.extras)
+    if config.reference.mode == "precomputed":
+        extras[COLUMN] = np.zeros(batch.lengths.shape, np.float32)
+    batch = dataclasses.replace(batch, extras=extras)
+    if not rows:
+        return batch
+    length = config.data.row_length or config.data.max_length
+    scored = config.data.scored_length or length
+    count, groups = rows * sharding.batch_shards(mesh), config.data.batch_size
+
+    def of_rows(name: str, x: Any) -> jax.ShapeDtypeStruct:
+        width = length if name in ("tokens", "positions", "group", "branch") else scored
+        return jax.ShapeDtypeStruct((1, count, width), x.dtype)
+
+    by_row: dict[str, Any] = {
+        name: of_rows(name, getattr(batch, name)) for name in sharding.ROW_FIELDS
+    }
+    tables: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct((1, groups, *x.shape[2:]), x.dtype)
+        for name, x in {"lengths": batch.lengths, **extras}.items()
+    }
+    return dataclasses.replace(
+        batch,
+        **by_row,
+        lengths=tables.pop("lengths"),
+        extras=tables,
+        shards=sharding.batch_shards(mesh),
+        aligned=models.alignment(config, mesh),
+    )
+
+
+def _online(
+    layout: Layout, mode: Any, held: Any, stored: Any, shares: dict[str, Any], rows: int
+) -> Planned:
+    """A run on what the policy samples: what looks at responses, and the updates."""
+    config, mesh, online = layout.config, layout.mesh, layout.online
+    assert online is not None
+    critic = layout.critic
+    critic_frozen = {} if critic is None else critic.frozen(stored)
+    whole = merge(layout.state.policy, stored)
+    own = layout.state.reference if mode.moves else held
+    asked = experience.Asked(whole, stored, own)
+    if critic is not None:
+        values = merge(layout.state.roles[CRITIC].params, critic_frozen)
+        asked = asked._replace(critic=values)
+        shares |= {
+            "critic": layout.state.roles[CRITIC].params,
+            "critic's optimizer": layout.state.roles[CRITIC].optimizer_state,
+        }
+    look = experience.make_look(layout.policy, mode, None if critic is None else critic.model)
+    packed = _longest(layout, rows)
+    plain = sharding.abstract_batch(mesh, packed)
+    batch = experience.abstract_batch(online, look, asked, packed, mesh)
+    read: tuple[tuple[Any, bool], ...] = ()
+    if config.reference.mode in _ASKED:
+        read = ((own if mode.moves else merge(stored, own), False),)
+    updates, (count, fill) = online.epochs * online.minibatches, _filled(packed)
+    programs = []
+    if online.learned is not None:
+        passes = ((whole, False), *read, *(((asked.critic, False),) if critic else ()))
+        of_look = {**shares, "batch": plain}
+        calls = online.minibatches
+        programs.append(Program("look", look, (asked, plain), of_look, calls, plain, count, passes))
+    of_updates = {**shares, "batch": batch}
+    inputs = (layout.state, stored, held, batch)
+    passes = ((whole, True), *(read if layout.algorithm.reference_logps is not None else ()))
+    update = layout.policy_update(mode)
+    programs.append(Program("update", update, inputs, of_updates, updates, batch, count, passes))
+    if (of_critic := layout.critic_update()) is not None:
+        inputs = (layout.state, critic_frozen, {}, batch)
+        passes = ((asked.critic, True),)
+        programs.append(
+            Program("critic's update", of_critic, inputs, of_updates, updates, batch, count, passes)
+        )
+    examples = config.data.batch_size * config.sampling.samples
+    return Planned(layout, tuple(programs), examples, fill, "the longest prompts and responses")
+
+
+def _longest(layout: Layout, rows: int) -> PackedBatch:
+    """A batch of the longest prompts with the longest responses, as they are packed."""
+    config, online = layout.config, layout.online
+    assert online is not None
+    samples = config.sampling.samples
+    budget: Budget = experience.budget_of(
+        config, layout.mesh, samples=samples, scored_length=config.data.scored_length
+    )
+    if rows:
+        config = config.copy_and_resolve_references()
+        config.data.rows = rows * budget.shards
+    trained = len(online.choose(np.arange(2.0))) if online.choose else samples
+    size = config.data.batch_size // online.minibatches
+    prompt = np.zeros(config.data.max_prompt_length, np.int32)
+    response = np.zeros(config_lib.max_new_tokens(config), np.int32)
+    groups = [Group(prompt, [response] * trained)] * size
+    return experience.Packer(config, budget)(groups, batch_size=size, responses=trained)
+
+
+def _filled(batch: PackedBatch) -> tuple[int, float]:
+    """How many micro-batches hold anything, and the share of their tokens that are no padding."""
+    real = np.asarray(batch.group) > 0
+    holds = real.any(axis=(1, 2))
+    return int(holds.sum()), float(real[holds].mean())
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes that a device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

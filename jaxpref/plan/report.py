@@ -1,0 +1,125 @@
+"""A plan as tables, and as JSON."""
+
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from jaxpref.plan.estimate import Estimate
+from jaxpref.plan.machines import Chip
+from jaxpref.plan.programs import Planned
+
+# Bytes from which a size is told in GB.
+_SMALLEST_IN_GB = 1e8
+
+
+class Report(NamedTuple):
+    """What a plan has found.
+
+    Attributes:
+      planned: the run.
+      estimates: of its programs.
+      chip: what it is planned for; None where that is not known.
+      devices: how many there are.
+    """
+
+    planned: Planned
+    estimates: tuple[Estimate, ...]
+    chip: Chip | None
+    devices: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes of a device, at most."""
+        return max(estimate.peak for estimate in self.estimates)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether that is what a chip has; None where it is not known."""
+        return None if self.chip is None else self.peak <= self.chip.memory
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, if each program takes as long as what bounds it; 0 where it is not known."""
+        return sum(e.calls * max(e.seconds.values(), default=0.0) for e in self.estimates)
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the chips' operations that the tokens need, at that time; 0: not known."""
+        if self.chip is None or not self.seconds:
+            return 0.0
+        useful = sum(e.calls * e.useful for e in self.estimates)
+        return useful / (self.seconds * self.chip.operations)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON: bytes, seconds and operations are of a device."""
+        return {
+            "algorithm": self.planned.layout.config.algorithm.name,
+            "mesh": dict(self.planned.layout.mesh.shape),
+            "devices": self.devices,
+            "chip": None if self.chip is None else self.chip._asdict(),
+            "batch": self.planned.data,
+            "examples": self.planned.examples,
+            "fill": self.planned.fill,
+            "programs": [
+                {**estimate._asdict(), "bound": estimate.bound} for estimate in self.estimates
+            ],
+            "peak": self.peak,
+            "fits": self.fits,
+            "step_seconds": self.seconds,
+            "utilisation": self.utilisation,
+        }
+
+    def table(self) -> Table:
+        """What a person reads: a column a program."""
+        estimates = self.estimates
+        of = "" if self.chip is None else f" ({self.chip.name} has {_size(self.chip.memory)})"
+        table = Table(title=f"What a device holds and does{of}")
+        table.add_column()
+        for e in estimates:
+            table.add_column(e.name, justify="right")
+        for name in dict.fromkeys(name for e in estimates for name in e.held):
+            table.add_row(name, *(_size(e.held.get(name, 0)) for e in estimates))
+        table.add_row("the rest", *(_size(e.peak - sum(e.held.values())) for e in estimates))
+        table.add_row("memory at most", *(_size(e.peak) for e in estimates), end_section=True)
+        table.add_row("times a step", *(str(e.calls) for e in estimates))
+        table.add_row("compiled in", *(f"{e.compiling:.0f} s" for e in estimates))
+        table.add_row("operations", *(f"{e.operations / 1e12:.3g} T" for e in estimates))
+        for kind in dict.fromkeys(kind for e in estimates for kind in e.exchanged):
+            table.add_row(kind, *(_size(e.exchanged.get(kind, 0)) for e in estimates))
+        for name in dict.fromkeys(name for e in estimates for name in e.seconds):
+            cells = (
+                Text(f"{e.seconds[name] * 1e3:,.0f} ms", style="bold" if name == e.bound else "")
+                for e in estimates
+            )
+            table.add_row(f"{name} takes", *cells)
+        return table
+
+    def sentences(self) -> list[str]:
+        """What follows of it."""
+        lines = []
+        tokens = sum(e.tokens for e in self.estimates if e.name == "update")
+        mesh = " x ".join(f"{n} {size}" for n, size in self.planned.layout.mesh.shape.items())
+        examples = self.planned.examples
+        of_examples = f"{examples:,} examples a step, " if examples else ""
+        lines.append(
+            f"{self.devices} devices, mesh {mesh}; {of_examples}{tokens:,} tokens an update, of "
+            f"which {self.planned.fill:.0%} are no padding ({self.planned.data})"
+        )
+        if self.chip is not None:
+            bounds = ", ".join(
+                f"{e.name} by {'its ' if e.bound != 'compute' else ''}{e.bound}"
+                for e in self.estimates
+            )
+            lines.append(
+                f"a step takes {self.seconds:.3f} s or more (bound: {bounds}): at most "
+                f"{f'{examples / self.seconds:,.1f} examples and ' if examples else ''}"
+                f"{tokens / self.seconds:,.0f} tokens a second, {self.utilisation:.0%} of the "
+                "chips' operations"
+            )
+        return lines
+
+
+def _size(count: float) -> str:
+    """Bytes, to be read."""
+    return f"{count / 1e9:,.2f} GB" if count >= _SMALLEST_IN_GB else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,415 @@
+"""Plans: what a compiled program's text says, and that a plan has what a run compiles."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+from jax.sharding import PartitionSpec as P
+from test_train import small
+
+from jaxpref import sharding, train
+from jaxpref.errors import UserError
+from jaxpref.models import Decoder
+from jaxpref.plan import hlo, machines
+from jaxpref.plan.estimate import TooLargeError, estimate
+from jaxpref.plan.programs import bytes_of, plan_run
+from jaxpref.plan.report import Report
+from jaxpref.plan.search import alternatives
+from jaxpref.train import layout
+
+ROOT = Path(__file__).parent.parent
+REWARD = "test_plan:reward"
+
+
+def reward(prompts, completions, **_):
+    """Another one for nearly every text, so that every step has a gradient."""
+    return [sum(map(ord, text)) % 97 for text in completions]
+
+
+def compiled(function, *shapes, mesh=None, specs=None):
+    shaped = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    if mesh is not None:
+        function = jax.shard_map(
+            function, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False
+        )
+    return hlo.Program(jax.jit(function).lower(*shaped).compile().as_text())
+
+
+def test_operations_in_loops_count_as_often_as_they_are_done():
+    def steps(x, w):
+        def outer(x, _):
+            return jax.lax.fori_loop(0, 5, lambda i, x: jnp.tanh(x @ w), x), None
+
+        return jax.lax.scan(outer, x @ w, None, length=3)[0]
+
+    found = compiled(steps, (24, 40), (40, 40))
+    assert found.operations() == 2 * 24 * 40 * 40 * (1 + 3 * 5)
+
+
+def test_a_loop_that_is_told_when_to_end_has_the_trips_that_are_given():
+    def steps(x, n):
+        return jax.lax.fori_loop(0, n.astype(int), lambda i, x: x @ x, x)
+
+    text = jax.jit(steps).lower(jnp.ones((8, 8)), jnp.ones(())).compile().as_text()
+    assert hlo.Program(text, 7).operations() == 7 * 2 * 8**3
+    with pytest.raises(ValueError, match="has no bound of its own"):
+        hlo.Program(text).operations()
+    with pytest.raises(ValueError, match="it has no entry"):
+        hlo.Program("module {}")
+
+
+@pytest.mark.parametrize(
+    ("function", "out", "kind", "size", "received"),
+    [
+        (lambda x: jax.lax.psum(x, "data"), P(), "all-reduce", 64, 2 * 64 * 7 / 8),
+        (
+            lambda x: jax.lax.all_gather(x, "data", tiled=True),
+            P(),
+            "all-gather",
+            8 * 64,
+            8 * 64 * 7 / 8,
+        ),
+        (
+            lambda x: jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)]),
+            P("data"),
+            "collective-permute",
+            64,
+            64,
+        ),
+        (
+            lambda x: jax.lax.psum_scatter(x.reshape(8, 2), "data", tiled=True),
+            P("data"),
+            "reduce-scatter",
+            64,
+            64 * 7 / 8,
+        ),
+    ],
+    ids=["psum", "all_gather", "ppermute", "psum_scatter"],
+)
+def test_what_devices_exchange(function, out, kind, size, received):
+    mesh = sharding.make_mesh(8, devices=jax.devices()[:8])
+
+    def steps(x):
+        return jax.lax.fori_loop(0, 3, lambda i, y: function(x + y.sum()), function(x))
+
+    found = compiled(steps, (128,), mesh=mesh, specs=(P("data"), out)).collectives()
+    mine = [c for c in found if c.kind == kind]
+    # Once before the loop, and three times in it.
+    assert sum(c.times for c in mine) == 4
+    assert {c.size for c in mine} == {size}
+    assert {len(c.loops) for c in mine} == {0, 1}
+    assert sum(c.received for c in mine) == pytest.approx(4 * received)
+
+
+# As the compiler for TPUs writes what goes on while others compute, a reduction of which each
+# device keeps a part, and groups of devices.
+OVERLAPPED = """
+%gather.start (p0: bf16[4,32]) -> bf16[16,32] {
+  %p0 = bf16[4,32]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,32]{1,0} all-gather(%p0), channel_id=7, \
+replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+
+%gather.done (p1: bf16[4,32]) -> bf16[16,32] {
+  %p1 = bf16[4,32]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[16,32]{1,0} all-gather(%p1), channel_id=7, \
+replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+}
+
+%all-reduce-scatter.5 (p2: f32[16,32]) -> f32[4,32] {
+  %p2 = f32[16,32]{1,0} parameter(0)
+  %all-reduce.9 = f32[16,32]{1,0} all-reduce(%p2), channel_id=8, \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}, to_apply=%add
+  ROOT %part = f32[4,32]{1,0} slice(%all-reduce.9), slice={[0:4], [0:32]}
+}
+
+ENTRY %main (x: bf16[4,32], y: f32[16,32]) -> f32[4,32] {
+  %x = bf16[4,32]{1,0} parameter(0)
+  %y = f32[16,32]{1,0} parameter(1)
+  %start = bf16[16,32]{1,0} fusion(%x), kind=kCustom, calls=%gather.start
+  %done = bf16[16,32]{1,0} fusion(%x), kind=kCustom, calls=%gather.done
+  ROOT %out = f32[4,32]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.5
+}
+"""
+
+
+def test_what_is_overlapped_counts_once_and_a_part_of_a_sum_is_scattered():
+    gathered, scattered = hlo.Program(OVERLAPPED).collectives()
+    assert gathered[:4] == ("all-gather", 16 * 32 * 2, 1, 4)
+    assert scattered[:4] == ("reduce-scatter", 16 * 32 * 4, 1, 4)
+
+
+def test_products_in_the_form_of_convolutions():
+    """The compiler for TPUs has no other; what is padded is no work."""
+    text = """
+ENTRY %main (x: f32[8,16], w: f32[16,32]) -> f32[8,32] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %w = f32[16,32]{1,0} parameter(1)
+  %a = f32[8,32]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %s = f32[1,8,5]{2,1,0} constant(0)
+  %k = f32[8,4,3]{2,1,0} constant(0)
+  ROOT %b = f32[1,4,5]{2,1,0} convolution(%s, %k), window={size=3 pad=1_1}, dim_labels=bf0_io0->bf0
+}
+"""
+    # Of 15 places of the window 2 lie outside.
+    assert hlo.Program(text).operations() == 2 * 8 * 16 * 32 + 2 * 8 * 4 * 13
+
+
+def test_of_what_is_sliced_the_slice_moves():
+    def steps(w):
+        return jax.lax.fori_loop(0, 10, lambda i, x: x + w[i], jnp.zeros(w.shape[1]))
+
+    found = compiled(steps, (10, 50_000)).moved()
+    row = 4 * 50_000
+    # Each trip reads a row and the sum, and writes the sum; copies may come with it.
+    assert 30 * row <= found <= 60 * row
+
+
+def shapes_of(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): (x.shape, jnp.dtype(x.dtype), x.sharding) for path, x in leaves
+    }
+
+
+METHODS = [
+    ("dpo", {}),
+    ("dpo", {"reference__mode": "precomputed"}),
+    ("dpo", {"model__lora__rank": 2, "reference__mode": "adapter", "model__frozen_dtype": "nf4"}),
+    ("dpo", {"reference__mode": "synced", "data__rows": 8}),
+    ("sft", {}),
+    ("kto", {}),
+    ("reward", {}),
+    ("grpo", {"sampling__samples": 2}),
+    ("ppo", {}),
+    ("rejection_sampling", {"sampling__samples": 2}),
+]
+SLOW = ("kto", "reward", "rejection_sampling")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [pytest.param(*case, marks=pytest.mark.long if case[0] in SLOW else ()) for case in METHODS],
+    ids=lambda x: x if isinstance(x, str) else ",".join(map(str, x.values())),
+)
+def test_a_plan_has_the_very_updates_that_a_run_compiles(method, changes, tmp_path, monkeypatch):
+    """What `main` gives its updates has the shapes, dtypes and places that the plan says."""
+    if method in ("grpo", "ppo", "rejection_sampling"):
+        changes = {"reward__function": REWARD, "sampling__max_new_tokens": 16, **changes}
+    config = small(method, mesh__data=2, mesh__fsdp=2, train__steps=1, **changes)
+    given, original = {}, train.update.make_update
+
+    def make_update(*args, **options):
+        update = original(*args, **options)
+
+        def noted(*inputs):
+            given.setdefault(options.get("role", "policy"), shapes_of(inputs))
+            return update(*inputs)
+
+        noted.lower = update.lower
+        return noted
+
+    for module in (layout, train.critic):
+        monkeypatch.setattr(module, "make_update", make_update)
+    mesh = sharding.make_mesh(2, 2, 1, devices=jax.devices()[:4])
+    monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
+    train.run(config, tmp_path)
+    planned = plan_run(config, mesh)
+    assert len(given) == 1 + (method == "ppo")
+    for role, inputs in given.items():
+        name = "update" if role == "policy" else "critic's update"
+        (program,) = (p for p in planned.programs if p.name == name)
+        ours = shapes_of(program.inputs)
+        assert ours.keys() == inputs.keys()
+        for where, (shape, dtype, place) in inputs.items():
+            assert ours[where][:2] == (shape, dtype), where
+            assert ours[where][2].is_equivalent_to(place, len(shape)), where
+    assert 0 < planned.fill <= 1
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The estimate of a DPO update on eight devices, with full rows."""
+    config = small(mesh__data=2, mesh__fsdp=4, data__row_length=128)
+    mesh = sharding.make_mesh(2, 4, 1, devices=jax.devices()[:8])
+    planned = plan_run(config, mesh, rows=2)
+    chip = machines.Chip("tiny", 1e9, 1e9, 1e9, 1e6)
+    return Report(planned, (estimate(planned, planned.programs[0], mesh, chip),), chip, 8)
+
+
+def test_full_rows_in_place_of_the_data(found):
+    (program,) = found.planned.programs
+    assert program.batch.tokens.shape == (1, 16, 128)
+    assert program.batch.lengths.shape == (1, 8, 2)
+    assert found.estimates[0].tokens == 2048
+
+
+def test_what_an_update_takes(found):
+    """Memory by what it is for, and operations between what is needed and twice that."""
+    (measured,) = found.estimates
+    held = measured.held
+    policy = sum(x.size for x in jax.tree.leaves(found.planned.layout.state.policy))
+    # Norms are whole on every device.
+    assert policy <= held["policy"] <= 1.3 * policy
+    assert held["optimizer"] == pytest.approx(2 * held["policy"], rel=0.01)
+    assert held["reference"] == held["policy"]
+    assert measured.peak > sum(held.values())
+    assert measured.useful < measured.operations < 2.5 * measured.useful
+    assert measured.exchanged["all-gather"] > 0
+    assert measured.bound == "links"
+    assert found.seconds == pytest.approx(sum(measured.exchanged.values()) / 1e6)
+    assert found.fits
+    assert 0 < found.utilisation < 1
+    told = json.loads(json.dumps(found.as_dict()))
+    assert told["programs"][0]["bound"] == "links"
+    assert "bound: update by its links" in found.sentences()[1]
+
+
+def test_a_mesh_leaves_tpus_enough_columns():
+    class Opened:
+        model = Decoder(dataclasses.replace(TINY, width=512))
+
+    class Mesh:
+        def __init__(self, platform, fsdp):
+            self.shape = {"fsdp": fsdp}
+            self.devices = np.array([types.SimpleNamespace(platform=platform)])
+
+    message = "leaves a TPU 64 of the 512 columns .* Set mesh.fsdp to at most 4, and give"
+    with pytest.raises(UserError, match=message):
+        layout._check_columns(Opened, Mesh("tpu", 8))
+    for allowed in (("tpu", 4), ("cpu", 8), ("tpu", 1)):
+        layout._check_columns(Opened, Mesh(*allowed))
+
+
+def test_alternatives_are_other_configs():
+    config = small(mesh__data=1, mesh__fsdp=8, model__remat="full")
+    found = dict(alternatives(config, 8))
+    assert "--config.model.remat=dots" in found
+    assert "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2" in found
+    assert "--config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.tensor=1" not in found
+    assert found["--config.reference.mode=precomputed"].reference.mode == "precomputed"
+    assert config.reference.mode == "live"
+
+
+def test_what_the_compiler_finds_no_room_for_is_told(monkeypatch, found):
+    class Lowered:
+        def compile(self):
+            raise RuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 23.50G of 15.75G hbm.")
+
+    class Function:
+        def lower(self, *inputs):
+            return Lowered()
+
+    program = found.planned.programs[0]._replace(function=Function())
+    with pytest.raises(TooLargeError) as error:
+        estimate(found.planned, program, found.planned.layout.mesh, None)
+    assert error.value.needed == int(23.5 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v7:2x2", "should be one of v4, v5e, v5p, v6e, as in v5p:4x4x4; or cpu:8, or gpu"),
+        ("v5p", "should be one of"),
+        ("cpu:2x2", "CPUs have a number alone"),
+        ("cpu:900", "JAX was loaded with 8 CPU devices"),
+    ],
+)
+def test_topologies_that_there_are_not(topology, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        machines.devices_of(topology)
+
+
+def test_without_the_compiler_for_tpus(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="which needs no TPU: pip install 'jaxpref\\[tpu\\]'"):
+        machines.devices_of("v5p:2x2x4")
+
+
+PLAN = [sys.executable, "-m", "jaxpref.plan"]
+
+
+@pytest.mark.process
+def test_the_command(tmp_path):
+    output = tmp_path / "plan.json"
+    flags = ["--config=configs/quickstart.py:dpo", "--config.model.init_from=", "--topology=cpu:4"]
+    flags += ["--config.mesh.fsdp=4", "--config.mesh.data=1", f"--output={output}"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    run = partial(subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run([*PLAN, *flags], check=False)
+    assert done.returncode == 0, done.stderr
+    assert "memory at most" in done.stdout
+    assert "4 devices, mesh data 1 x fsdp 4 x tensor 1; 64 examples a step" in done.stdout
+    assert json.loads(output.read_text())["given"]["devices"] == 4
+    missing = run([*PLAN, "--config=configs/quickstart.py:dpo"], check=False)
+    assert missing.returncode == 2
+    assert "--topology is missing" in missing.stderr
+
+
+# It makes the state, compiles, and measures what the process takes on top while an update runs.
+MEASURE = """
+import dataclasses, sys
+import jax, jax.numpy as jnp, numpy as np
+from jaxpref import config as config_lib, sharding
+from jaxpref.plan.estimate import estimate
+from jaxpref.plan.programs import plan_run
+from test_train import small
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+
+config = small(model__width=256, model__layers=4, model__feed_forward=1024, model__heads=4,
+               model__kv_heads=4, model__head_dim=64, data__row_length=512, data__max_length=512,
+               model__vocabulary_size=8192, model__remat="none")
+mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+planned = plan_run(config, mesh, rows=16)
+(program,) = planned.programs
+found = estimate(planned, program, mesh, None)
+inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.inputs)
+with sharding.use(mesh):
+    executable = program.function.lower(*program.inputs).compile()
+inputs = jax.device_put(inputs, jax.tree.map(lambda x: x.sharding, program.inputs))
+jax.block_until_ready(inputs)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+jax.block_until_ready(executable(*inputs))
+print(status("VmHWM") - before, found.peak - sum(found.held.values()))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads what Linux says of a process")
+def test_the_memory_of_a_plan_is_what_an_update_takes():
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE],
+        cwd=ROOT / "tests",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    taken, planned = map(int, done.stdout.split())
+    assert planned > 2e8
+    assert abs(taken - planned) < 0.2 * planned
+
+
+def test_bytes_of_a_device():
+    mesh = sharding.make_mesh(2, 2, 2, devices=jax.devices()[:8])
+    spec = jax.sharding.NamedSharding(mesh, P(None, "fsdp"))
+    tree = {"a": jax.ShapeDtypeStruct((6, 8), jnp.bfloat16, sharding=spec), "b": {}}
+    assert bytes_of(tree) == 6 * 4 * 2
