@@ -69,7 +69,7 @@ def get_config(argument: str = "llama3_8b,dpo") -> ConfigDict:
     config.data.max_length = config.data.row_length = 2048
     config.data.max_prompt_length = 1024
     config.data.batch_size = 64
-    if "function" in config.get("reward", {}):
+    if base.method_of(config.algorithm.name).samples:
         # That of the generated data.
         config.reward.function = "jaxpref.data.synthetic:true_rewards"
     return config

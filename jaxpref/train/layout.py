@@ -96,7 +96,8 @@ def lay_out(config: ConfigDict, opened: weights.Opened, mesh: Mesh, steps: int) 
       UserError: no parameter is trained, the critic cannot begin as asked, or TPUs would have too
         small a part of each weight.
     """
-    _check_columns(opened, mesh)
+    platform = mesh.devices.flat[0].platform
+    _check_columns(opened.model.config.width, mesh.shape["fsdp"], platform)
     method = config_lib.method_of(config.algorithm.name)
     online = algorithms.build_online(config) if method.samples else None
     algorithm = algorithms.build(config) if online is None else online.policy
@@ -120,14 +121,13 @@ def lay_out(config: ConfigDict, opened: weights.Opened, mesh: Mesh, steps: int) 
     )
 
 
-def _check_columns(opened: weights.Opened, mesh: Mesh) -> None:
+def _check_columns(width: int, fsdp: int, platform: str) -> None:
     """Refuses parts of weights that are narrower than a TPU's registers.
 
     They would be padded to that width wherever they go, and their gradients are summed whole on
     every device in place of being scattered.
     """
-    width, fsdp = opened.model.config.width, mesh.shape["fsdp"]
-    if mesh.devices.flat[0].platform != "tpu" or fsdp == 1 or width // fsdp >= _COLUMNS:
+    if platform != "tpu" or fsdp == 1 or width // fsdp >= _COLUMNS:
         return
     most = max(width // _COLUMNS, 1)
     raise UserError(
