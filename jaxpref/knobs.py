@@ -413,6 +413,13 @@ KNOBS: dict[str, Knob] = {
         at_least=0,
         resumable=True,
     ),
+    "train.hang_seconds": Knob(
+        1800.0,
+        "seconds without an end of a step, or of a batch of an evaluation, after which a run in "
+        "several processes is given up, since one of them hangs; compiling counts; 0: never",
+        at_least=0,
+        resumable=True,
+    ),
     "train.keep": Knob(
         2,
         "checkpoints that are kept: with two, one is left if the last turns out to be bad",

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -22,7 +23,9 @@ _HEARTBEAT = 30
 # Milliseconds: how long one question to the service takes, and how long one that fails waits until
 # all others have heard of it.
 _ASKED, _HEARD = 2_000, 10_000
-_FAILURE, _HEARD_BY = "jaxpref/failure", "jaxpref/heard"
+_FAILURE, _HEARD_BY, _PULSE = "jaxpref/failure", "jaxpref/heard", "jaxpref/pulse"
+# Seconds between two signs of life that a process gives of its own, and after which it is missed.
+_PULSE_EVERY, _MISSED = 5.0, 15.0
 
 
 def join(
@@ -131,6 +134,44 @@ def together() -> Iterator[None]:
         watch.ending.set()
 
 
+class _Progress:
+    """How far this process has come; written by its main thread, read by the one that watches."""
+
+    def __init__(self) -> None:
+        self.at, self.count, self.limit = time.monotonic(), 0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since it has come further."""
+        return time.monotonic() - self.at
+
+
+_progress = _Progress()
+
+
+def beat() -> None:
+    """Says that this process has come further: a step has ended, or a batch of an evaluation."""
+    _progress.at = time.monotonic()
+    _progress.count += 1
+
+
+@contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """Ends all processes if this one does not come further for a while, see `beat`.
+
+    A process may hang and still answer, so that nobody misses it, and all others wait for it.
+
+    Args:
+      seconds: without a `beat` until then; 0: for ever. Compiling counts, too.
+    """
+    beat()
+    _progress.limit = seconds
+    try:
+        yield
+    finally:
+        _progress.limit = 0.0
+
+
 def _end(error: BaseException) -> NoReturn:
     """Tells all others of this process's error, and ends."""
     told = isinstance(error, SystemExit)
@@ -163,12 +204,18 @@ class _Watch(threading.Thread):
         self.ending = threading.Event()
 
     def run(self) -> None:
-        """Asks until this process ends."""
+        """Asks until this process ends, and says now and then that it is there."""
+        pulse = 0.0
         while not self.ending.is_set():
             try:
+                if time.monotonic() - pulse > _PULSE_EVERY:
+                    pulse = time.monotonic()
+                    _give_pulse()
                 told = json.loads(_client().blocking_key_value_get(_FAILURE, _ASKED))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):
+                    if 0 < _progress.limit < _progress.seconds and not self.ending.is_set():
+                        _end_hanging()
                     continue
                 # The service itself is gone, which JAX tells of in its own way.
                 return
@@ -184,8 +231,48 @@ class _Watch(threading.Thread):
             os._exit(told["code"])
 
 
-def _tell(reason: str) -> list[int]:
-    """Tells all others why this process ends, and gives those that have not heard it."""
+def _give_pulse() -> None:
+    pulse = {"time": time.time(), "count": _progress.count}
+    _client().key_value_set(
+        f"{_PULSE}/{jax.process_index()}", json.dumps(pulse), allow_overwrite=True
+    )
+
+
+def _end_hanging() -> NoReturn:
+    """Ends all processes, saying which one the others wait for."""
+    pulses = {}
+    for process in range(jax.process_count()):
+        try:
+            pulses[process] = json.loads(
+                _client().blocking_key_value_get(f"{_PULSE}/{process}", 500)
+            )
+        except jax.errors.JaxRuntimeError:
+            pulses[process] = {"time": 0.0, "count": 0}
+    missed = [i for i, pulse in pulses.items() if time.time() - pulse["time"] > _MISSED]
+    least = min(pulse["count"] for pulse in pulses.values())
+    behind = [i for i, pulse in pulses.items() if pulse["count"] == least]
+    if missed:
+        why = f"process {' and '.join(map(str, missed))} does not answer"
+    elif len(behind) < len(pulses):
+        why = f"process {' and '.join(map(str, behind))} is behind the others"
+    else:
+        why = "all processes wait"
+    reason = (
+        f"nothing has ended for {_progress.seconds:.0f} s (train.hang_seconds is "
+        f"{_progress.limit:g}): {why}. The same command goes on from the last checkpoint."
+    )
+    os.write(2, f"jaxpref: {reason}\n".encode())
+    _tell(reason, missed)
+    os._exit(1)
+
+
+def _tell(reason: str, missed: Collection[int] = ()) -> list[int]:
+    """Tells all others why this process ends, and gives those that have not heard it.
+
+    Args:
+      reason: in a sentence.
+      missed: processes that are not waited for.
+    """
     me, silent = jax.process_index(), []
     try:
         _client().key_value_set(_FAILURE, json.dumps({"process": me, "reason": reason, "code": 2}))
@@ -195,7 +282,7 @@ def _tell(reason: str) -> list[int]:
         return [] if "ALREADY_EXISTS" in str(error) else [0]
     for other in range(jax.process_count()):
         try:
-            if other != me:
+            if other != me and other not in missed:
                 _client().blocking_key_value_get(f"{_HEARD_BY}/{other}", _HEARD)
         except jax.errors.JaxRuntimeError:
             silent.append(other)

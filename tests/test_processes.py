@@ -106,6 +106,24 @@ def test_two_processes_train_as_one(one, tmp_path):
 
 
 @pytest.mark.process
+def test_a_process_that_hangs_is_missed_by_the_others(tmp_path):
+    flags = ["--config.train.steps=100000", "--config.train.hang_seconds=16"]
+    started = start(tmp_path, *flags, processes=2)
+    measurements = tmp_path / "metrics.jsonl"
+    wait_for(lambda: measurements.exists() and len(lines_of(tmp_path)) > 5, started[0])
+    started[1].send_signal(signal.SIGSTOP)
+    try:
+        output = started[0].communicate(timeout=60)[0]
+    finally:
+        for process in started:
+            process.kill()
+    started[1].communicate()
+    assert started[0].returncode == 1
+    told = [line for line in output.splitlines() if line.startswith("jaxpref: nothing has ended")]
+    assert "(train.hang_seconds is 16): process 1 does not answer. The same command" in told[0]
+
+
+@pytest.mark.process
 def test_a_process_that_is_killed_ends_all(tmp_path):
     started = start(tmp_path, "--config.train.steps=100000", processes=2)
     measurements = tmp_path / "metrics.jsonl"

@@ -193,6 +193,7 @@ def _offline(begun: Begun, layout: Layout) -> Training:
     _describe(begun, layout.frozen, stream.budget)
 
     def look(state: State, batch: PackedBatch) -> algorithms.Objective:
+        processes.beat()
         return eval_step(state, begun.frozen, begun.reference.params, batch)
 
     def evaluate(step: int, state: State) -> dict[str, float]:

@@ -47,7 +47,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         checkpoint.check_same_run(workdir, run_of)
         with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
             training = assemble(config, workdir, checkpoints)
-            with sharding.use(training.mesh):
+            with sharding.use(training.mesh), processes.watched(config.train.hang_seconds):
                 _loop(config, workdir, checkpoints, training)
         _report(workdir, config)
 
@@ -84,6 +84,7 @@ def _loop(
             log.dispatching(step, *experience.work)
             state, measured = training.step(step, state, frozen, reference, experience)
             log.dispatched(step, measured)
+            processes.beat()
             # This is asked once a step, so that what is saved and what stops agree.
             last, stop = step == steps, interrupted(step)
             if last or _due(step, config.train.eval_every):
