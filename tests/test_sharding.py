@@ -9,7 +9,6 @@ import pytest
 from conftest import TINY, random_groups
 
 from jaxpref import (
-    algorithms,
     config as config_lib,
     models,
     optimizer as optimizer_lib,
@@ -23,7 +22,7 @@ from jaxpref.errors import UserError
 from jaxpref.models import Decoder
 from jaxpref.packing import Budget
 
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2)}
 STEPS = 3
 
 
@@ -32,63 +31,126 @@ def mesh_of(sizes):
     return sharding.make_mesh(*sizes, devices=devices)
 
 
-def batch_of(mesh, step):
-    groups = random_groups(step, 12)
+def batch_of(mesh, step, responses=2, extras=None, token_extras=()):
+    """A batch of random groups, and random values of what else it has."""
+    groups = random_groups(step, 12, responses)
     budget = Budget(32, 20, sharding.batch_shards(mesh))
     batch = packing.materialise(packing.plan(groups, budget), groups, budget)
+    rng = np.random.default_rng(step)
+    # One value a token, wherever the token is.
+    values = {name: rng.normal(size=(12, responses, 8)) - 2 for name in token_extras}
+    index = np.asarray(packing.index_in_response(batch))
+    flat = np.minimum(np.asarray(batch.response), 12 * responses - 1)
+    batch = dataclasses.replace(
+        batch,
+        extras={name: rng.normal(size=shape) - 3 for name, shape in (extras or {}).items()},
+        token_extras={
+            name: x.reshape(-1, 8)[flat, np.minimum(index, 7)] for name, x in values.items()
+        },
+    )
     return sharding.put_batch(mesh, jax.tree.map(lambda x: np.asarray(x)[None], batch))
 
 
-def three_steps(sizes):
-    """Parameters and measurements after three DPO steps with a live reference.
+ON_TOKENS = ("old_logps", "sampled_logps", "advantages", "reference_logps")
+# Changes of the config, responses of a group, and what else the batch has.
+CASES = {
+    "sft": ("sft", {}, 1, {}),
+    "dpo": ("dpo", {}, 2, {}),
+    "precomputed": ("dpo", {"reference.mode": "precomputed"}, 2, {"reference_logps": (12, 2)}),
+    "lora": ("dpo", {"model.lora.rank": 2, "reference.mode": "adapter"}, 2, {}),
+    "reward": ("reward", {}, 2, {}),
+    "ppo": ("ppo", {}, 1, {"kl_coefficient": (12,)}),
+    "grpo": ("grpo", {"sampling.samples": 3}, 3, {"kl_coefficient": (12,)}),
+}
+
+
+def three_steps(case, sizes):
+    """Parameters and measurements after three steps.
 
     With momentum rather than Adam, which would make a whole step of a gradient that is 0 but for
     rounding.
     """
-    mesh = mesh_of(sizes)
-    config = config_lib.default("dpo")
-    model = Decoder(dataclasses.replace(TINY, dtype="float64", param_dtype="float64"))
-    algorithm = algorithms.build(config)
-    optimizer = optax.sgd(1.0, momentum=0.9)
-    abstract, _ = train.abstract_state(model, optimizer, mesh)
-    params = weights.load(config, weights.Source(None, None), model, abstract.policy)
-    state = train.initial_state(params, optimizer, abstract=abstract)
+    method, changes, responses, extras = CASES[case]
+    mesh, config = mesh_of(sizes), config_lib.default(method)
+    config.update_from_flattened_dict(changes)
+    shape = dataclasses.replace(
+        TINY, dtype="float64", param_dtype="float64", lora=models.lora(config.model)
+    )
+    model = Decoder(shape)
+    model = models.as_scalar(model) if method == "reward" else model
+    opened = weights.Opened(weights.Source(None, None), None, model)
+    with pytest.MonkeyPatch.context() as patch:
+        sgd = optax.sgd(1.0, momentum=0.9), lambda step: 1.0
+        patch.setattr(optimizer_lib, "build", lambda *_: sgd)
+        layout = train.lay_out(config, opened, mesh, STEPS)
+    abstract, critic = layout.state, layout.critic
+    params, frozen = weights.load_first(config, opened, abstract.policy, layout.frozen)
+    # Random adapters, since fresh ones have gradients of one factor alone.
+    params = jax.tree.map(lambda x: x + 0.01 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
+    state = train.initial_state(
+        params,
+        layout.optimizer,
+        running=layout.algorithm.running,
+        controls=layout.controls,
+        abstract=abstract,
+    )
+    if critic is not None:
+        state = state._replace(roles={**state.roles, "critic": critic.first(params, frozen)})
+    modes = {
+        "live": reference.Live(layout.policy),
+        "precomputed": reference.Precomputed(),
+        "adapter": reference.Live(models.packed(models.without_adapters(model))),
+        "free": reference.Free(),
+    }
+    mode = modes[config.reference.mode]
+    tokens = (*ON_TOKENS, "returns", "old_values") if critic else ON_TOKENS
+    more = {"responses": responses, "extras": extras}
+    more["token_extras"] = tokens if layout.online else ()
     with sharding.use(mesh):
-        held = jax.tree.map(jnp.copy, state.policy)
-        forward = models.packed(model)
-        update = train.make_update(algorithm, forward, optimizer, reference=reference.Live(forward))
+        # In the policy's updates of a method that samples the reference has been asked before.
+        held = jax.tree.map(jnp.copy, state.policy) if isinstance(mode, reference.Live) else {}
+        held = {} if case == "lora" else held
+        updates = [(layout.policy_update(mode), frozen, held)]
+        if critic is not None:
+            updates.insert(0, (layout.critic_update(), {}, {}))
         measured = []
         for step in range(STEPS):
-            state, metrics = update(state, {}, held, batch_of(mesh, step))
-            measured.append({k: float(m.values) / float(m.weights) for k, m in metrics.items()})
-    return state, measured
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    with jax.enable_x64(True):
-        state, measured = three_steps((1, 1, 1))
-        return jax.device_get(state.policy), measured
+            batch = batch_of(mesh, step, **more)
+            for update, of_frozen, of_reference in updates:
+                state, metrics = update(state, of_frozen, of_reference, batch)
+                metrics = {k: (float(m.values), float(m.weights)) for k, m in metrics.items()}
+                measured.append({k: v / w for k, (v, w) in metrics.items() if w})
+    return state.params, measured
 
 
 @pytest.mark.parametrize(
-    "name", ["all", *(pytest.param(name, marks=pytest.mark.long) for name in ("data", "fsdp"))]
+    ("case", "mesh"),
+    [
+        *((case, "all") for case in CASES),
+        *(
+            pytest.param(case, mesh, marks=pytest.mark.long)
+            for case in CASES
+            for mesh in ("data", "fsdp", "tensor")
+        ),
+    ],
 )
-def test_eight_devices_equal_one(name, one_device, float64):
-    params, measured = one_device
-    state, sharded = three_steps(MESHES[name])
+def test_eight_devices_equal_one(case, mesh, float64):
+    params, measured = three_steps(case, (1, 1, 1))
+    found, sharded = three_steps(case, MESHES[mesh])
     for number, (step, other) in enumerate(zip(measured, sharded, strict=True)):
         # The first margins are 0 but for rounding: their signs say nothing.
         compared = step.keys() - ({"rewards/accuracies"} if number == 0 else set())
+        assert step.keys() == other.keys()
         for key in compared:
             # Norms of all parameters are logged in float32.
             tolerance = 1e-6 if key.endswith("_norm") else 1e-9
             np.testing.assert_allclose(
                 other[key], step[key], rtol=tolerance, atol=1e-9, err_msg=key
             )
-    assert abs(measured[-1]["rewards/margins"]) > 1e-3
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(state.policy), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9)
+    assert all(step["grad_norm"] > 1e-3 for step in measured)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    for path, a, b in zip(paths, jax.tree.leaves(params), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-9, err_msg=path)
 
 
 def test_parameters_and_optimizer_state_are_split_as_the_rules_say():

@@ -131,7 +131,7 @@ def plan_run(config: ConfigDict, mesh: Mesh, rows: int = 0) -> Planned:
     count, fill = (1, 1.0) if rows else _filled(given)
     held_then = {**shares, "batch": batch}
     program = Program("update", update, inputs, held_then, 1, batch, count, passes)
-    what = f"{rows} full rows a device" if rows else "the first batch of the data"
+    what = f"{rows} full row{'s' * (rows > 1)} a device" if rows else "the first batch of the data"
     examples = 0 if rows else config.data.batch_size
     return Planned(layout, (program,), examples, fill, what)
 
