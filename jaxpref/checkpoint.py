@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -60,6 +61,11 @@ def hold(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another run is training there, or it cannot be written.
     """
+    if re.match(r"\w\w+:/", str(workdir)):
+        raise UserError(
+            f"--workdir={workdir}: is an address, and not a folder. Mount the bucket, and give the "
+            "folder that it is mounted to."
+        )
     held: list[Any] = []
     processes.in_first(lambda: held.append(_lock(workdir)))
     try:

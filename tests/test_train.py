@@ -352,6 +352,15 @@ def test_workdir_that_cannot_be_written_is_an_error(tmp_path):
         train.run(small(), tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize("workdir", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_workdir_in_a_bucket_is_refused(workdir, tmp_path, monkeypatch):
+    """It would be a folder of that name here."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is an address, and not a folder. Mount the bucket"):
+        train.run(small(), workdir)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nan_stops_naming_metric_and_step(tmp_path):
     config = small(
         train__steps=30,
