@@ -1,5 +1,6 @@
 """Stopping at a good place rather than in the middle of something."""
 
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -9,21 +10,34 @@ from typing import Any
 from jax.experimental import multihost_utils
 
 
+class StoppedError(Exception):
+    """What was going on has been stopped in the middle, and nothing of it is kept."""
+
+
 @contextmanager
-def interrupts(saying: str, *, together: bool = False) -> Iterator[Callable[[int], bool]]:
-    """Asks, after each step, whether to stop: a first SIGINT or SIGTERM says so.
+def interrupts(saying: str, *, together: bool = False) -> Iterator[Callable[[], bool]]:
+    """Asks now and then whether to stop: a first SIGINT or SIGTERM says so.
 
     A second signal acts as usual. Where several processes train together one of them may get the
-    signal alone, but all have to stop after the same step: JAX's own handler of SIGTERM tells the
-    others, and they agree.
+    signal alone, but all have to stop at the same place: JAX's own handler of SIGTERM tells the
+    others, and they agree. So all of them have to ask equally often.
 
     Args:
       saying: what is still done after the first signal, for whoever sent it.
       together: whether several processes work on the same steps.
 
     Yields:
-      To be called with the number of the step that is over.
+      Says whether to stop; once it has, it says so again.
     """
+    asked = itertools.count()
+    agreed: list[int] = []
+
+    def agree() -> bool:
+        number = next(asked)
+        if not agreed and multihost_utils.reached_preemption_sync_point(number):
+            agreed.append(number)
+        return bool(agreed)
+
     seen: list[int] = []
     before: dict[int, Any] = {}
 
@@ -46,6 +60,6 @@ def interrupts(saying: str, *, together: bool = False) -> Iterator[Callable[[int
         # Handlers belong to the main thread; a caller in another one has its own.
         before.clear()
     try:
-        yield multihost_utils.reached_preemption_sync_point if together else lambda _: bool(seen)
+        yield agree if together else lambda: bool(seen)
     finally:
         restore()

@@ -38,7 +38,7 @@ def finished(workdir, config):
         )
         checkpoints.save(1, state.params, state.rest)
         checkpoints.wait()
-        return training.evaluate(1, state)
+        return training.evaluate(1, state, lambda: False)
 
 
 def held_out(config, path):

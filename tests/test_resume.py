@@ -3,12 +3,15 @@
 In one process, which may die between any two updates; `test_cli.py` kills real processes.
 """
 
+import itertools
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from test_train import assert_same_params, lines_of, small
 
 from jaxpref import checkpoint, train
-from jaxpref.train import layout
+from jaxpref.train import layout, loop
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -79,3 +82,45 @@ def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
     losses = [line["loss"] for line in ours if "loss" in line]
     assert len(losses) == 4
     assert np.ptp(losses) > 1e-4
+
+
+def stopping_after(asked):
+    """In place of signals: the loop is told to stop when it has asked so often."""
+
+    @contextmanager
+    def interrupts(saying, *, together=False):
+        count = itertools.count(1)
+        yield lambda: next(count) >= asked
+
+    return interrupts
+
+
+def measured(workdir):
+    """All measurements but those of time, by step."""
+    lines = [
+        {k: v for k, v in line.items() if not k.startswith("perf/") and k != "time"}
+        for line in lines_of(workdir)
+    ]
+    return {line["step"]: line for line in lines}
+
+
+def test_a_signal_in_the_middle_of_an_evaluation_costs_only_that(tmp_path, monkeypatch):
+    """It is repeated when the run goes on, which ends as if nothing had been."""
+    options = {"train__eval_every": 2, "eval__max_examples": 12, "data__synthetic_pairs": 120}
+    train.run(small(**options), tmp_path / "whole")
+    workdir = tmp_path / "stopped"
+    # Two batches before the first step, two steps, and one batch of the next evaluation.
+    for asked, message, latest in (
+        (2, "before the first step was done; the same command begins again", None),
+        (6, "after step 2, which is saved; the same command resumes", 2),
+        # The evaluation that was missed is not asked; two steps, and a batch of the last one.
+        (4, "after step 4, which is saved; the same command resumes", 4),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "interrupts", stopping_after(asked))
+            with pytest.raises(KeyboardInterrupt, match=f"interrupted {message}"):
+                train.run(small(**options), workdir)
+        assert checkpoint.latest_step(workdir) == latest
+    train.run(small(**options), workdir)
+    assert_same_params(workdir, tmp_path / "whole")
+    assert measured(workdir) == measured(tmp_path / "whole")

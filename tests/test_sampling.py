@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, in_float64
 from scipy import stats
 
-from jaxpref import logprobs, models, packing, sampling, sharding
+from jaxpref import interrupts, logprobs, models, packing, sampling, sharding
 from jaxpref.evaluation import enumerable
 from jaxpref.models import Decoder, Lora, packed
 from jaxpref.sampling import (
@@ -349,7 +349,7 @@ def test_sampling_stops_when_it_is_asked_to(tiny, said, options, monkeypatch):
 
     with jax.enable_x64(True):
         weights = sampler.prepare(params)
-        with pytest.raises(sampling.Stopped):
+        with pytest.raises(interrupts.StoppedError):
             sampler(weights, PROMPTS, prompt_keys(7, 3, len(PROMPTS)), stopping)
         assert len(asked) == 3
         # To have asked changes nothing.

@@ -356,7 +356,7 @@ def test_workdir_that_cannot_be_written_is_an_error(tmp_path):
 def test_a_workdir_in_a_bucket_is_refused(workdir, tmp_path, monkeypatch):
     """It would be a folder of that name here."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="is an address, and not a folder. Mount the bucket"):
+    with pytest.raises(UserError, match=r"is an address, and not a folder\. Mount the bucket"):
         train.run(small(), workdir)
     assert not list(tmp_path.iterdir())
 

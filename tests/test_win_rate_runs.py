@@ -38,12 +38,12 @@ def evaluated(workdir, config, seed=None, by=0.05):
     workdir.mkdir(exist_ok=True)
     with checkpoint.Checkpoints(workdir, keep=1) as checkpoints:
         training = assemble.assemble(config, workdir, checkpoints)
-        found = [training.evaluate(0, training.state)]
+        found = [training.evaluate(0, training.state, lambda: False)]
         if seed is not None:
             policy = training.state.roles[checkpoint.POLICY]
             policy = policy._replace(params=moved(policy.params, seed, by))
             roles = {**training.state.roles, checkpoint.POLICY: policy}
-            found.append(training.evaluate(1, training.state._replace(roles=roles)))
+            found.append(training.evaluate(1, training.state._replace(roles=roles), lambda: False))
     return found
 
 

@@ -1,7 +1,7 @@
 """What policies say to held-out prompts, and what that is worth."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,11 +92,15 @@ class HeldOut:
         """Whether the responses have rewards."""
         return self._parts.rewards is not None
 
-    def said(self, step: int, state: Any) -> Said:
-        """What the run's policy says; some of it is kept in the workdir."""
+    def said(self, step: int, state: Any, stopping: Callable[[], bool] = lambda: False) -> Said:
+        """What the run's policy says; some of it is kept in the workdir.
+
+        Raises:
+          StoppedError: `stopping` has said so.
+        """
         params = merge(state.policy, self._parts.frozen)
         policy = _Policy(self._sampler, params, self._look)
-        said = self._said(policy, state, len(self))
+        said = self._said(policy, state, len(self), stopping)
         if not jax.process_index():
             shown = self._parts.config.sampling.shown
             _keep_shown(self._workdir / "samples.jsonl", step, said, min(shown, len(self)))
@@ -117,7 +121,13 @@ class HeldOut:
         sampler = self._parts.sampler(other.decoder, self._longest, greedy=False, samples=1)
         return _Policy(sampler, other.params, None)
 
-    def _said(self, policy: _Policy, state: Any, count: int) -> Said:
+    def _said(
+        self,
+        policy: _Policy,
+        state: Any,
+        count: int,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Said:
         parts = self._parts
         size = min(parts.config.data.batch_size, len(self))
         weights = policy.sampler.prepare(policy.params)
@@ -131,7 +141,8 @@ class HeldOut:
             indices = [*range(start, min(start + size, count))]
             # The last prompts are filled up, so that nothing is compiled for their number.
             filled = [*indices, *[indices[0]] * (size - len(indices))]
-            said = say(policy.sampler, weights, self._prompts, filled, keys[np.array(filled)])
+            own = keys[np.array(filled)]
+            said = say(policy.sampler, weights, self._prompts, filled, own, stopping)
             sampled = self._prompts.sampled(filled, said, parts.tokenizer, range(1))
             real = slice(len(indices))
             prompts += sampled.prompts[real]

@@ -33,6 +33,7 @@ from jaxpref.experience.base import Experience
 from jaxpref.experience.offline import work_of
 from jaxpref.experience.parts import Asked, Packer, Parts, Prompts, make_look, say, with_sampled
 from jaxpref.experience.pool import Pool
+from jaxpref.interrupts import StoppedError
 from jaxpref.measurements import Metric, total
 from jaxpref.packing import Group, PackedBatch
 from jaxpref.rewards import Moments, Sampled, Scores, shaping
@@ -76,7 +77,7 @@ class Rollouts:
         keys = sampling.prompt_keys(parts.config.seed, step, len(indices))
         try:
             said = say(self._sampler, weights, self._prompts, indices, keys, stopping)
-        except sampling.Stopped:
+        except StoppedError:
             return None
         # The copy is gone before gradients need its room.
         del weights

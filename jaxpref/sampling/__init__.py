@@ -6,13 +6,12 @@ sample does not depend on what else is decoded beside it.
 """
 
 from jaxpref.sampling.distribution import Sampling, draw, prompt_keys, truncated
-from jaxpref.sampling.sampler import Generated, Sampler, Stopped, generate
+from jaxpref.sampling.sampler import Generated, Sampler, generate
 
 __all__ = [
     "Generated",
     "Sampler",
     "Sampling",
-    "Stopped",
     "draw",
     "generate",
     "prompt_keys",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpref import models, sharding
+from jaxpref.interrupts import StoppedError
 from jaxpref.models import Decoder
 from jaxpref.sampling import decode
 from jaxpref.sampling.decode import Rows
@@ -27,10 +28,6 @@ _FIRST_SLOTS = 32
 _ASK_AFTER = 64
 # Rooms of more tokens than this are multiples of it, which CPUs read faster.
 _SLOT_STEP = 16
-
-
-class Stopped(Exception):
-    """Sampling has ended before all responses had."""
 
 
 class Generated(NamedTuple):
@@ -138,7 +135,7 @@ class Sampler:
         Raises:
           ValueError: there are no prompts, or not as many keys; a prompt is empty, has ids that
             the model does not know, or is so long that a response would leave its positions.
-          Stopped: `stopping` said so.
+          StoppedError: `stopping` said so.
         """
         ended = self.as_they_end(weights, prompts, keys, stopping)
         numbers, said = zip(*ended, strict=True)
@@ -285,7 +282,7 @@ class Sampler:
         used, ended = map(int, sharding.fetch(decode.progress(rows)))
         while ended < groups and used < most:
             if stopping():
-                raise Stopped("sampling was stopped.")
+                raise StoppedError("sampling was stopped.")
             until = min(used + _ASK_AFTER, most)
             bounds = jnp.asarray(groups), jnp.asarray(until, jnp.int32)
             rows = decode.decode(self._model, self.settings, weights, rows, *bounds, table)

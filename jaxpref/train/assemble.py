@@ -28,6 +28,7 @@ from jaxpref.checkpoint import CRITIC
 from jaxpref.data import Data
 from jaxpref.data.synthetic import true_rewards
 from jaxpref.errors import UserError
+from jaxpref.interrupts import StoppedError
 from jaxpref.measurements import Metric, total
 from jaxpref.packing import Budget, PackedBatch
 from jaxpref.terminal import console, progress
@@ -57,7 +58,7 @@ class Training(NamedTuple):
       reference: the reference's own parameters, where they do not move.
       source: gives what a step trains on.
       step: see `make_step`.
-      evaluate: `(number, state)` to what is measured on held-out data, with the prefix `eval/`.
+      evaluate: what is measured on held-out data, with the prefix `eval/`.
       loss_after: of a step's experience once more, or another number that is finite as long as
         the state is good.
       patience: steps after which a run without any gradient is given up.
@@ -74,7 +75,7 @@ class Training(NamedTuple):
     reference: Any
     source: experience.Source
     step: Step
-    evaluate: Callable[[int, State], dict[str, float]]
+    evaluate: evaluations.Evaluate
     loss_after: Callable[[State, experience.Experience], float]
     patience: int
     largest_kl: float = 0.0
@@ -196,11 +197,17 @@ def _offline(begun: Begun, layout: Layout) -> Training:
         processes.beat()
         return eval_step(state, begun.frozen, begun.reference.params, batch)
 
-    def evaluate(step: int, state: State) -> dict[str, float]:
+    def evaluate(step: int, state: State, stopping: Callable[[], bool]) -> dict[str, float]:
         if held_out is None or data.held_out is None:
             return {}
+
+        def look_or_stop(batch: PackedBatch) -> algorithms.Objective:
+            if stopping():
+                raise StoppedError("an evaluation was stopped.")
+            return look(state, put(batch))
+
         results = evaluation.evaluate(
-            lambda batch: look(state, put(batch)),
+            look_or_stop,
             held_out.once(),
             data.held_out.true_rewards,
             data.held_out.sources,
@@ -210,7 +217,7 @@ def _offline(begun: Begun, layout: Layout) -> Training:
             evaluation.plot_reliability(
                 results.reliability, begun.workdir / "reliability.png", title
             )
-        return {**results.values, **sampled(step, state)}
+        return {**results.values, **sampled(step, state, stopping)}
 
     def loss_after(state: State, given: experience.Experience) -> float:
         return float(total(look(state, given.batches[0]).loss).values)

@@ -18,8 +18,9 @@ from jaxpref.terminal import console
 from jaxpref.train.begun import Begun
 from jaxpref.train.state import State
 
-# Of a step and a state, with the prefix `eval/`.
-Evaluate = Callable[[int, State], dict[str, float]]
+# Of a step and a state, with the prefix `eval/`. The function asks whether to stop, and then raises
+# `interrupts.StoppedError`.
+Evaluate = Callable[[int, State, Callable[[], bool]], dict[str, float]]
 # Why some modes of the reference have no log-probs of what is sampled.
 _WITHOUT_KL = {
     "free": "there is no reference, and eval/win_rate is against the first policy",
@@ -31,7 +32,7 @@ def of_run_on_data(begun: Begun) -> Evaluate:
     """What is measured of responses that the policy of a run on data samples at evaluations."""
     config, prompts = begun.config, begun.data.prompts
     if prompts is None:
-        return lambda step, state: {}
+        return lambda step, state, stopping: {}
     mode, without = begun.reference.mode, _WITHOUT_KL.get(config.reference.mode)
     if without is not None:
         mode = reference_lib.Free()
@@ -57,21 +58,21 @@ def of_run_on_data(begun: Begun) -> Evaluate:
     held_out = experience.HeldOut(parts, experience.Prompts(prompts, None), begun.workdir)
     against = _against_reference(begun, held_out)
     assert against is not None
-    return lambda step, state: against(state, held_out.said(step, state))
+    return lambda step, state, stopping: against(state, held_out.said(step, state, stopping))
 
 
 def of_run_on_samples(begun: Begun, parts: experience.Parts) -> Evaluate:
     """What is measured of the responses to held-out prompts of a run that samples."""
     config, prompts = begun.config, begun.data.held_out
     if prompts is None:
-        return lambda step, state: {}
+        return lambda step, state, stopping: {}
     held_out = experience.HeldOut(parts, experience.Prompts(prompts, None), begun.workdir)
     against = _against_reference(begun, held_out)
     # These are measured once, before the first step, and not kept.
     others = _others(config, begun.opened.tokenizer, begun.mesh) if not begun.start else {}
 
-    def evaluate(step: int, state: State) -> dict[str, float]:
-        said = held_out.said(step, state)
+    def evaluate(step: int, state: State, stopping: Callable[[], bool]) -> dict[str, float]:
+        said = held_out.said(step, state, stopping)
         found = said.means("eval")
         if against is not None:
             found |= against(state, said)

@@ -19,7 +19,7 @@ from jaxpref import (
     sharding,
 )
 from jaxpref.errors import UserError
-from jaxpref.interrupts import interrupts
+from jaxpref.interrupts import StoppedError, interrupts
 from jaxpref.terminal import console
 from jaxpref.train.assemble import Training, assemble
 from jaxpref.train.state import State
@@ -63,8 +63,13 @@ def _loop(
     ):
         if start == 0:
             counts = {f"data/{name}": float(n) for name, n in training.data.counts.items()}
-            first = _evaluate(checkpoints, training, state, 0)
+            try:
+                first = _evaluate(checkpoints, training, state, 0, interrupted)
+            except StoppedError:
+                _stop_before(1, checkpoints)
             writer.write(0, {**counts, **first})
+        elif _missed(workdir, config, start, steps):
+            writer.write(start, _evaluate(checkpoints, training, state, start, _never))
         log = metrics_lib.Log(
             writer,
             every=config.train.log_every,
@@ -77,42 +82,61 @@ def _loop(
             if training.samples:
                 # To sample is part of the step, whose time begins when the one before is done.
                 log.settle()
-            experience = training.source(step, state, partial(_at_once, interrupted, step))
+            experience = training.source(step, state, partial(_at_once, interrupted))
             if experience is None:
-                _stop_before(step, checkpoints, state, log)
+                _save_before(step, checkpoints, state, log)
             _refuse_kl(training, step, experience.kl, checkpoints)
             log.dispatching(step, *experience.work)
             state, measured = training.step(step, state, frozen, reference, experience)
             log.dispatched(step, measured)
             processes.beat()
-            # This is asked once a step, so that what is saved and what stops agree.
-            last, stop = step == steps, interrupted(step)
-            if last or _due(step, config.train.eval_every):
+            last, stop = step == steps, interrupted()
+            if not stop and (last or _due(step, config.train.eval_every)):
                 log.settle()
-                writer.write(step, _evaluate(checkpoints, training, state, step))
+                try:
+                    found = _evaluate(checkpoints, training, state, step, interrupted)
+                    writer.write(step, found)
+                except StoppedError:
+                    stop = True
                 log.pause()
             if last or stop or _due(step, config.train.save_every):
                 log.flush(step)
                 # Only weights that still give finite losses become the last good ones.
-                found = {"loss after the update": training.loss_after(state, experience)}
-                metrics_lib.require_finite(step, found, checkpoints.kept)
+                losses = {"loss after the update": training.loss_after(state, experience)}
+                metrics_lib.require_finite(step, losses, checkpoints.kept)
                 checkpoints.save(step, state.params, state.rest)
                 log.pause()
             if last or stop:
                 # The save is awaited here, where a second signal does not kill it.
                 checkpoints.wait()
-            if stop and not last:
+            if stop:
                 raise KeyboardInterrupt(
                     f"interrupted after step {step}, which is saved; the same command resumes."
                 )
 
 
-def _at_once(interrupted: Callable[[int], bool], step: int) -> bool:
+def _at_once(interrupted: Callable[[], bool]) -> bool:
     # Where several processes train they have to agree, which they do once a step.
-    return jax.process_count() == 1 and interrupted(step)
+    return jax.process_count() == 1 and interrupted()
 
 
-def _stop_before(
+def _never() -> bool:
+    return False
+
+
+def _missed(workdir: Path, config: ConfigDict, step: int, steps: int) -> bool:
+    """Whether a run that is resumed was stopped before the evaluation after its last step ended."""
+    if step != steps and not _due(step, config.train.eval_every):
+        return False
+
+    def missed() -> bool:
+        lines = metrics_lib.read(workdir / "metrics.jsonl")
+        return not any(name.startswith("eval/") for x in lines if x["step"] == step for name in x)
+
+    return processes.in_first(missed)
+
+
+def _save_before(
     step: int, checkpoints: checkpoint.Checkpoints, state: State, log: metrics_lib.Log
 ) -> NoReturn:
     """Ends a run whose step has only sampled so far; that is dropped, and sampled again."""
@@ -120,6 +144,12 @@ def _stop_before(
     if done and checkpoints.latest != done:
         log.flush(done)
         checkpoints.save(done, state.params, state.rest)
+    _stop_before(step, checkpoints)
+
+
+def _stop_before(step: int, checkpoints: checkpoint.Checkpoints) -> NoReturn:
+    """Ends a run before a step is done, after what was done before is saved."""
+    done = step - 1
     checkpoints.wait()
     where = f"step {done}, which is saved" if done else "the first step was done"
     raise KeyboardInterrupt(
@@ -141,10 +171,14 @@ def _refuse_kl(
 
 
 def _evaluate(
-    checkpoints: checkpoint.Checkpoints, training: Training, state: State, step: int
+    checkpoints: checkpoint.Checkpoints,
+    training: Training,
+    state: State,
+    step: int,
+    stopping: Callable[[], bool],
 ) -> dict[str, float]:
     """Measurements on the held-out data, if there is any."""
-    found = training.evaluate(step, state)
+    found = training.evaluate(step, state, stopping)
     metrics_lib.require_finite(step, found, checkpoints.kept)
     return found
 

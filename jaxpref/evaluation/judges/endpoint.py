@@ -139,10 +139,10 @@ class _Judging:
         self._announce(waiting)
         with interrupts("waiting for the answers under way") as interrupted:
             while waiting:
-                self._round(client, waiting, lambda: bool(self._failures) or interrupted(0))
+                self._round(client, waiting, lambda: bool(self._failures) or interrupted())
                 if self._failures:
                     raise self._failure()
-                if interrupted(0):
+                if interrupted():
                     raise KeyboardInterrupt(f"interrupted. {self._so_far()}")
                 waiting = self._waiting()
                 if waiting and len(waiting) > (room := self._room()):
