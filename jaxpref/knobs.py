@@ -416,7 +416,8 @@ KNOBS: dict[str, Knob] = {
     "train.hang_seconds": Knob(
         1800.0,
         "seconds without an end of a step, or of a batch of an evaluation, after which a run in "
-        "several processes is given up, since one of them hangs; compiling counts; 0: never",
+        "several processes is given up, since one of them hangs; four times that at first; 0: "
+        "never",
         at_least=0,
         resumable=True,
     ),

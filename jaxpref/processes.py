@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +24,9 @@ _HEARTBEAT = 30
 # all others have heard of it.
 _ASKED, _HEARD = 2_000, 10_000
 _FAILURE, _HEARD_BY, _PULSE = "jaxpref/failure", "jaxpref/heard", "jaxpref/pulse"
+_LEAVING = "jaxpref/leaving"
+# Seconds that the first process leaves to the others to end before it.
+_GRACE = 1.0
 # Seconds between two signs of life that a process gives of its own, and after which it is missed.
 _PULSE_EVERY, _MISSED = 5.0, 15.0
 
@@ -149,10 +152,16 @@ class _Progress:
 _progress = _Progress()
 
 
-def beat() -> None:
-    """Says that this process has come further: a step has ended, or a batch of an evaluation."""
+def beat(limit: float | None = None) -> None:
+    """Says that this process has come further: a step has ended, or a batch of an evaluation.
+
+    Args:
+      limit: see `watched`; from now on; None: as before.
+    """
     _progress.at = time.monotonic()
     _progress.count += 1
+    if limit is not None:
+        _progress.limit = limit
 
 
 @contextmanager
@@ -162,10 +171,9 @@ def watched(seconds: float) -> Iterator[None]:
     A process may hang and still answer, so that nobody misses it, and all others wait for it.
 
     Args:
-      seconds: without a `beat` until then; 0: for ever. Compiling counts, too.
+      seconds: without a `beat` until then; 0: for ever.
     """
-    beat()
-    _progress.limit = seconds
+    beat(seconds)
     try:
         yield
     finally:
@@ -192,6 +200,7 @@ def _end(error: BaseException) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
+    _leave()
     # As Python ends, JAX would wait for the others to say good-bye.
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
@@ -219,8 +228,8 @@ class _Watch(threading.Thread):
                     continue
                 # The service itself is gone, which JAX tells of in its own way.
                 return
-            _client().key_value_set(f"{_HEARD_BY}/{jax.process_index()}", "")
             if self.ending.is_set() or told["process"] == jax.process_index():
+                _hear()
                 return
             # Not print: another write may be under way.
             os.write(
@@ -228,7 +237,38 @@ class _Watch(threading.Thread):
                 f"jaxpref: process {told['process']} of this run cannot go on: "
                 f"{told['reason']}\n".encode(),
             )
+            _hear()
+            if jax.process_index() == 0:
+                _leave_last(told["process"])
             os._exit(told["code"])
+
+
+def _hear() -> None:
+    """Says that this process has heard of another one's failure."""
+    _client().key_value_set(f"{_HEARD_BY}/{jax.process_index()}", "")
+
+
+def _leave_last(failed: int) -> None:
+    """Waits in the first process until the others are about to end.
+
+    It is the one that the others are joined through: JAX aborts them when it is gone.
+    """
+    keys = [_LEAVING, *(f"{_HEARD_BY}/{i}" for i in range(1, jax.process_count()) if i != failed)]
+    # One of them may be gone before it could say so.
+    with suppress(jax.errors.JaxRuntimeError):
+        for key in keys:
+            _client().blocking_key_value_get(key, _HEARD)
+    time.sleep(_GRACE)
+
+
+def _leave() -> None:
+    """Says in a process that has failed that it ends now."""
+    if jax.process_index() == 0:
+        time.sleep(_GRACE)
+        return
+    # The first process may be gone.
+    with suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(_LEAVING, "", allow_overwrite=True)
 
 
 def _give_pulse() -> None:
@@ -263,6 +303,7 @@ def _end_hanging() -> NoReturn:
     )
     os.write(2, f"jaxpref: {reason}\n".encode())
     _tell(reason, missed)
+    _leave()
     os._exit(1)
 
 

@@ -24,6 +24,9 @@ from jaxpref.terminal import console
 from jaxpref.train.assemble import Training, assemble
 from jaxpref.train.state import State
 
+# How much longer than others the first step may take, which compiles.
+_AT_FIRST = 4
+
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
     """Trains as the config says; run again, it resumes from the last checkpoint.
@@ -47,7 +50,10 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
         checkpoint.check_same_run(workdir, run_of)
         with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
             training = assemble(config, workdir, checkpoints)
-            with sharding.use(training.mesh), processes.watched(config.train.hang_seconds):
+            with (
+                sharding.use(training.mesh),
+                processes.watched(_AT_FIRST * config.train.hang_seconds),
+            ):
                 _loop(config, workdir, checkpoints, training)
         _report(workdir, config)
 
@@ -89,7 +95,7 @@ def _loop(
             log.dispatching(step, *experience.work)
             state, measured = training.step(step, state, frozen, reference, experience)
             log.dispatched(step, measured)
-            processes.beat()
+            processes.beat(config.train.hang_seconds)
             last, stop = step == steps, interrupted()
             if not stop and (last or _due(step, config.train.eval_every)):
                 log.settle()
