@@ -1,6 +1,9 @@
 """The kernel for TPUs, interpreted: who sees whom, and the numbers of the blockwise path."""
 
 import dataclasses
+import importlib.util
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -211,3 +214,41 @@ def test_a_decoder_reads_packed_rows_with_it(windows, monkeypatch):
     np.testing.assert_allclose(
         logits("splash", batch.tree)[real], expected[real], rtol=1e-4, atol=1e-5
     )
+
+
+COMPILE = """
+import sys
+from jaxpref.plan import machines
+machines.prepare(sys.argv[1])
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxpref import sharding
+from jaxpref.models.splash import splash_attention
+from jaxpref.packing import Alignment, Seats, Tree
+
+devices, _ = machines.devices_of(sys.argv[1])
+mesh = sharding.make_mesh(1, -1, 1, devices=devices)
+rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+length, head_dim = int(sys.argv[2]), int(sys.argv[3])
+
+def loss(query, key, value, group, branch):
+    seats = Seats(jnp.arange(length), branch, Tree(group, branch, Alignment.of(length)))
+    windows = dict(window=1024, soft_cap=30.0) if head_dim == 64 else {}
+    return splash_attention(query, key, value, seats, **windows).astype(jnp.float32).sum()
+
+shapes = [(mesh.size, length, heads, head_dim) for heads in (8, 2, 2)]
+given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=rows) for shape in shapes]
+given += [jax.ShapeDtypeStruct((mesh.size, length), jnp.int32, sharding=rows)] * 2
+with sharding.use(mesh):
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*given).compile()
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jaxpref[tpu]")
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
+@pytest.mark.parametrize(("length", "head_dim"), [(2048, 128), (32_768, 128), (2048, 64)])
+def test_it_compiles_for_tpus(topology, length, head_dim):
+    command = [sys.executable, "-c", COMPILE, topology, str(length), str(head_dim)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
