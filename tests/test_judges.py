@@ -212,6 +212,20 @@ def test_an_output_that_cannot_be_is_refused_first(tmp_path):
         evaluation.judge_files("one", "two", "terminal", tmp_path / "x")
 
 
+def test_another_judging_is_not_written_over(tmp_path):
+    """Neither with another judge nor with other files; the same one may be done again."""
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):
+        judged(tmp_path, A, B, "test_judges:longer")
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=r"holds another judging, whose judge was test_judges:lon"):
+        evaluation.judge_files(a, b, "endpoint:m", output)
+    with pytest.raises(UserError, match=r"whose a was .*Give another output"):
+        evaluation.judge_files(b, a, "test_judges:longer", output)
+    assert output.read_bytes() == before
+
+
 WRONG = {
     "raises": (lambda prompts, **_: [1 / ("2" not in p) for p in prompts], "Zero.* 'Question 2"),
     "nan": (lambda prompts, **_: [float("nan" if "2" in p else 1) for p in prompts], "nan.*tion 2"),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +87,9 @@ def judge_files(
     """
     output = Path(output)
     _check_output(output, [a, b, compare, reading.prompts])
+    name = judge if isinstance(judge, str) else "a function"
+    which = {"a": a, "b": b, "judge": name}
+    _check_same(output, which)
     others = _means_of(compare) if compare else {}
     _check_sides(a, b, reading)
     opened = open_judge(judge, output, asking, reading, seed) if isinstance(judge, str) else judge
@@ -104,9 +107,7 @@ def judge_files(
     if compare:
         found = found._replace(agreement=_agreement(lines, others, compare, seed))
     _write(output, "".join(json.dumps(x, ensure_ascii=False, default=str) + "\n" for x in lines))
-    name = judge if isinstance(judge, str) else "a function"
-    summary = {"a": a, "b": b, "judge": name, **as_json(found)}
-    _write(output.with_name(f"{output.name}.summary.json"), json.dumps(summary, indent=1) + "\n")
+    _write(_summary(output), json.dumps({**which, **as_json(found)}, indent=1) + "\n")
     return found
 
 
@@ -166,6 +167,26 @@ def _check_output(output: Path, inputs: Sequence[str]) -> None:
         raise UserError(f"{output}: should be a file to write, in a directory that exists.")
     if same := [path for path in inputs if path and Path(path).resolve() == output.resolve()]:
         raise UserError(f"{same[0]}: is read, so it cannot be the output. Give another output.")
+
+
+def _summary(output: Path) -> Path:
+    return output.with_name(f"{output.name}.summary.json")
+
+
+def _check_same(output: Path, which: Mapping[str, str]) -> None:
+    """Refuses to write over another judging, which may have cost much."""
+    try:
+        before = json.loads(_summary(output).read_text(encoding="utf-8"))
+        different = [name for name in which if before[name] != which[name]]
+    except (OSError, ValueError, LookupError, TypeError):
+        # There is none, or no summary of a judging.
+        return
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{output}: holds another judging, whose {name} was {before[name]}, and this one's is "
+            f"{which[name]}. Give another output, or remove it with its .summary.json."
+        )
 
 
 def _is_policy(side: str) -> bool:
