@@ -174,6 +174,15 @@ def test_packed_rows_are_aligned_and_say_so(aligned):
     )
 
 
+@pytest.mark.parametrize("aligned", [Alignment(), Alignment(16, 1)], ids=str)
+def test_prompts_alone_take_what_they_are(aligned):
+    groups = [Group(np.arange(1, 5, dtype=np.int32), []) for _ in range(3)]
+    budget = Budget(40, 8, aligned=aligned)
+    batch = packing.materialise(packing.plan(groups, budget), groups, budget)
+    assert (batch.group > 0).sum() == 12
+    assert batch.aligned == aligned
+
+
 def test_an_alignment_that_is_missing_is_an_error():
     query, key, value, _ = arrays_of(1, 2048)
     nothing = jnp.ones((1, 2048), jnp.int32)

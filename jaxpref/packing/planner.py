@@ -272,7 +272,7 @@ class _Lengths(NamedTuple):
         """Tokens that a part takes of a row, and scored ones."""
         group, chosen = part
         responses, scored = self.responses[group], self.scored[group]
-        if self.aligned == Alignment():
+        if self.aligned == Alignment() or len(chosen) < 2:
             tokens = self.prompts[group] + sum(responses[k] for k in chosen)
         else:
             of_part = [responses[k] for k in chosen]

@@ -85,8 +85,8 @@ class Alignment(NamedTuple):
           prompt: its tokens.
           responses: their tokens.
         """
-        if len(responses) == 1:
-            return 0, [prompt]
+        if len(responses) < 2:
+            return 0, [prompt] * len(responses)
         end = self.after(prompt)
         starts = [end]
         for tokens in responses[:-1]:
