@@ -1,7 +1,7 @@
 """What a run would take of machines: `python -m jaxpref.plan`, on a machine with none of them.
 
-    python -m jaxpref.plan --config=configs/dpo.py --topology=v5p:2x2x4 --rows=1 \
-        --config.mesh.fsdp=16
+    python -m jaxpref.plan --config=configs/shapes.py:llama3_8b,dpo --topology=v5p:2x2x4 --rows=1 \\
+        --config.mesh.data=1 --config.mesh.fsdp=16
 
 It compiles what `python -m jaxpref.main` would run with the same config, for a slice of Cloud TPUs
 (with `pip install 'jaxpref[tpu]'`; v5p:4x4x4, v5e:16x16 and others), for CPUs (cpu:8), or for the

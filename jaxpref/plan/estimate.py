@@ -82,7 +82,8 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
     try:
         compiled = lowered.compile()
     except Exception as error:
-        if (needed := _needed(str(error))) is None:
+        held = sum(map(bytes_of, program.held.values()))
+        if (needed := _needed(str(error), held)) is None:
             raise
         raise TooLargeError(program.name, needed) from error
     compiling = time.monotonic() - began
@@ -116,12 +117,20 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
     )
 
 
-def _needed(message: str) -> int | None:
-    """The bytes that the compiler says it would need, if that is what it says."""
+def _needed(message: str, held: int) -> int | None:
+    """The bytes that a program would need, if that is what the compiler complains of.
+
+    Args:
+      message: of the error.
+      held: bytes that are there before, which one of the messages leaves out.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
         return None
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    found = re.search(r"(Used |temporaries \()([\d.]+)([KMGT])", message)
+    if found is None:
+        return 0
+    needed = int(float(found[2]) * _UNITS[found[3]])
+    return needed if found[1] == "Used " else needed + held
 
 
 def _peak(compiled: Any, program: Program, held: int) -> int:
