@@ -82,8 +82,8 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
     try:
         compiled = lowered.compile()
     except Exception as error:
-        held = sum(map(bytes_of, program.held.values()))
-        if (needed := _needed(str(error), held)) is None:
+        beside = sum(map(bytes_of, program.held.values()))
+        if (needed := _needed(str(error), beside)) is None:
             raise
         raise TooLargeError(program.name, needed) from error
     compiling = time.monotonic() - began
