@@ -153,7 +153,7 @@ _progress = _Progress()
 
 
 def beat(limit: float | None = None) -> None:
-    """Says that this process has come further: a step has ended, or a batch of an evaluation.
+    """Says that this process has come further: a step has ended, or a batch, or sampling.
 
     Args:
       limit: see `watched`; from now on; None: as before.

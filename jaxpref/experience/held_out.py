@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxpref import models, sampling, sharding
+from jaxpref import models, processes, sampling, sharding
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE
 from jaxpref.data.chat import Message
 from jaxpref.experience.parts import Asked, Packer, Prompts, SamplingParts, make_look, say
@@ -138,6 +138,7 @@ class HeldOut:
         response_ids: list[np.ndarray] = []
         values: dict[str, list[np.ndarray]] = {}
         for start in range(0, count, size):
+            processes.beat()
             indices = [*range(start, min(start + size, count))]
             # The last prompts are filled up, so that nothing is compiled for their number.
             filled = [*indices, *[indices[0]] * (size - len(indices))]

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxpref import sampling, sharding
+from jaxpref import processes, sampling, sharding
 from jaxpref.algorithms import Online, Rollout
 from jaxpref.algorithms.policy_gradient import (
     ADVANTAGES,
@@ -82,6 +82,7 @@ class Rollouts:
         # The copy is gone before gradients need its room.
         del weights
         clock.mark("generate")
+        processes.beat()
         if stopping():
             return None
         sampled = self._prompts.sampled(indices, said, parts.tokenizer, range(self._samples))
