@@ -22,7 +22,7 @@ from jaxpref.errors import UserError
 _HEARTBEAT = 30
 # Milliseconds: how long one question to the service takes, and how long one that fails waits until
 # all others have heard of it.
-_ASKED, _HEARD = 2_000, 10_000
+_ASKED, _HEARD = 1_000, 10_000
 _FAILURE, _HEARD_BY, _PULSE = "jaxpref/failure", "jaxpref/heard", "jaxpref/pulse"
 _LEAVING = "jaxpref/leaving"
 # Seconds that the first process leaves to the others to end before it.
@@ -135,6 +135,8 @@ def together() -> Iterator[None]:
         _end(error)
     finally:
         watch.ending.set()
+        # A thread that asks while Python ends would abort it.
+        watch.join()
 
 
 class _Progress:
