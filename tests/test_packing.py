@@ -369,7 +369,7 @@ def test_a_group_of_any_lengths_finds_a_micro_batch(
     assert len(plans) <= 2 * full + 1
 
 
-# There are batches, though few, that need more than one to spare; the packer then compiles once more.
+# There are batches, though few, that need more than one to spare, which are compiled for once more.
 # So these are always the same hundred batches.
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
