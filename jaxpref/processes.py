@@ -135,7 +135,7 @@ def together() -> Iterator[None]:
         _end(error)
     finally:
         watch.ending.set()
-        # A thread that asks while Python ends would abort it.
+        # A thread that comes back from asking while Python ends may abort it.
         watch.join()
 
 
