@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxpref.errors import UserError
+
+_T = TypeVar("_T")
 
 # Seconds without a sign of life after which a process counts as dead.
 _HEARTBEAT = 30
@@ -27,6 +29,8 @@ _FAILURE, _HEARD_BY, _PULSE = "jaxpref/failure", "jaxpref/heard", "jaxpref/pulse
 _LEAVING = "jaxpref/leaving"
 # Seconds that the first process leaves to the others to end before it.
 _GRACE = 1.0
+# How many of the values that processes compare the service keeps: none is that far behind another.
+_KEPT = 1_000
 # Seconds between two signs of life that a process gives of its own, and after which it is missed.
 _PULSE_EVERY, _MISSED = 5.0, 15.0
 
@@ -91,6 +95,17 @@ def in_first(action: Callable[[], Any]) -> Any:
     return told["answer"]
 
 
+def after_first(action: Callable[[], _T]) -> _T:
+    """Acts in the first process, and when it is done in each of the others.
+
+    Raises:
+      UserError: what the action raises; in every process, if the first one raises it.
+    """
+    done: list[_T] = []
+    in_first(lambda: done.append(action()))
+    return done[0] if done else action()
+
+
 def agree(settings: Mapping[str, Any]) -> None:
     """Refuses to go on where a process has other settings than the first one.
 
@@ -110,6 +125,33 @@ def agree(settings: Mapping[str, Any]) -> None:
             f"process {jax.process_index()} of this run does not have what process 0 has:\n  "
             + "\n  ".join(different)
             + "\nGive all processes the same recipe, settings and data."
+        )
+
+
+def check_same(what: str, value: str) -> None:
+    """Refuses to go on where a process has another value than the first one.
+
+    The first process does not wait for the others.
+
+    Args:
+      what: it is, in words.
+      value: this process's; all of them ask in the same order.
+
+    Raises:
+      UserError: in the process whose value is another one.
+    """
+    if jax.process_count() == 1:
+        return
+    key = _key("same")
+    if jax.process_index() == 0:
+        _client().key_value_set(key, value)
+        if (number := _asked["same"]) > _KEPT:
+            _client().key_value_delete(_numbered("same", number - _KEPT))
+    elif _get(key) != value:
+        raise UserError(
+            f"{what} of process {jax.process_index()} is not that of process 0, though they began "
+            "with the same data and settings. Nothing was computed with it. See that no file that "
+            "they read is being written, and that what you compute for them is the same everywhere."
         )
 
 
@@ -348,7 +390,11 @@ _asked: dict[str, int] = {}
 def _key(what: str) -> str:
     """A new key, the same in all processes, which ask in the same order."""
     _asked[what] = _asked.get(what, 0) + 1
-    return f"jaxpref/{what}/{_asked[what]}"
+    return _numbered(what, _asked[what])
+
+
+def _numbered(what: str, number: int) -> str:
+    return f"jaxpref/{what}/{number}"
 
 
 def _get(key: str) -> str:

@@ -7,6 +7,7 @@ logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps the
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxpref import processes
 from jaxpref.errors import UserError
 from jaxpref.logprobs import Split
 from jaxpref.packing import ROW_FIELDS, PackedBatch
@@ -115,6 +117,15 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def own_shards(mesh: Mesh) -> tuple[int, ...] | None:
+    """The blocks of rows that this process's devices hold; None if it trains alone, and so all."""
+    if jax.process_count() == 1:
+        return None
+    shards = mesh.devices.reshape(batch_shards(mesh), -1)
+    mine = [[device.process_index == jax.process_index() for device in of] for of in shards]
+    return tuple(int(shard) for shard in np.flatnonzero(np.any(mine, axis=1)))
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes the mesh and the rules known to what is traced inside."""
@@ -192,8 +203,47 @@ def whole_everywhere(tree: Any) -> dict[str, int]:
 
 
 def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
-    """Puts a batch of micro-batches (a leading axis) on the devices: rows split, tables whole."""
-    return _placed(batch, lambda x, spec: _put(mesh, x, spec))
+    """Puts a batch of micro-batches (a leading axis) on the devices: rows split, tables whole.
+
+    Where several processes train they put the same batch, of which each may have the rows of its
+    own devices alone (`packing.Budget.own`).
+
+    Raises:
+      UserError: this process has another batch than the first one.
+    """
+    if jax.process_count() > 1:
+        processes.check_same("the next batch", _digest(batch))
+    shards, own = batch_shards(mesh), own_shards(mesh)
+    if batch.shards == shards or own is None:
+        return _placed(batch, lambda x, spec: _put(mesh, x, spec))
+    if batch.shards != len(own):
+        raise ValueError(
+            f"a batch has the rows of all {shards} shards, or of the {len(own)} of this process; "
+            f"this one has those of {batch.shards}."
+        )
+
+    def put(x: Any, spec: PartitionSpec) -> jax.Array:
+        if spec == PartitionSpec():
+            return _put(mesh, x, spec)
+        of_shard = x.shape[1] // len(own)
+
+        def rows(index: Any) -> np.ndarray:
+            # A device holds the rows of one shard.
+            first = own.index((index[1].start or 0) // of_shard) * of_shard
+            return x[:, first : first + of_shard]
+
+        shape = (x.shape[0], shards * of_shard, *x.shape[2:])
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), rows)
+
+    return dataclasses.replace(_placed(batch, put), shards=shards)
+
+
+def _digest(batch: PackedBatch) -> str:
+    """Of all that processes should have alike of a batch."""
+    digest = hashlib.sha256(repr((batch.tokens.shape[0], batch.aligned)).encode())
+    for x in jax.tree.leaves((batch.lengths, batch.extras, batch.written)):
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def abstract_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:
@@ -211,7 +261,12 @@ def _placed(batch: PackedBatch, put: Callable[[Any, PartitionSpec], Any]) -> Pac
     extras = {name: put(x, whole) for name, x in batch.extras.items()}
     of_tokens = {name: put(x, by_row) for name, x in batch.token_extras.items()}
     return dataclasses.replace(
-        batch, **rows, lengths=put(batch.lengths, whole), extras=extras, token_extras=of_tokens
+        batch,
+        **rows,
+        lengths=put(batch.lengths, whole),
+        extras=extras,
+        token_extras=of_tokens,
+        written=None,
     )
 
 

@@ -247,6 +247,39 @@ def test_ragged_k_and_absent_groups():
     np.testing.assert_array_equal(sums, batch.lengths)
 
 
+@pytest.mark.parametrize("shape", [None, packing.Shape(4, 3)])
+def test_a_process_writes_the_rows_of_its_own_shards_and_tables_of_all_groups(shape):
+    groups, budget = random_groups(6, 12, responses=3), Budget(48, 40, shards=4)
+
+    def written(own, groups=groups):
+        own_budget = budget._replace(own=own)
+        if shape is not None:
+            return packing.pack_micro_batches(groups, own_budget, shape=shape)
+        return packing.materialise(packing.plan(groups, own_budget), groups, own_budget)
+
+    whole = written(None)
+    assert whole.written is None
+    rows = whole.tokens.shape[-2] // 4
+    parts = {own: written(own) for own in [(0, 2), (1,), (3,)]}
+    for own, part in parts.items():
+        of_own = np.concatenate([np.arange(shard * rows, (shard + 1) * rows) for shard in own])
+        assert part.shards == len(own)
+        for name in packing.ROW_FIELDS:
+            expected = getattr(whole, name)[..., of_own, :]
+            np.testing.assert_array_equal(getattr(part, name), expected)
+        np.testing.assert_array_equal(part.lengths, whole.lengths)
+        # All processes have the same digest, and count the tokens of all.
+        np.testing.assert_array_equal(part.written.digest, parts[(1,)].written.digest)
+        np.testing.assert_array_equal(part.written.tokens, (whole.group > 0).sum(axis=(-1, -2)))
+    for group in range(len(groups)):
+        altered = list(groups)
+        altered[group] = groups[group]._replace(prompt=groups[group].prompt + 1)
+        assert (written((1,), altered).written.digest != parts[(1,)].written.digest).any()
+    if shape is None:
+        swapped = [groups[1], groups[0], *groups[2:]]
+        assert written((1,), swapped).written.digest != parts[(1,)].written.digest
+
+
 def test_no_groups_give_one_empty_row():
     batch = pack([], row_length=8)
     assert batch.tokens.shape == (1, 8)

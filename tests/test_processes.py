@@ -8,13 +8,13 @@ import sys
 
 import numpy as np
 import pytest
+from meshes import MESHES
 from test_cli import ENVIRONMENT, ROOT, wait_for
 from test_train import lines_of
 
 from jaxpref import checkpoint
 
 SMALL = [
-    f"--config={ROOT / 'configs' / 'quickstart.py'}:dpo",
     "--config.model.init_from=",
     "--config.model.width=16",
     "--config.model.layers=1",
@@ -28,11 +28,22 @@ SMALL = [
 ]
 
 
-def start(workdir, *flags, processes=1, own=((), ()), folders=(ROOT, ROOT)):
-    """One run in so many processes, with two devices among them.
+def start(
+    workdir,
+    *flags,
+    recipe="configs/quickstart.py:dpo",
+    processes=1,
+    devices=2,
+    own=((), ()),
+    folders=(ROOT, ROOT),
+    environment=(),
+):
+    """One run in so many processes, with so many devices among them.
 
-    Each of them may have flags of its own, and a folder in which it is started.
+    Each of them may have flags of its own, and a folder in which it is started. With an environment
+    it is run as `spied.py` has it.
     """
+    command = [str(ROOT / "tests" / "spied.py")] if environment else ["-m", "jaxpref.main"]
     joined = [[]]
     if processes > 1:
         with socket.socket() as free:
@@ -44,16 +55,18 @@ def start(workdir, *flags, processes=1, own=((), ()), folders=(ROOT, ROOT)):
     return [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "jaxpref.main", *SMALL, f"--workdir={workdir}"),
+                *(sys.executable, *command, f"--config={ROOT / recipe}", *SMALL),
+                f"--workdir={workdir}",
                 *flags,
                 *others,
-                *own[number],
+                *(own[number] if number < len(own) else ()),
             ],
-            cwd=folders[number],
+            cwd=folders[number] if number < len(folders) else ROOT,
             env={
                 **ENVIRONMENT,
-                "JAX_NUM_CPU_DEVICES": str(2 // processes),
+                "JAX_NUM_CPU_DEVICES": str(devices // processes),
                 "PYTHONPATH": str(ROOT),
+                **dict(environment),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -103,6 +116,86 @@ def test_two_processes_train_as_one(one, tmp_path):
     more = finish(start(tmp_path, "--config.train.steps=4"))
     assert more[1] == [0], more[0]
     assert "resuming after step 3" in more[0][0]
+
+
+def put_in(folder, processes):
+    """What `spied.py` has told of each batch, by process."""
+    files = [folder / f"{process}.jsonl" for process in range(processes)]
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The runs of `meshes.py` in one process."""
+    return on_meshes(tmp_path_factory.mktemp("alone"), 1)
+
+
+def on_meshes(folder, processes):
+    flags = ["--config.train.steps=3", "--config.eval.win_rate_prompts=0"]
+    flags += ["--config.sampling.max_new_tokens=0", "--config.data.eval_fraction=0"]
+    spied = folder / "spied"
+    spied.mkdir()
+    made = start(
+        folder / "x".join(map(str, MESHES[0])),
+        *flags,
+        recipe="tests/meshes.py",
+        processes=processes,
+        devices=4,
+        environment={"SPIED": str(spied)},
+    )
+    outputs, codes = finish(made)
+    assert codes == [0] * processes, outputs
+    return folder, put_in(spied, processes)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_train_as_one_on_every_mesh_each_with_rows_of_its_own(alone, processes, tmp_path):
+    folder, put = on_meshes(tmp_path, processes)
+    expected, (put_alone,) = alone
+    for mesh in MESHES:
+        name = "x".join(map(str, mesh))
+        ours, theirs = lines_of(folder / name), lines_of(expected / name)
+        assert [line["step"] for line in ours] == [0, 1, 2, 3]
+        for here, there in zip(ours[1:], theirs[1:], strict=True):
+            assert here.keys() == there.keys()
+            for key in ("loss", "grad_norm", "logps/chosen"):
+                np.testing.assert_allclose(here[key], there[key], rtol=1e-4, err_msg=key)
+    assert {len(of_process) for of_process in put} == {len(put_alone)}
+    for number, batch in enumerate(put_alone):
+        parts = [of_process[number] for of_process in put]
+        together = {row: tokens for part in parts for row, tokens in part["rows"].items()}
+        assert together == batch["rows"]
+        assert {part["written"] for part in parts} == {
+            # Where rows are not split every process holds all of them.
+            len(batch["rows"]) // (1 if len(parts[0]["rows"]) == len(batch["rows"]) else processes)
+        }
+        assert all(part["written"] == len(part["rows"]) for part in parts)
+        assert all(part["lengths"] == batch["lengths"] for part in parts)
+    assert len(put_alone) == len(MESHES) * 3
+
+
+@pytest.mark.process
+def test_an_example_that_differs_stops_the_run_when_it_is_first_used(tmp_path):
+    """With as many tokens as in the other process, after their data were compared.
+
+    The second process has its data from what the first one has kept.
+    """
+    spied = tmp_path / "spied"
+    spied.mkdir()
+    altered = {"SPIED": str(spied), "ALTERED": "1 20"}
+    flags = ["--config.train.steps=50", "--config.data.eval_fraction=0", "--config.seed=3"]
+    flags += [f"--config.data.cache={tmp_path / 'cache'}"]
+    outputs, codes = finish(start(tmp_path / "run", *flags, processes=2, environment=altered), 120)
+    assert codes == [2, 2], outputs
+    assert all("the next batch of process 1 is not that of process 0" in said for said in outputs)
+    assert "process 1 of this run cannot go on" in outputs[0]
+    assert [path.name for path in spied.glob("*.tokenised")] == ["0.tokenised"]
+    # Sixty examples are seven and a half batches.
+    first, second = put_in(spied, 2)
+    assert 0 < len(second) < 8
+    assert len(first) - len(second) in (0, 1)
+    assert lines_of(tmp_path / "run")[-1]["step"] <= len(second)
 
 
 @pytest.mark.process

@@ -4,12 +4,13 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib
+from jaxpref import config as config_lib, processes
 from jaxpref.data import cache, synthetic
 from jaxpref.data.convert import adapt, to_prompt
 from jaxpref.data.dataset import TokenizedDataset, deduplicate, mismatch
@@ -75,6 +76,8 @@ def load(
 ) -> Data:
     """Reads, converts, splits and tokenises; or reads what an earlier run kept in data.cache.
 
+    Where several processes train, the first one keeps it there, and the others read that.
+
     Args:
       config: a checked config.
       tokenizer: a `transformers` tokenizer.
@@ -88,6 +91,21 @@ def load(
     # The cache has token ids alone; rewards of what is sampled look at the texts, too.
     cached = config.data.cache and kind != "prompts"
     folder = cache.folder(config, tokenizer, kind) if cached else None
+
+    def act() -> Data:
+        return _load(config, tokenizer, kind, progress, weights, folder)
+
+    return act() if folder is None else processes.after_first(act)
+
+
+def _load(
+    config: ConfigDict,
+    tokenizer: Any,
+    kind: str,
+    progress: Callable[[int], None],
+    weights: Mapping[str, float],
+    folder: Path | None,
+) -> Data:
     if folder is not None and (kept := cache.read(folder)) is not None:
         data = Data(*kept, weights, [f"tokenised data reused from {folder}"])
         if config.eval.win_rate_prompts and data.held_out is not None:

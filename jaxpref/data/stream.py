@@ -181,7 +181,8 @@ def budget_of(config: ConfigDict, dataset: TokenizedDataset, mesh: Mesh) -> Budg
         dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
     )
     aligned = models.alignment(config, mesh)
-    return Budget(row_length, scored_length, sharding.batch_shards(mesh), aligned)
+    shards, own = sharding.batch_shards(mesh), sharding.own_shards(mesh)
+    return Budget(row_length, scored_length, shards, aligned, own)
 
 
 def _order(dataset: TokenizedDataset, seed: int, weights: Mapping[str, float]) -> grain.MapDataset:

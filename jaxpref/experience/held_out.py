@@ -182,11 +182,12 @@ class HeldOut:
             for place, index in enumerate(indices)
         ]
         packed = self._packer(groups, batch_size=len(groups), responses=1)
+        batch = sharding.put_batch(parts.mesh, packed)
         own = state.reference if parts.mode.moves else parts.reference
         asked = Asked(policy.params, parts.frozen, own)
-        looked = sharding.fetch(policy.look(asked, sharding.put_batch(parts.mesh, packed)))
+        looked, response = sharding.fetch((policy.look(asked, batch), batch.response))
         ratios = looked[OLD] - looked[REFERENCE]
-        kl = np.bincount(packed.response.ravel(), ratios.ravel(), len(groups) + 1)
+        kl = np.bincount(response.ravel(), ratios.ravel(), len(groups) + 1)
         return {KL: kl[: len(groups)]}
 
 

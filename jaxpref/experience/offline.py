@@ -29,15 +29,27 @@ def offline(
         number, batch = next(ahead)
         if number != step:
             raise ValueError(f"the batch of step {number} comes next, but {step} is asked for.")
-        return Experience((put(batch),), work_of(batch))
+        placed = put(batch)
+        return Experience((placed,), work_of(batch, shape=placed.tokens.shape))
 
     return source
 
 
-def work_of(*batches: PackedBatch) -> Work:
-    """How much batches are, before they are on the devices."""
+def work_of(*batches: PackedBatch, shape: tuple[int, ...]) -> Work:
+    """How much batches are.
+
+    Args:
+      batches: before they are on the devices.
+      shape: of the tokens of one of them on the devices.
+    """
     return Work(
-        batches[0].tokens.shape,
-        sum(int((np.asarray(batch.group) > 0).sum()) for batch in batches),
+        shape,
+        sum(_tokens(batch) for batch in batches),
         sum(int((np.asarray(batch.lengths)[..., 0] > 0).sum()) for batch in batches),
     )
+
+
+def _tokens(batch: PackedBatch) -> int:
+    if batch.written is not None:
+        return int(np.sum(batch.written.tokens))
+    return int((np.asarray(batch.group) > 0).sum())

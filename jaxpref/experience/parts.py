@@ -295,4 +295,5 @@ def budget_of(config: ConfigDict, mesh: Mesh, *, samples: int, scored_length: in
     responses = longest * samples
     share = responses / (config.data.max_prompt_length + responses)
     scored = scored_length or min(max(int(share * row), longest), row)
-    return Budget(row, scored, sharding.batch_shards(mesh), models.alignment(config, mesh))
+    shards, own = sharding.batch_shards(mesh), sharding.own_shards(mesh)
+    return Budget(row, scored, shards, models.alignment(config, mesh), own)

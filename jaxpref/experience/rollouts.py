@@ -156,7 +156,7 @@ class Rollouts:
         kl = sharding.fetch(learned.metrics["objective/kl"])
         return Experience(
             ready,
-            work_of(*packed),
+            work_of(*packed, shape=batches[0].tokens.shape),
             learned.controls,
             learned.metrics,
             float(kl.values) / max(float(kl.weights), 1.0),
@@ -194,9 +194,9 @@ class Rollouts:
             "objective/chosen_scores": _sums(rewards.max(axis=1)),
             "skipped_ties": Metric(np.asarray(len(indices) - len(groups), np.float32), one),
         }
-        return Experience(
-            (sharding.put_batch(parts.mesh, packed),), work_of(packed), measured=measured
-        )
+        placed = sharding.put_batch(parts.mesh, packed)
+        work = work_of(packed, shape=placed.tokens.shape)
+        return Experience((placed,), work, measured=measured)
 
 
 def abstract_batch(

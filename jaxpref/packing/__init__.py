@@ -28,6 +28,7 @@ the responses were placed.
 from jaxpref.packing.batch import (
     ROW_FIELDS,
     PackedBatch,
+    Written,
     attention_mask,
     gather_places,
     gather_sources,
@@ -70,6 +71,7 @@ __all__ = [
     "Seats",
     "Shape",
     "Tree",
+    "Written",
     "attention_mask",
     "fixed_shape",
     "gather_places",

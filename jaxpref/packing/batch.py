@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,18 @@ else:
 
 # The fields of a batch that have a row for each row of tokens.
 ROW_FIELDS = ("tokens", "positions", "group", "branch", "source", "place", "target", "response")
+
+
+class Written(NamedTuple):
+    """What is known of a whole batch where a process has written its own rows alone.
+
+    Attributes:
+      digest: of the plan and of the tokens of all groups, for processes to compare.
+      tokens: in the rows of all processes.
+    """
+
+    digest: Int[Values, "*micro"]
+    tokens: Int[Values, "*micro"]
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +54,7 @@ class PackedBatch:
       lengths: scored tokens of each response; 0 where there is no response.
       extras: further arrays `[groups, ...]` in batch order, such as `reference_logps`.
       token_extras: further values of each scored position, such as advantages.
+      written: of a batch that has the rows of one process alone, and is on no device yet.
       shards: number of equal blocks of rows whose scored positions share a table.
       aligned: where prompts end and responses start.
     """
@@ -59,6 +72,7 @@ class PackedBatch:
     token_extras: Mapping[str, Shaped[Values, "*micro rows scored"]] = dataclasses.field(
         default_factory=dict
     )
+    written: Written | None = None
     shards: int = dataclasses.field(default=1, metadata={"static": True})
     aligned: Alignment = dataclasses.field(default=Alignment(), metadata={"static": True})
 

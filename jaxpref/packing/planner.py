@@ -23,12 +23,14 @@ class Budget(NamedTuple):
       scored_length: scored tokens a row; the rows of a shard pool theirs.
       shards: rows come in multiples of this.
       aligned: where prompts end and responses start.
+      own: the shards whose rows this process writes; None: all. Plans do not depend on it.
     """
 
     row_length: int
     scored_length: int
     shards: int = 1
     aligned: Alignment = Alignment()
+    own: tuple[int, ...] | None = None
 
 
 class Shape(NamedTuple):

@@ -1,11 +1,12 @@
 """Groups as packed rows: plans are made, and tokens written where they say."""
 
+import zlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from jaxpref.packing.batch import PackedBatch
+from jaxpref.packing.batch import PackedBatch, Written
 from jaxpref.packing.planner import (
     Budget,
     Plan,
@@ -117,27 +118,37 @@ def materialise(
 ) -> PackedBatch:
     """Writes the tokens of `groups` where `plan` places them.
 
+    Where several processes train, each of them plans all rows and writes those of `budget.own`. The
+    tables of groups are whole in every process.
+
     Args:
       plan: the rows.
       groups: the groups that were planned.
-      budget: the shape that was planned for.
+      budget: the shape that was planned for, and whose rows are written.
       responses: K of the tables; by default the largest K among the groups.
       batch_size: groups in the tables; by default those given. More are absent, with
         length 0.
     """
-    rows, shards = len(plan), budget.shards
+    own = range(budget.shards) if budget.own is None else budget.own
+    of_shard, shards = len(plan) // budget.shards, len(own)
+    rows = shards * of_shard
     responses = responses or max((len(group.responses) for group in groups), default=1)
     batch_size = batch_size or len(groups)
     tokens, positions, group_ids, branch = np.zeros((4, rows, budget.row_length), np.int32)
-    table = (shards, rows // shards * budget.scored_length)
+    table = (shards, of_shard * budget.scored_length)
     source, place, target = np.zeros((3, *table), np.int32)
     response = np.full(table, batch_size * responses, np.int32)
     lengths = np.zeros((batch_size, responses), np.int32)
+    for part in (part for parts in plan for part in parts):
+        scored_lengths = groups[part.group].scored_lengths
+        for k in part.responses:
+            lengths[part.group, k] = scored_lengths[k]
     filled = [0] * shards
-    for row, parts in enumerate(plan):
-        shard, row_in_shard = divmod(row, rows // shards)
+    for row in range(rows):
+        shard, row_in_shard = divmod(row, of_shard)
         first_of_row = row_in_shard * budget.row_length
         end = 0
+        parts = plan[own[shard] * of_shard + row_in_shard]
         for number, part in enumerate(parts, start=1):
             prompt, responses_here = groups[part.group].prompt, groups[part.group].responses
             sizes = [len(responses_here[k]) for k in part.responses]
@@ -167,7 +178,6 @@ def materialise(
                 place[shard, scored] = here
                 target[shard, scored] = ids[places]
                 response[shard, scored] = part.group * responses + k
-                lengths[part.group, k] = len(places)
     by_row = (rows, budget.scored_length)
     return PackedBatch(
         tokens=tokens,
@@ -180,9 +190,20 @@ def materialise(
         response=response.reshape(by_row),
         lengths=lengths,
         extras={},
+        written=None if budget.own is None else _written(plan, groups, budget),
         shards=shards,
         aligned=budget.aligned,
     )
+
+
+def _written(plan: Plan, groups: Sequence[Group], budget: Budget) -> Written:
+    digest, tokens = zlib.crc32(repr((plan, budget._replace(own=None))).encode()), 0
+    for part in (part for parts in plan for part in parts):
+        group = groups[part.group]
+        for piece in (group.prompt, *(group.responses[k] for k in part.responses)):
+            digest = zlib.crc32(np.ascontiguousarray(piece, np.int32).data, digest)
+            tokens += len(piece)
+    return Written(np.asarray(digest, np.uint32), np.asarray(tokens, np.int32))
 
 
 def _check_groups(groups: Sequence[Group]) -> None:

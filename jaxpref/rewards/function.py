@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from jaxpref import processes
 from jaxpref.errors import UserError
 from jaxpref.rewards.base import Reward, Sampled, checked, shown
 
@@ -54,13 +55,18 @@ def from_function(name: str, function: Callable[..., Any]) -> Reward:
     A reward function of TRL is such a function. One that does not read all of this takes
     `**columns`.
 
+    Where several processes train, the first one alone calls it.
+
     Args:
       name: for messages.
       function: may raise, or give what is no reward: the error then says for which prompt.
     """
 
     def reward(sampled: Sampled) -> Float[np.ndarray, " responses"]:
-        return checked(name, call(name, function, _arguments(sampled)), sampled)
+        def given() -> list[float]:
+            return checked(name, call(name, function, _arguments(sampled)), sampled).tolist()
+
+        return np.asarray(processes.in_first(given), np.float32)
 
     return reward
 

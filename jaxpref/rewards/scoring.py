@@ -98,8 +98,9 @@ class Scorer(abc.ABC):
           rows: how many are scored at a time, at most.
           progress: called with the number of groups done so far.
         """
-        shards, aligned = sharding.batch_shards(self.mesh), models.alignment(self.config, self.mesh)
-        budget = Budget(self.row_length, self.row_length, shards, aligned)
+        shards, own = sharding.batch_shards(self.mesh), sharding.own_shards(self.mesh)
+        aligned = models.alignment(self.config, self.mesh)
+        budget = Budget(self.row_length, self.row_length, shards, aligned, own)
         with sharding.use(self.mesh):
             return score(
                 lambda batch: self.rewards(params, sharding.put_batch(self.mesh, batch)),
