@@ -2,13 +2,17 @@
 
 SPIED is a folder. There process P leaves a file `P.tokenised` if it tokenises data, and adds a line
 to `P.jsonl` for each batch: how many rows it has written, and the tokens of each of its devices.
-ALTERED is "PROCESS EXAMPLE": that process reads another token in that example.
+ALTERED is "PROCESS EXAMPLE": that process reads another token in that example. SIGNALLED is
+"PROCESS SIGNAL BATCH SECONDS": that process sends itself that signal so many seconds after it has
+put that batch, counted from 1, and leaves a file `signalled`; without seconds it takes a rest then.
 """
 
 import importlib
 import json
 import os
 import runpy
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -35,9 +39,19 @@ def put_and_tell(mesh, batch):
         "logical": placed.tokens.shape,
         "rows": rows,
     }
-    with Path(os.environ["SPIED"], f"{jax.process_index()}.jsonl").open("a") as file:
+    told = Path(os.environ["SPIED"], f"{jax.process_index()}.jsonl")
+    with told.open("a") as file:
         file.write(json.dumps(line) + "\n")
+    process, number, batch, seconds = os.environ.get("SIGNALLED", "-1 0 0 0").split()
+    if int(process) == jax.process_index() and len(told.read_text().splitlines()) == int(batch):
+        threading.Timer(float(seconds), signal_itself, [int(number)]).start()
+        time.sleep(0 if float(seconds) else 2)
     return placed
+
+
+def signal_itself(number):
+    Path(os.environ["SPIED"], "signalled").touch()
+    os.kill(os.getpid(), number)
 
 
 def tokenize_and_tell(*given, **options):

@@ -228,17 +228,73 @@ def test_a_process_that_is_killed_ends_all(tmp_path):
     assert "Traceback" not in outputs[0]
 
 
-@pytest.mark.long
-def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
-    started = start(tmp_path, "--config.train.steps=100000", processes=2)
-    measurements = tmp_path / "metrics.jsonl"
-    wait_for(lambda: measurements.exists() and len(lines_of(tmp_path)) > 5, started[0])
-    started[1].send_signal(signal.SIGINT)
-    outputs, codes = finish(started)
+# Four batches are held out, so that the fifth is that of the first step, and those after the sixth
+# are of the evaluation after the second step. All agree within a step or two.
+PLACES = {
+    "in the first compilation": (5, 0.3, (1, 2)),
+    "in a step": (6, 0, (2, 3)),
+    "in an evaluation": (7, 0, (2,)),
+}
+EVALUATED = [
+    *("--config.train.steps=6", "--config.train.eval_every=2", "--config.data.eval_fraction=0.5"),
+    *("--config.eval.win_rate_prompts=0", "--config.sampling.max_new_tokens=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    outputs, codes = finish(start(workdir, *EVALUATED))
+    assert codes == [0], outputs
+    return workdir
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("in the first compilation", signal.SIGTERM),
+        ("in a step", signal.SIGINT),
+        ("in an evaluation", signal.SIGTERM),
+        pytest.param("in the first compilation", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("in a step", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("in an evaluation", signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    uninterrupted, place, number, tmp_path
+):
+    """Within half a minute, with one checkpoint, from which the run goes on as if nothing were."""
+    batch, seconds, expected = PLACES[place]
+    workdir = tmp_path / "run"
+    signalled = {"SPIED": str(tmp_path), "SIGNALLED": f"1 {number} {batch} {seconds}"}
+    started = start(workdir, *EVALUATED, processes=2, environment=signalled)
+    wait_for((tmp_path / "signalled").exists, started[0])
+    outputs, codes = finish(started, timeout=30)
     assert codes == [130, 130], outputs
-    step = checkpoint.latest_step(tmp_path)
-    assert all(f"interrupted after step {step}, which is saved" in output for output in outputs)
-    assert lines_of(tmp_path)[-1]["step"] == step
+    last = checkpoint.latest_step(workdir)
+    assert last in expected
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(last)]
+    assert all(f"interrupted after step {last}, which is saved" in output for output in outputs)
+    more, codes = finish(start(workdir, *EVALUATED))
+    assert codes == [0], more
+    ours, theirs = (merged(lines_of(folder)) for folder in (workdir, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for step, line in theirs.items():
+        assert ours[step].keys() == line.keys()
+        for key in {"loss", "grad_norm", "logps/chosen", "eval/loss", "eval/logps/chosen"} & {
+            *line
+        }:
+            np.testing.assert_allclose(ours[step][key], line[key], rtol=1e-4, err_msg=key)
+
+
+def merged(lines):
+    """All measurements of each step, but for those of speed."""
+    found = {}
+    for line in lines:
+        values = {key: value for key, value in line.items() if not key.startswith("perf/")}
+        found.setdefault(line["step"], {}).update(values)
+    return found
 
 
 def pairs_in(folder, count, first="a"):
