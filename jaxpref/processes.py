@@ -27,6 +27,10 @@ _HEARTBEAT = 30
 _ASKED, _HEARD = 1_000, 10_000
 _FAILURE, _HEARD_BY, _PULSE = "jaxpref/failure", "jaxpref/heard", "jaxpref/pulse"
 _LEAVING = "jaxpref/leaving"
+_AWAY = (
+    "of this run does not answer, so this one ends, too. The same command goes on from the last "
+    "checkpoint."
+)
 # Seconds that the first process leaves to the others to end before it.
 _GRACE = 1.0
 # How many of the values that processes compare the service keeps: none is that far behind another.
@@ -235,11 +239,7 @@ def _end(error: BaseException) -> NoReturn:
     if silent and isinstance(reason, jax.errors.JaxRuntimeError):
         # What fails on the devices when another process dies says nothing to a reader.
         first, names = str(reason).partition("\n")[0], " and ".join(map(str, silent))
-        print(
-            f"jaxpref: process {names} of this run does not answer, so this one ends, too "
-            f"({first}). The same command goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        print(f"jaxpref: process {names} {_AWAY} ({first})", file=sys.stderr)
     elif not told:
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
@@ -270,7 +270,11 @@ class _Watch(threading.Thread):
                     if 0 < _progress.limit < _progress.seconds and not self.ending.is_set():
                         _end_hanging()
                     continue
-                # The service itself is gone, which JAX tells of in its own way.
+                if not self.ending.is_set() and jax.process_index():
+                    # The service itself is gone, and with it the first process. JAX aborts this one
+                    # for that at the same time, which says neither who is missing nor what to do.
+                    os.write(2, f"jaxpref: process 0 {_AWAY}\n".encode())
+                    os._exit(1)
                 return
             if self.ending.is_set() or told["process"] == jax.process_index():
                 _hear()
