@@ -59,20 +59,19 @@ def save_adapters(model: Decoder, params: Any, directory: str | Path, base: str 
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     for place in places(without_adapters(model), origin.family):
-        parts = [p for p in place.parts if f"{weight_of(p)}_lora_a" in layers]
+        parts = [p for p in place.parts if f"{weight_of(p.path)}_lora_a" in layers]
         if not parts or not place.name.endswith(".weight"):
             continue
         (layer,) = place.entry
         module, rank = place.name.removesuffix(".weight"), lora.rank * len(parts)
-        down = [layers[f"{weight_of(part)}_lora_a"][layer].reshape(-1, lora.rank) for part in parts]
+        down = [layers[f"{weight_of(p.path)}_lora_a"][layer].reshape(-1, lora.rank) for p in parts]
         up = np.zeros((parts[0].total, rank), np.float32)
         for i, part in enumerate(parts):
-            b = layers[f"{weight_of(part)}_lora_b"][layer]
+            b = layers[f"{weight_of(part.path)}_lora_b"][layer]
             block = slice(i * lora.rank, (i + 1) * lora.rank)
             # B has the shape of a weight whose inputs are the rank.
-            slot = part._replace(path="layers/up", shape=b.shape)
-            family = origin.family._replace(conv1d=False)
-            as_ours(up[:, block], slot, family)[...] = b
+            slot = part._replace(shape=b.shape, inputs=1, transposed=True)
+            as_ours(up[:, block], slot)[...] = b
         name = f"{_PEFT_PREFIX}{module}"
         tensors[f"{name}.lora_A.weight"] = np.concatenate(down, axis=1).T
         tensors[f"{name}.lora_B.weight"] = up
@@ -169,7 +168,7 @@ class SavedAdapters:
                     "model."
                 )
             for part in place.parts:
-                value = np.ascontiguousarray(as_ours(change.value, part, family))
+                value = np.ascontiguousarray(as_ours(change.value, part))
                 leaf = leaves[part.path]
                 index = np.asarray(place.entry, np.int32)
                 leaves[part.path] = _changed(leaf.sharding, change.replaces)(leaf, value, index)
@@ -191,7 +190,7 @@ class SavedAdapters:
         stored = self._files.stored
         if embedding not in stored or not model.config.tied_head or model.config.scalar_head:
             return set()
-        if head in stored and np.array_equal(self._files.view(embedding), self._files.view(head)):
+        if head in stored and np.array_equal(self._files.read(embedding), self._files.read(head)):
             return {head}
         raise UserError(
             f"{self.directory}: brings an embedding of its own, which peft unties from the head of "
@@ -203,13 +202,13 @@ class SavedAdapters:
         """What the adapters do to a tensor of the base; None if nothing."""
         name = _PEFT_PREFIX + place.name
         if name in self._files.stored:
-            return _Change({name}, np.asarray(self._files.view(name), np.float32), replaces=True)
+            return _Change({name}, np.asarray(self._files.read(name), np.float32), replaces=True)
         module = name.removesuffix(".weight")
         names = {f"{module}.lora_{side}.weight" for side in "AB"}
         if not names <= set(self._files.stored):
             return None
         a, b = (
-            np.asarray(self._files.view(f"{module}.lora_{side}.weight"), np.float32)
+            np.asarray(self._files.read(f"{module}.lora_{side}.weight"), np.float32)
             for side in "AB"
         )
         alpha = self._of_module("alpha_pattern", module, self._config.get("lora_alpha", 8))

@@ -6,7 +6,7 @@ writing fills a tensor through the view.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jaxpref.models.huggingface.family import Family
 from jaxpref.models.params import abstract_params
 from jaxpref.trainable import path_of
 
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
 # How many leading axes of each of our matrices are its inputs. A parameter that is not listed
 # is no matrix.
 _INPUTS = {"out": 2} | dict.fromkeys(
@@ -31,19 +32,20 @@ class Part(NamedTuple):
     Attributes:
       path: its path, as in `layers/query`.
       shape: its shape, without the leading axes along which layers and experts are stacked.
+      inputs: how many leading axes are inputs of a product; 0 for what is no matrix.
       begin: where its outputs begin among the tensor's outputs.
       total: how many outputs all parameters in the tensor have together.
+      transposed: whether the tensor is [outputs, inputs].
+      interleaved: whether the parameters in the tensor alternate head by head.
     """
 
     path: str
     shape: tuple[int, ...]
+    inputs: int
     begin: int
     total: int
-
-    @property
-    def inputs(self) -> int:
-        """How many leading axes are inputs of a product; 0 for what is no matrix."""
-        return _INPUTS.get(weight_of(self), 0)
+    transposed: bool
+    interleaved: bool
 
     @property
     def outputs(self) -> int:
@@ -68,9 +70,9 @@ class Place(NamedTuple):
     entry: tuple[int, ...]
 
 
-def weight_of(part: Part) -> str:
+def weight_of(path: str) -> str:
     """The name of a parameter without the folders it is in."""
-    return part.path.rpartition("/")[2]
+    return path.rpartition("/")[2]
 
 
 def places(model: Decoder, family: Family) -> Iterator[Place]:
@@ -92,34 +94,46 @@ def places(model: Decoder, family: Family) -> Iterator[Place]:
         sizes = [config.layers, config.experts][:stack]
         total, parts = 0, []
         for path in paths:
-            part = Part(path, shapes[path][stack:], total, 0)
+            inputs = _INPUTS.get(weight_of(path), 0)
+            part = Part(
+                path,
+                shapes[path][stack:],
+                inputs,
+                begin=total,
+                total=0,
+                transposed=inputs > 0 and not family.conv1d,
+                interleaved=family.interleaved and len(paths) > 1,
+            )
             total += part.outputs
             parts.append(part)
         parts = [part._replace(total=total) for part in parts]
-        shape = _tensor_shape(parts[0], family)
+        shape = _tensor_shape(parts[0])
         for index in np.ndindex(*sizes):
             numbers = dict(zip(("layer", "expert"), index, strict=False))
             yield Place(name.format(**numbers), shape, tuple(parts), index)
     assert seen == set(shapes), f"{family.architecture} has no tensors for {set(shapes) - seen}"
 
 
-def _tensor_shape(part: Part, family: Family) -> tuple[int, ...]:
+def _tensor_shape(part: Part) -> tuple[int, ...]:
     """The shape of the tensor that a part lies in."""
     if not part.inputs:
         return (part.total,) if part.path.endswith("bias") else part.shape
     inputs = int(np.prod(part.shape[: part.inputs]))
-    return (inputs, part.total) if family.conv1d else (part.total, inputs)
+    return (part.total, inputs) if part.transposed else (inputs, part.total)
 
 
-def as_ours(tensor: np.ndarray, part: Part, family: Family) -> np.ndarray:
-    """The view of a checkpoint's tensor that has the shape and order of our parameter."""
+def as_ours(tensor: _Array, part: Part) -> _Array:
+    """A checkpoint's tensor in the shape and order of our parameter.
+
+    Of a NumPy array it is a view; of a JAX array it is computed where the tensor is.
+    """
     if not part.inputs and tensor.shape == part.shape:
         return tensor
     inputs, outputs = part.shape[: part.inputs], part.shape[part.inputs :]
-    if part.inputs and not family.conv1d:
+    if part.transposed:
         tensor = tensor.T
     tensor = tensor.reshape(*inputs, part.total)
-    if family.interleaved and part.total > part.outputs:
+    if part.interleaved:
         # The tensor holds, for each head in turn, that head's outputs of every part.
         heads, head_dim = outputs
         tensor = tensor.reshape(*inputs, heads, part.total // heads)

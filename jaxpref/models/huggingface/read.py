@@ -18,7 +18,7 @@ from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface.families import FAMILIES, SCORE
 from jaxpref.models.huggingface.family import Reader
 from jaxpref.models.huggingface.origin import Origin, locate
-from jaxpref.models.huggingface.places import as_ours, leaves_by_path, match, places, some
+from jaxpref.models.huggingface.places import Part, as_ours, leaves_by_path, match, places, some
 from jaxpref.models.huggingface.safetensors import TensorFiles
 from jaxpref.models.params import abstract_params
 from jaxpref.trainable import path_of
@@ -125,7 +125,9 @@ def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def load_params(model: Decoder, abstract: Any) -> Any:
     """The parameters that the model's origin holds.
 
-    Every process reads what its devices hold; one tensor is in host memory at a time.
+    All devices share in reading: each of a tensor's bytes is read once, by the process of one
+    device, and moved to the devices that need it by themselves. One tensor is in host memory at a
+    time.
 
     Args:
       model: without adapters, and with an origin.
@@ -152,44 +154,73 @@ def load_params(model: Decoder, abstract: Any) -> Any:
         )
     params: dict[str, jax.Array] = {}
     for place in sorted(needed, key=lambda place: files.stored[names[place.name]].place):
-        tensor = files.view(names[place.name])
+        first = place.parts[0]
+        blocks = _in_blocks(first, leaves[first.path].sharding, len(place.entry))
+        tensor = _read(files, names[place.name], blocks)
+        index = np.asarray(place.entry, np.int32)
         for part in place.parts:
             leaf = leaves[part.path]
-            value = _read(as_ours(tensor, part, family), leaf, len(place.entry))
-            if not place.entry:
-                params[part.path] = value
-                continue
             if part.path not in params:
                 params[part.path] = _zeros(leaf.shape, leaf.dtype, leaf.sharding)()
-            index = np.asarray(place.entry, np.int32)
-            # This waits, because a tensor is in host memory until its device has it.
-            params[part.path] = jax.block_until_ready(
-                _put(leaf.sharding)(params[part.path], value, index)
-            )
+            put = _put(part._replace(path=""), place.shape[0], leaf.sharding)
+            # This waits, because a tensor is in host memory until its devices have it.
+            params[part.path] = jax.block_until_ready(put(params[part.path], tensor, index))
     return jax.tree_util.tree_map_with_path(lambda path, _: params[path_of(path)], abstract)
 
 
-def _read(view: np.ndarray, leaf: jax.ShapeDtypeStruct, stack: int) -> jax.Array:
-    """One entry of a stack, sharded as the stack is.
+def _read(files: TensorFiles, name: str, sharding: Sharding) -> jax.Array:
+    """A tensor as its file has it, in blocks of rows.
 
     Args:
-      view: the entry, in the file.
-      leaf: the whole stack.
-      stack: how many leading axes of the stack the entry lacks.
+      files: hold it.
+      name: of the tensor.
+      sharding: from `_in_blocks`.
+
+    Returns:
+      The tensor, and whatever rows behind its last one fill the blocks.
     """
-    return jax.make_array_from_callback(
-        leaf.shape[stack:],
-        _unstacked(leaf.sharding, stack),
-        # This copies, because the devices may take over the memory that they are given.
-        lambda index: np.array(view[index], dtype=leaf.dtype, order="C"),
-    )
+    count, *row = files.stored[name].shape
+    size = -(-count // sharding.num_devices)
+
+    def block(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        rows = files.read(name, index[0])
+        return rows if len(rows) == size else np.resize(rows, (size, *row))
+
+    return jax.make_array_from_callback((size * sharding.num_devices, *row), sharding, block)
 
 
-def _unstacked(sharding: Sharding, stack: int) -> Sharding:
-    """The sharding of one entry of a stack."""
+def _in_blocks(part: Part, sharding: Sharding, stack: int) -> Sharding:
+    """A sharding that splits the rows of a tensor over all devices.
+
+    A parameter's own shards may be parts of rows, and each host would read nearly the whole file.
+
+    Args:
+      part: of the tensor.
+      sharding: of the part's stack.
+      stack: how many leading axes of the stack the part lacks.
+    """
     if not isinstance(sharding, NamedSharding):
         return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stack:]))
+    axes = [name for side in _sides(part, _spec(sharding, stack)) for name in side]
+    # In this order what moves is gathered from replicas, and then goes from rows to columns.
+    axes += [name for name in sharding.mesh.axis_names if name not in axes]
+    return NamedSharding(sharding.mesh, PartitionSpec(tuple(axes)))
+
+
+def _spec(sharding: Sharding, stack: int) -> tuple[Any, ...]:
+    """Along which axes of the mesh one entry of a stack lies."""
+    return sharding.spec[stack:] if isinstance(sharding, NamedSharding) else ()
+
+
+def _sides(part: Part, spec: tuple[Any, ...]) -> list[tuple[str, ...]]:
+    """Along which axes of the mesh a tensor's rows and columns lie where the part lies so."""
+    inputs = part.inputs or 1
+    sides = [
+        tuple(name for axis in side for name in ((axis,) if isinstance(axis, str) else axis or ()))
+        for side in (spec[:inputs], spec[inputs:])
+    ]
+    return sides[::-1] if part.transposed else sides
 
 
 @functools.cache
@@ -199,15 +230,39 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[
 
 
 @functools.cache
-def _put(sharding: Sharding) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
-    """A function that puts a value into a stack, in the stack's own memory."""
+def _put(
+    part: Part, rows: int, sharding: Sharding
+) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """A function that puts a part of a tensor into a stack, in the stack's own memory.
 
-    def put(stacked: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
+    Args:
+      part: without its path, so that parts that are alike share a compiled function.
+      rows: of the tensor, without those that fill its last blocks.
+      sharding: of the stack.
+    """
+
+    def put(stacked: jax.Array, tensor: jax.Array, index: jax.Array) -> jax.Array:
+        spec = _spec(sharding, len(index))
+        sides = _sides(part, spec)
+        # As integers: numbers would be converted before they move, often to twice the bytes. Step
+        # by step: left to itself, the compiler gathers whole tensors, or even whole stacks.
+        bits = tensor.view(f"uint{8 * tensor.itemsize}")
+        for along in ([sum(sides, ())], sides):
+            bits = _laid(bits, sharding, along[: tensor.ndim])
+        value = _laid(as_ours(bits[:rows], part), sharding, spec)
+        value = value.view(tensor.dtype).astype(stacked.dtype)
         # All indices must have one type, and Python's 0 is an int64 where that is enabled.
         starts = tuple(jnp.pad(index, (0, value.ndim)))
         return jax.lax.dynamic_update_slice(stacked, value[(None,) * len(index)], starts)
 
     return jax.jit(put, donate_argnums=0, out_shardings=sharding)
+
+
+def _laid(x: jax.Array, sharding: Sharding, spec: Sequence[Any]) -> jax.Array:
+    """The same array along other axes of the mesh, if there is a mesh."""
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
 def pad_token_id(directory: Path) -> int | None:

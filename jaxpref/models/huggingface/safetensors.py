@@ -2,12 +2,12 @@
 
 A file in this format (https://huggingface.co/docs/safetensors) begins with the length of its
 header in eight bytes, then has the header in JSON, then the tensors. The library `safetensors`
-has no bfloat16 for NumPy, and holds a whole file in memory to write it. Here a tensor is a view
-of the file, of which only the parts that are used are read, and a file is written tensor by
-tensor.
+has no bfloat16 for NumPy, and holds a whole file in memory to write it. Here a tensor, or a block
+of its rows, is read by itself, and a file is written tensor by tensor.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -74,8 +74,12 @@ class TensorFiles:
         for name in self._files():
             self.stored.update(_header(directory / name))
 
-    def view(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of its file.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor, or a block of it, which is one range of its file.
+
+        Args:
+          name: of the tensor.
+          rows: entries of its first axis, without gaps; rows beyond the last are left out.
 
         Raises:
           UserError: the tensor has a dtype that jaxpref does not read (float8, for example).
@@ -85,9 +89,12 @@ class TensorFiles:
         path = self._directory / stored.file
         if dtype is None:
             raise UserError(f"{path}: {name} has dtype {stored.dtype}; only {', '.join(_DTYPES)}.")
-        if 0 in stored.shape:
-            return np.zeros(stored.shape, dtype)
-        return np.memmap(path, dtype, mode="r", offset=stored.start, shape=stored.shape)
+        begin, end, _ = rows.indices(stored.shape[0])
+        size = math.prod(stored.shape[1:])
+        offset = stored.start + begin * size * dtype.itemsize
+        # Read rather than mapped: file systems over a network are quick only at that.
+        found = np.fromfile(path, dtype, count=(end - begin) * size, offset=offset)
+        return found.reshape(end - begin, *stored.shape[1:])
 
     def _files(self) -> list[str]:
         index, single = self._directory / INDEX, self._directory / self._single

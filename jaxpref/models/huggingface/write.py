@@ -94,7 +94,7 @@ def save_pretrained(
             value = _gather(leaves[part.path], place.entry)
             if tensor is None:
                 tensor = np.empty(place.shape, value.dtype)
-            as_ours(tensor, part, family)[...] = value
+            as_ours(tensor, part)[...] = value
         assert tensor is not None
         return tensor
 
