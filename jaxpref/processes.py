@@ -20,8 +20,9 @@ from jaxpref.errors import UserError
 
 _T = TypeVar("_T")
 
-# Seconds without a sign of life after which a process counts as dead.
-_HEARTBEAT = 30
+# Seconds without a sign of life after which JAX aborts the others. `_DEAD` comes first, which ends
+# them with a sentence; this one needs no Python to run.
+_HEARTBEAT = 60
 # Milliseconds: how long one question to the service takes, and how long one that fails waits until
 # all others have heard of it.
 _ASKED, _HEARD = 1_000, 10_000
@@ -35,8 +36,9 @@ _AWAY = (
 _GRACE = 1.0
 # How many of the values that processes compare the service keeps: none is that far behind another.
 _KEPT = 1_000
-# Seconds between two signs of life that a process gives of its own, and after which it is missed.
-_PULSE_EVERY, _MISSED = 5.0, 15.0
+# Seconds between two signs of life that a process gives of its own; without one after which it is
+# missed where nothing goes on; and after which it is dead, whatever goes on.
+_PULSE_EVERY, _MISSED, _DEAD = 5.0, 10.0, 25.0
 
 
 def join(
@@ -183,6 +185,9 @@ def together() -> Iterator[None]:
         watch.ending.set()
         # A thread that comes back from asking while Python ends may abort it.
         watch.join()
+        # The first process may be gone.
+        with suppress(jax.errors.JaxRuntimeError):
+            _give_pulse(done=True)
 
 
 class _Progress:
@@ -236,10 +241,10 @@ def _end(error: BaseException) -> NoReturn:
         str(reason) if isinstance(reason, UserError) else f"{type(reason).__name__}: {reason}"
     )
     silent = _tell(sentence)
-    if silent and isinstance(reason, jax.errors.JaxRuntimeError):
-        # What fails on the devices when another process dies says nothing to a reader.
-        first, names = str(reason).partition("\n")[0], " and ".join(map(str, silent))
-        print(f"jaxpref: process {names} {_AWAY} ({first})", file=sys.stderr)
+    if silent and not isinstance(reason, UserError):
+        # What fails where another process has died says nothing to a reader.
+        first = str(reason).partition("\n")[0]
+        print(f"jaxpref: process {_names(silent)} {_AWAY} ({first})", file=sys.stderr)
     elif not told:
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
@@ -255,20 +260,25 @@ class _Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.ending = threading.Event()
+        # The last sign of life of each process, and when it came, by this one's clock.
+        self._pulses: dict[int, tuple[str, float]] = {}
 
     def run(self) -> None:
         """Asks until this process ends, and says now and then that it is there."""
-        pulse = 0.0
+        looked = 0.0
         while not self.ending.is_set():
             try:
-                if time.monotonic() - pulse > _PULSE_EVERY:
-                    pulse = time.monotonic()
+                if time.monotonic() - looked > _PULSE_EVERY:
+                    looked = time.monotonic()
                     _give_pulse()
+                    self._look()
+                    if jax.process_index() == 0 and (dead := self._silent(_DEAD)):
+                        _end_without(dead)
                 told = json.loads(_client().blocking_key_value_get(_FAILURE, _ASKED))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):
                     if 0 < _progress.limit < _progress.seconds and not self.ending.is_set():
-                        _end_hanging()
+                        self._end_hanging()
                     continue
                 if not self.ending.is_set() and jax.process_index():
                     # The service itself is gone, and with it the first process. JAX aborts this one
@@ -289,6 +299,40 @@ class _Watch(threading.Thread):
             if jax.process_index() == 0:
                 _leave_last(told["process"])
             os._exit(told["code"])
+
+    def _look(self) -> None:
+        for key, pulse in _client().key_value_dir_get(_PULSE):
+            process = int(key.rpartition("/")[2])
+            if self._pulses.get(process, ("",))[0] != pulse:
+                self._pulses[process] = (pulse, time.monotonic())
+
+    def _silent(self, seconds: float) -> list[int]:
+        """The processes that have given no sign of life for so long, and have not said good-bye."""
+        return sorted(
+            process
+            for process, (pulse, at) in self._pulses.items()
+            if time.monotonic() - at > seconds and not json.loads(pulse)["done"]
+        )
+
+    def _end_hanging(self) -> NoReturn:
+        """Ends all processes, saying which one the others wait for."""
+        self._look()
+        missed = self._silent(_MISSED)
+        counts = {
+            process: json.loads(pulse)["count"] for process, (pulse, _) in self._pulses.items()
+        }
+        behind = sorted(i for i, count in counts.items() if count == min(counts.values()))
+        if missed:
+            why = f"process {_names(missed)} does not answer"
+        elif len(behind) < len(counts):
+            why = f"process {_names(behind)} is behind the others"
+        else:
+            why = "all processes wait"
+        reason = (
+            f"nothing has ended for {_progress.seconds:.0f} s (train.hang_seconds is "
+            f"{_progress.limit:g}): {why}. The same command goes on from the last checkpoint."
+        )
+        _end_for(reason, missed)
 
 
 def _hear() -> None:
@@ -319,36 +363,25 @@ def _leave() -> None:
         _client().key_value_set(_LEAVING, "", allow_overwrite=True)
 
 
-def _give_pulse() -> None:
-    pulse = {"time": time.time(), "count": _progress.count}
+def _give_pulse(*, done: bool = False) -> None:
+    pulse = {"time": time.time(), "count": _progress.count, "done": done}
     _client().key_value_set(
         f"{_PULSE}/{jax.process_index()}", json.dumps(pulse), allow_overwrite=True
     )
 
 
-def _end_hanging() -> NoReturn:
-    """Ends all processes, saying which one the others wait for."""
-    pulses = {}
-    for process in range(jax.process_count()):
-        try:
-            pulses[process] = json.loads(
-                _client().blocking_key_value_get(f"{_PULSE}/{process}", 500)
-            )
-        except jax.errors.JaxRuntimeError:
-            pulses[process] = {"time": 0.0, "count": 0}
-    missed = [i for i, pulse in pulses.items() if time.time() - pulse["time"] > _MISSED]
-    least = min(pulse["count"] for pulse in pulses.values())
-    behind = [i for i, pulse in pulses.items() if pulse["count"] == least]
-    if missed:
-        why = f"process {' and '.join(map(str, missed))} does not answer"
-    elif len(behind) < len(pulses):
-        why = f"process {' and '.join(map(str, behind))} is behind the others"
-    else:
-        why = "all processes wait"
-    reason = (
-        f"nothing has ended for {_progress.seconds:.0f} s (train.hang_seconds is "
-        f"{_progress.limit:g}): {why}. The same command goes on from the last checkpoint."
-    )
+def _names(processes: Collection[int]) -> str:
+    return " and ".join(map(str, processes))
+
+
+def _end_without(dead: Collection[int]) -> NoReturn:
+    """Ends all processes, since some are dead."""
+    _end_for(f"process {_names(dead)} {_AWAY}", dead)
+
+
+def _end_for(reason: str, missed: Collection[int]) -> NoReturn:
+    """Ends all processes from the thread that watches, whatever the main one waits for."""
+    # Not print: another write may be under way.
     os.write(2, f"jaxpref: {reason}\n".encode())
     _tell(reason, missed)
     _leave()

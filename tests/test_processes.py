@@ -1,10 +1,14 @@
 """Several processes on one machine, joined over loopback: the same run as in one process."""
 
 import json
+import math
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from test_cli import ENVIRONMENT, ROOT, wait_for
 from test_train import lines_of
 
 from jaxpref import checkpoint
+from jaxpref.sharding import AXES
 
 SMALL = [
     "--config.model.init_from=",
@@ -295,6 +300,89 @@ def merged(lines):
         values = {key: value for key, value in line.items() if not key.startswith("perf/")}
         found.setdefault(line["step"], {}).update(values)
     return found
+
+
+@pytest.mark.long
+def test_what_four_processes_have_saved_any_number_resumes_on_any_mesh(tmp_path):
+    """With the same batches, the same frozen weights, the same reference."""
+    frozen = [
+        *EVALUATED,
+        "--config.train.trainable=^layers/(query|out)$",
+        "--config.train.eval_every=0",
+    ]
+
+    def go_on(name, steps, processes, mesh):
+        folder, spied = tmp_path / name, tmp_path / f"{name}-spied"
+        spied.mkdir()
+        flags = [f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, mesh, strict=True)]
+        made = start(
+            folder,
+            *frozen,
+            *flags,
+            f"--config.train.steps={steps}",
+            processes=processes,
+            devices=math.prod(mesh),
+            environment={"SPIED": str(spied)},
+        )
+        outputs, codes = finish(made, timeout=300)
+        assert codes == [0] * processes, outputs
+        batches = [batch["lengths"] for batch in put_in(spied, processes)[0]]
+        return merged(lines_of(folder)), [np.sum(lengths, axis=0).tolist() for lengths in batches]
+
+    go_on("saved", 2, 4, (2, 2, 1))
+    found = {}
+    for processes, mesh in ((1, (1, 1, 1)), (2, (1, 2, 1)), (8, (2, 2, 2))):
+        shutil.copytree(tmp_path / "saved", tmp_path / f"by{processes}")
+        found[processes] = go_on(f"by{processes}", 4, processes, mesh)
+    lines, batches = found.pop(1)
+    assert max(lines) == 4
+    for other_lines, other_batches in found.values():
+        assert other_batches == batches
+        assert other_lines.keys() == lines.keys()
+        for step in (3, 4):
+            for key, value in lines[step].items():
+                np.testing.assert_allclose(
+                    other_lines[step][key], value, rtol=1e-3, atol=2e-5, err_msg=key
+                )
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_again_and_again_loses_nothing_that_was_saved(tmp_path):
+    """Process 0 and process 1 by turns, at random moments of a run that saves all the time."""
+    flags = ["--config.train.steps=100000", "--config.train.save_every=2"]
+    random, reached = np.random.default_rng(0), 0
+    for turn in range(20):
+        started = start(tmp_path, *flags, processes=2)
+        begun = time.monotonic()
+        before = len(merged(lines_of(tmp_path))) if turn else 0
+        wait_for(partial(there_is_more, tmp_path, before), started[0], 120)
+        time.sleep(random.uniform(0, 2))
+        victim = turn % 2
+        started[victim].kill()
+        output = started[1 - victim].communicate(timeout=60)[0]
+        started[victim].communicate()
+        assert started[1 - victim].returncode != 0
+        if victim:
+            assert "jaxpref: process 1 of this run does not answer" in output
+        else:
+            # JAX aborts a process whose service is gone, maybe before it can say a word.
+            assert (
+                "process 0 of this run does not answer" in output or "another task died" in output
+            )
+        assert "damaged" not in output
+        step = checkpoint.latest_step(tmp_path) or 0
+        assert step >= reached, f"turn {turn}, {time.monotonic() - begun:.0f} s"
+        if turn:
+            assert f"resuming after step {reached}" in output or victim == 0
+        reached = step
+    outputs, codes = finish(start(tmp_path, f"--config.train.steps={reached + 1}"))
+    assert codes == [0], outputs
+    assert f"resuming after step {reached}" in outputs[0]
+
+
+def there_is_more(workdir, lines):
+    """Whether a run has measured something that it had not measured before."""
+    return (workdir / "metrics.jsonl").exists() and len(merged(lines_of(workdir))) > lines
 
 
 def pairs_in(folder, count, first="a"):
