@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxpref import config as base
 from jaxpref.knobs import one_of
 from jaxpref.methods import METHODS
+from jaxpref.workdir import as_path
 
 # What a method sets otherwise.
 SETTINGS = {
@@ -57,7 +58,7 @@ def get_config(method: str = "rloo") -> ConfigDict:
 
 def get_stages(config: ConfigDict, workdir: str) -> list[tuple[ConfigDict, str]]:
     """SFT and the reward model, unless the config says where they are."""
-    sft, reward = (str(Path(workdir) / name) for name in ("sft", "reward"))
+    sft, reward = (str(as_path(workdir) / name) for name in ("sft", "reward"))
     stages = []
     if not config.model.init_from:
         stages.append((_quickstart("sft"), sft))

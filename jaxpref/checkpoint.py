@@ -13,19 +13,19 @@ A workdir holds
 Each of these folders is written beside its place (`N.saving`), described by a manifest of its
 files, and renamed when it is complete: a process that is killed leaves the last complete one, and
 what has been damaged since is found before it is read.
+
+A bucket renames nothing, so there a folder is written in its place, and the manifest, which comes
+after all that Orbax writes, says that it is complete. `checkpoints/steps.json` lists the complete
+ones, which a listing of the bucket may not have yet.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,17 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib, manifest, processes
+from jaxpref import config as config_lib, manifest, processes, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.terminal import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
+from jaxpref.workdir import AnyPath
 
-_RUN, _LOCK, _CHECKPOINTS = "run.json", "run.lock", "checkpoints"
+_RUN, _CHECKPOINTS, _STEPS = "run.json", "checkpoints", "steps.json"
 _REFERENCE, _FROZEN = "reference", "frozen"
 _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
+# In a bucket, in place of the manifest of a checkpoint that is damaged.
+_ASIDE = "damaged.txt"
 # The role whose parameters are the model of a run.
 POLICY = "policy"
 # The role whose values a policy gradient subtracts.
@@ -54,79 +57,25 @@ _LAYOUT, _THIS_LAYOUT = "layout", 2
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 
-@contextmanager
-def hold(workdir: Path) -> Iterator[None]:
-    """Makes the workdir, and keeps other runs out of it until this process ends, however it ends.
-
-    Raises:
-      UserError: another run is training there, or it cannot be written.
-    """
-    if re.match(r"\w\w+:/", str(workdir)):
-        raise UserError(
-            f"--workdir={workdir}: is an address, and not a folder. Mount the bucket, and give the "
-            "folder that it is mounted to."
-        )
-    held: list[Any] = []
-    processes.in_first(lambda: held.append(_lock(workdir)))
-    try:
-        yield
-    finally:
-        for file in held:
-            file.truncate(0)
-            file.close()
-
-
-def _lock(workdir: Path) -> Any:
-    path, here = workdir / _LOCK, socket.gethostname()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: cannot be written ({error.strerror}); give a directory that can."
-        ) from error
-    locked = True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        locked = False
-    except OSError as error:
-        console.print(
-            f"{path}: this file system has no locks ({error.strerror}); see to it yourself that "
-            "no second run trains in the same --workdir."
-        )
-    file.seek(0)
-    there = file.read().strip()
-    if not locked:
-        file.close()
-        raise UserError(
-            f"--workdir={workdir}: another run is training there, {there or 'just begun'}. Wait "
-            "for it, end it, or give another --workdir."
-        )
-    if there and not there.endswith(f" on {here}"):
-        console.print(
-            f"{path}: the last run here, {there}, has not ended as it should. If it still trains, "
-            "this file system does not share its locks between hosts: end one of the two."
-        )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {here}")
-    file.flush()
-    return file
-
-
 class Checkpoints:
     """The checkpoints of one run, which holds the workdir."""
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: AnyPath, keep: int, owned: Callable[[], None] = lambda: None):
         """Looks for the last good one, and removes what an interrupted save left behind.
 
-        Checkpoints that came after it are damaged; they are set aside as `N.damaged`.
+        Checkpoints that came after it are damaged; they are set aside as `N.damaged`, or as
+        incomplete ones where nothing can be renamed.
+
+        Args:
+          workdir: of the run.
+          keep: how many stay, of the last ones.
+          owned: raises an error if the workdir is another run's by now, see `lock.hold`.
 
         Raises:
           UserError: there are checkpoints, but all are damaged.
         """
-        self._workdir, self._keep = workdir, keep
-        self._folder = (workdir / _CHECKPOINTS).absolute()
+        self._workdir, self._keep, self._owned = workdir, keep, owned
+        self._folder = workdir_lib.absolute(workdir / _CHECKPOINTS)
         self._saving: Future[None] | None = None
         self._failed: UserError | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -134,18 +83,13 @@ class Checkpoints:
         self.latest: int | None = found if found >= 0 else None
 
     def _open(self) -> int:
-        begun = [f"{_FROZEN}{_SAVING}*", f"{_REFERENCE}{_SAVING}*"]
-        begun += [f"{_CHECKPOINTS}/*{part}*" for part in (_SAVING, _REMOVING)]
-        for pattern in begun:
-            for path in self._workdir.glob(pattern):
-                shutil.rmtree(path)
+        for folder in _begun(self._workdir):
+            workdir_lib.remove(folder)
         if latest_step(self._workdir) is None:
             return -1
         good, damaged = _good_step(self._workdir)
         for step in damaged:
-            aside = self._folder / f"{step}{_DAMAGED}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self._folder / str(step)).rename(aside)
+            _set_aside(self._place(step))
         return good
 
     def save(self, step: int, params: Any, rest: Any) -> None:
@@ -163,9 +107,9 @@ class Checkpoints:
         checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
             # A save is tried only where it may fit; what Orbax writes is compressed, not to half.
-            if processes.in_first(lambda: shutil.disk_usage(self._workdir).free < size / 2):
+            if processes.in_first(lambda: _is_full(self._workdir, size / 2)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            checkpointer.save(self._place(step, _SAVING), args=args, force=True)
+            checkpointer.save(_begin(self._place(step)), args=args, force=True)
         except Exception as error:
             self._fail(step, error)
             return
@@ -176,22 +120,23 @@ class Checkpoints:
         try:
             checkpointer.close()
             if jax.process_index() == 0:
-                _complete(self._place(step, _SAVING), self._place(step))
+                self._owned()
+                _complete(self._place(step))
+                _list_step(self._folder, step)
         except Exception as error:
             self._fail(step, error)
             return
         self.latest = step
         if jax.process_index() == 0:
             for old in _steps(self._workdir)[: -self._keep]:
-                self._place(old).rename(self._place(old, _REMOVING))
-                shutil.rmtree(self._place(old, _REMOVING), ignore_errors=True)
+                _remove(self._place(old))
 
     def _fail(self, step: int, error: Exception) -> None:
         """Notes that a save has failed for want of room; raises any other error."""
         if not any(words in str(error) for words in _NO_ROOM):
             raise error
-        for path in self._folder.glob(f"*{_SAVING}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for folder in _begun(self._workdir):
+            workdir_lib.remove(folder)
         last = "there is none before" if self.latest is None else f"the last is of {self.latest}"
         self._failed = UserError(
             f"{self._folder}: the disk is full, so the checkpoint of step {step} is not saved "
@@ -204,8 +149,8 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def _place(self, step: int, part: str = "") -> Path:
-        return self._folder / f"{step}{part}"
+    def _place(self, step: int) -> AnyPath:
+        return self._folder / str(step)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
         """Reads the state of `step` into the shapes and shardings of abstract arrays."""
@@ -244,7 +189,7 @@ class Checkpoints:
         self._pool.shutdown()
 
 
-def _good_step(workdir: Path) -> tuple[int, list[int]]:
+def _good_step(workdir: AnyPath) -> tuple[int, list[int]]:
     """The last checkpoint that is whole, and those after it, which are damaged.
 
     Raises:
@@ -268,15 +213,61 @@ def _good_step(workdir: Path) -> tuple[int, list[int]]:
     )
 
 
-def _complete(folder: Path, place: Path) -> None:
+def _begin(place: AnyPath) -> AnyPath:
+    """Where a folder is written until it is complete."""
+    if isinstance(place, Path):
+        return place.with_name(place.name + _SAVING).absolute()
+    if jax.process_index() == 0:
+        manifest.remove(place)
+    return place
+
+
+def _complete(place: AnyPath) -> None:
     """Describes a folder that is written whole, and puts it in its place."""
+    folder = _begin(place)
     manifest.write(folder)
-    if place.exists():
-        shutil.rmtree(place)
-    folder.rename(place)
+    if isinstance(place, Path):
+        if place.exists():
+            shutil.rmtree(place)
+        folder.rename(place)
 
 
-def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
+def _begun(workdir: AnyPath) -> list[AnyPath]:
+    """What interrupted saves and removals have left."""
+    if isinstance(workdir, Path):
+        patterns = [f"{_FROZEN}{_SAVING}*", f"{_REFERENCE}{_SAVING}*"]
+        patterns += [f"{_CHECKPOINTS}/*{part}*" for part in (_SAVING, _REMOVING)]
+        return [path for pattern in patterns for path in workdir.glob(pattern)]
+    # The frozen parameters and the reference have names that are used again.
+    folder = workdir / _CHECKPOINTS
+    places = [folder / name for name in workdir_lib.names(folder) if name.isdigit()]
+    return [p for p in places if not manifest.exists(p) and not (p / _ASIDE).exists()]
+
+
+def _set_aside(place: AnyPath) -> None:
+    """Makes room for a checkpoint in place of a damaged one, which may be of use."""
+    if isinstance(place, Path):
+        aside = place.with_name(place.name + _DAMAGED)
+        workdir_lib.remove(aside)
+        place.rename(aside)
+    else:
+        workdir_lib.write(place / _ASIDE, b"")
+        manifest.remove(place)
+
+
+def _remove(place: AnyPath) -> None:
+    if isinstance(place, Path):
+        place = place.rename(place.with_name(place.name + _REMOVING))
+    else:
+        manifest.remove(place)
+    workdir_lib.remove(place)
+
+
+def _is_full(workdir: AnyPath, size: float) -> bool:
+    return isinstance(workdir, Path) and shutil.disk_usage(workdir).free < size
+
+
+def restore_params(workdir: AnyPath, params: Any) -> tuple[Any, int]:
     """The parameters of a workdir's last good checkpoint, into `params`' shapes and shardings.
 
     What `params` lacks is not read.
@@ -287,7 +278,7 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     Raises:
       UserError: there is no checkpoint, or none that is whole.
     """
-    folder, run = (workdir / _CHECKPOINTS).absolute(), read_run(workdir)
+    folder, run = workdir_lib.absolute(workdir / _CHECKPOINTS), read_run(workdir)
     if latest_step(workdir) is None or run is None:
         raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
     step, _ = _good_step(workdir)
@@ -298,7 +289,7 @@ def restore_params(workdir: Path, params: Any) -> tuple[Any, int]:
     return merge(trained, restore_frozen(workdir, frozen)), step
 
 
-def restore_moving_reference(workdir: Path, params: Any) -> Any:
+def restore_moving_reference(workdir: AnyPath, params: Any) -> Any:
     """The parameters that a reference which moves with the policy has reached.
 
     They are those of the last good checkpoint, whose policy `restore_params` gives.
@@ -311,11 +302,11 @@ def restore_moving_reference(workdir: Path, params: Any) -> Any:
       UserError: no checkpoint is whole.
     """
     step, _ = _good_step(workdir)
-    folder = (workdir / _CHECKPOINTS / str(step) / "rest").absolute()
+    folder = workdir_lib.absolute(workdir / _CHECKPOINTS / str(step) / "rest")
     return _restore_part(folder, {"reference": params})["reference"]
 
 
-def _restore_part(folder: Path, wanted: Any) -> Any:
+def _restore_part(folder: AnyPath, wanted: Any) -> Any:
     """What is asked for of an item of a checkpoint; nothing else is read."""
     args = ocp.args.PyTreeRestore(
         item=wanted,
@@ -326,12 +317,12 @@ def _restore_part(folder: Path, wanted: Any) -> Any:
         return checkpointer.restore(folder, args=args)
 
 
-def save_frozen(workdir: Path, params: Any) -> None:
+def save_frozen(workdir: AnyPath, params: Any) -> None:
     """Keeps the parameters that are not trained with the run."""
     _save(workdir / _FROZEN, params)
 
 
-def restore_frozen(workdir: Path, params: Any) -> Any:
+def restore_frozen(workdir: AnyPath, params: Any) -> Any:
     """Reads the parameters that are not trained, if there are any.
 
     Raises:
@@ -340,22 +331,38 @@ def restore_frozen(workdir: Path, params: Any) -> Any:
     return _restore(workdir / _FROZEN, params, "parameters that are not trained")
 
 
-def latest_step(workdir: Path) -> int | None:
+def latest_step(workdir: AnyPath) -> int | None:
     """The step of a workdir's last complete checkpoint, without opening it."""
     return max(_steps(workdir), default=None)
 
 
-def _steps(workdir: Path) -> list[int]:
+def _steps(workdir: AnyPath) -> list[int]:
     folder = workdir / _CHECKPOINTS
-    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    found = {int(name) for name in workdir_lib.names(folder) if name.isdigit()}
+    if not isinstance(workdir, Path):
+        listed = found.union(_listed_steps(folder))
+        found = {step for step in listed if manifest.exists(folder / str(step))}
+    return sorted(found)
 
 
-def save_reference(workdir: Path, params: Any) -> None:
+def _listed_steps(folder: AnyPath) -> list[int]:
+    path = folder / _STEPS
+    return json.loads(path.read_bytes()) if path.exists() else []
+
+
+def _list_step(folder: AnyPath, step: int) -> None:
+    """Lets a complete checkpoint be found by name, where a listing may not have it yet."""
+    if not isinstance(folder, Path):
+        steps = {s for s in _listed_steps(folder) if manifest.exists(folder / str(s))} | {step}
+        workdir_lib.write(folder / _STEPS, json.dumps(sorted(steps)))
+
+
+def save_reference(workdir: AnyPath, params: Any) -> None:
     """Keeps the frozen reference with the run, so that resuming needs nothing else."""
     _save(workdir / _REFERENCE, params)
 
 
-def restore_reference(workdir: Path, params: Any) -> Any:
+def restore_reference(workdir: AnyPath, params: Any) -> Any:
     """Reads the frozen reference into the shapes and shardings of abstract arrays.
 
     Raises:
@@ -364,25 +371,24 @@ def restore_reference(workdir: Path, params: Any) -> Any:
     return _restore(workdir / _REFERENCE, params, "frozen reference")
 
 
-def _save(folder: Path, params: Any) -> None:
+def _save(folder: AnyPath, params: Any) -> None:
     if not jax.tree.leaves(params):
         return
-    saving = folder.with_name(folder.name + _SAVING).absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(saving, params, force=True)
+            checkpointer.save(_begin(folder), params, force=True)
         if jax.process_index() == 0:
-            _complete(saving, folder)
+            _complete(folder)
     except Exception as error:
         if not any(words in str(error) for words in _NO_ROOM):
             raise
         raise UserError(f"{folder}: the disk is full. Make room, then run it again.") from error
 
 
-def _restore(folder: Path, params: Any, what: str) -> Any:
+def _restore(folder: AnyPath, params: Any, what: str) -> Any:
     if not jax.tree.leaves(params):
         return params
-    if not folder.is_dir():
+    if not manifest.exists(folder) and not folder.is_dir():
         raise UserError(
             f"{folder}: the {what} of this run cannot be found, so it cannot be resumed; put the "
             "folder back, or start again in another --workdir."
@@ -393,7 +399,7 @@ def _restore(folder: Path, params: Any, what: str) -> Any:
             "back, or start again in another --workdir."
         )
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder.absolute(), params)
+        return checkpointer.restore(workdir_lib.absolute(folder), params)
 
 
 def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
@@ -402,7 +408,7 @@ def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
     return json.loads(json.dumps({**dict(config_lib.flatten(config)), **fingerprints}))
 
 
-def read_run(workdir: Path) -> dict[str, Any] | None:
+def read_run(workdir: AnyPath) -> dict[str, Any] | None:
     """The description that `write_run` left, or None.
 
     Raises:
@@ -424,20 +430,19 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
     return run
 
 
-def write_run(workdir: Path, run: dict[str, Any]) -> None:
+def write_run(workdir: AnyPath, run: dict[str, Any]) -> None:
     """Writes the description so that it is there whole or not at all."""
     if jax.process_index() == 0:
-        temporary = workdir / f"{_RUN}.tmp"
         run = {**run, _LAYOUT: _THIS_LAYOUT}
-        temporary.write_text(json.dumps({**run, _DIGEST: _digest(run)}, indent=1))
-        os.replace(temporary, workdir / _RUN)
+        text = json.dumps({**run, _DIGEST: _digest(run)}, indent=1)
+        workdir_lib.write(workdir / _RUN, text)
 
 
 def _digest(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
-def check_same_run(workdir: Path, run: dict[str, Any]) -> None:
+def check_same_run(workdir: AnyPath, run: dict[str, Any]) -> None:
     """Refuses to go on from the checkpoint of a run that was another one.
 
     Args:

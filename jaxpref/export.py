@@ -10,6 +10,7 @@ from absl import app, flags
 from jaxpref import config as config_lib
 from jaxpref.commands import OUTPUT, WORKDIR, fail, quiet, told
 from jaxpref.errors import UserError
+from jaxpref.workdir import AnyPath, as_folder, as_path
 
 # --help shows these two as well.
 flags.declare_key_flag("workdir")
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(
-    workdir: str | Path,
+    workdir: str | AnyPath,
     output: str | Path,
     dtype: str | None = None,
     *,
@@ -72,7 +73,7 @@ def run(
     from jaxpref.models import huggingface
     from jaxpref.terminal import console
 
-    workdir, output = Path(workdir), Path(output)
+    workdir, output = as_path(workdir), as_folder(output, "--output")
     described = checkpoint.read_run(workdir)
     if described is None or checkpoint.latest_step(workdir) is None:
         raise UserError(f"--workdir={workdir}: holds no run with a complete checkpoint.")

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxpref import sharding
+from jaxpref import sharding, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.measurements import Mean, Metric
 from jaxpref.terminal import console
+from jaxpref.workdir import AnyPath
 
 # After so many first steps with a gradient of exactly zero the user is told of it, and after so
 # many the run stops at the latest: a few steps may have nothing to learn.
@@ -37,7 +39,7 @@ class Writer:
             writer.write(10, {"loss": 0.69})
     """
 
-    def __init__(self, workdir: Path, *, start: int, steps: int):
+    def __init__(self, workdir: AnyPath, *, start: int, steps: int):
         """Opens the files, and drops what an interrupted run measured after step `start`."""
         self._main = jax.process_index() == 0
         self._steps, self._start = steps, start
@@ -49,7 +51,7 @@ class Writer:
         kept = start if start else -1
         _drop_after(self._path, kept)
         # Without a buffer it is known what a full disk did not take, which is written later.
-        self._file = self._path.open("ab", buffering=0)
+        self._file = workdir_lib.append(self._path)
         self._unwritten, self._told = b"", False
         self._board: _Board | None = _Board(workdir / "tensorboard", kept + 1)
         self._progress = Progress(
@@ -79,12 +81,14 @@ class Writer:
         if not self._main:
             return
         self._progress.stop()
-        self._append(b"")
+        failed = self._append(b"", now=True)
         self._file.close()
         self._show(lambda board: board.close())
-        if self._unwritten and kind is None:
-            lines = self._unwritten.count(b"\n")
-            raise UserError(f"{self._path}: its last {lines} lines found no room on the disk.")
+        if failed is not None and kind is None:
+            count = self._unwritten.count(b"\n")
+            lines = f"{count} lines" if count else "lines"
+            reason = failed.strerror or failed
+            raise UserError(f"{self._path}: its last {lines} could not be written ({reason}).")
 
     def step(self, step: int) -> None:
         """Moves the live line to `step`."""
@@ -110,16 +114,38 @@ class Writer:
             left = self._left(step)
             console.print(f"step {step}/{self._steps}  {shown}{left}")
 
-    def _append(self, line: bytes) -> None:
-        """Adds to the file; what it does not take now is tried again with the next line."""
+    def flush(self) -> None:
+        """Puts all into the files, before a checkpoint: a run that goes on from it does not again.
+
+        What grows in a bucket is written only now and then otherwise.
+        """
+        if self._main:
+            self._append(b"", now=True)
+            self._show(lambda board: board.flush())
+
+    def _append(self, line: bytes, *, now: bool = False) -> OSError | None:
+        """Adds to the file; what it does not take now is tried again with the next line.
+
+        Args:
+          line: empty to try again only.
+          now: also what grows in a bucket is written to its end.
+
+        Returns:
+          What was wrong if not all is written.
+        """
         self._unwritten += line
         try:
             while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) or 0 :]
+            if now:
+                self._file.flush()
         except OSError as error:
             if not self._told:
-                console.print(f"{self._path}: {error.strerror}; measurements wait in memory")
+                reason = error.strerror or error
+                console.print(f"{self._path}: {reason}; measurements wait in memory")
             self._told = True
+            return error
+        return None
 
     def _show(self, action: "Callable[[_Board], None]") -> None:
         """Acts on TensorBoard's file, as long as it can be written."""
@@ -129,7 +155,8 @@ class Writer:
             action(self._board)
         except OSError as error:
             self._board = None
-            console.print(f"TensorBoard's file: {error.strerror}; it ends here, metrics.jsonl not")
+            reason = error.strerror or error
+            console.print(f"TensorBoard's file: {reason}; it ends here, metrics.jsonl not")
 
     def _left(self, step: int) -> str:
         done = step - self._start
@@ -140,21 +167,23 @@ class Writer:
 
 
 class _Board:
-    """TensorBoard's event file.
+    """TensorBoard's event file; that of a workdir in a bucket is written here and copied whole.
 
     tensorboardX's own writer is not used: its thread dies of a full disk, after which the run
     would wait for it without end.
     """
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: AnyPath, first: int):
         """Opens a new file, which replaces all that earlier ones say of steps from `first` on."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
 
-        folder.mkdir(exist_ok=True)
         self._event, self._summary = Event, Summary
-        self._file = EventsWriter(str(folder / "events"))
+        self._folder, self._pace = folder, workdir_lib.Pace()
+        local = folder if isinstance(folder, Path) else workdir_lib.temporary_folder()
+        local.mkdir(exist_ok=True)
+        self._local, self._file = local, EventsWriter(str(local / "events"))
         self._add(first, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -163,10 +192,28 @@ class _Board:
             self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
         ]
         self._add(step, summary=self._summary(value=points))
+        if self._folder != self._local and self._pace.due():
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is buffered."""
+        self._file.flush()
+        self._copy()
 
     def close(self) -> None:
-        """Writes what is buffered."""
+        """Writes what is buffered, and ends the file."""
         self._file.close()
+        self._copy()
+
+    def _copy(self) -> None:
+        if self._folder == self._local:
+            return
+        began = time.monotonic()
+        for path in self._local.iterdir():
+            # What a bucket does not take now it is given again, whole, with all that follows.
+            with suppress(OSError):
+                workdir_lib.write(self._folder / path.name, path.read_bytes())
+        self._pace.took(time.monotonic() - began)
 
     def _add(self, step: int, **parts: Any) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **parts))
@@ -258,11 +305,13 @@ class Log:
         if done.number in (1, self._steps) or done.number % self._every == 0:
             self.flush(done.number)
 
-    def flush(self, step: int) -> None:
-        """Writes what has been added up since the last time.
+    def saving(self, step: int) -> None:
+        """Writes all up to a step that is saved: a run that resumes writes the lines after it."""
+        self.flush(step)
+        self._writer.flush()
 
-        Also before each checkpoint: a run that resumes from it then writes the same lines.
-        """
+    def flush(self, step: int) -> None:
+        """Writes what has been added up since the last time."""
         self.settle()
         values = self._mean.result()
         if self._skipped:
@@ -316,7 +365,7 @@ def require_finite(step: int, values: dict[str, float], kept: Callable[[], str])
         )
 
 
-def read(path: Path) -> list[dict[str, float]]:
+def read(path: AnyPath) -> list[dict[str, float]]:
     """The lines of a `metrics.jsonl`.
 
     A last line that was cut short is left out, and so are damaged ones, which the terminal counts.
@@ -338,11 +387,9 @@ def _parse(text: bytes) -> dict[str, float] | None:
         return None
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: AnyPath, step: int) -> None:
     kept = [line for line in read(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
+    workdir_lib.write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _clock(seconds: float) -> str:

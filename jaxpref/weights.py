@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, models
+from jaxpref import checkpoint, config as config_lib, models, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.models.adapters import ADAPTERS
@@ -24,6 +24,7 @@ from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
 from jaxpref.terminal import console
 from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import as_abstract, as_array, merge, partition, path_of, store_frozen
+from jaxpref.workdir import AnyPath, as_path
 
 _KEPT = "huggingface"
 # These knobs shape a model with random weights; any other model has a shape of its own.
@@ -42,7 +43,7 @@ class Source(NamedTuple):
       adapters: what is merged into the weights of that directory, if anything.
     """
 
-    workdir: Path | None
+    workdir: AnyPath | None
     pretrained: Path | None
     adapters: SavedAdapters | None = None
 
@@ -73,7 +74,7 @@ class Opened(NamedTuple):
     model: Decoder
 
 
-def open_run(config: ConfigDict, workdir: Path) -> Opened:
+def open_run(config: ConfigDict, workdir: AnyPath) -> Opened:
     """Opens a run, whether it begins, has begun, or is over.
 
     Raises:
@@ -104,7 +105,7 @@ def _open(config: ConfigDict, source: Source, platform: str = "") -> Opened:
     return Opened(source, tokenizer, model)
 
 
-def find(config: ConfigDict, workdir: Path) -> Source:
+def find(config: ConfigDict, workdir: AnyPath) -> Source:
     """Where this run begins; a run that has begun needs only its workdir.
 
     Raises:
@@ -122,7 +123,7 @@ def _first(config: ConfigDict) -> Source:
     """Where a run with this config begins."""
     if not config.model.init_from:
         source = Source(None, None)
-    elif (there := checkpoint.read_run(Path(config.model.init_from))) is not None:
+    elif (there := checkpoint.read_run(as_path(config.model.init_from))) is not None:
         source = _workdir(config, there)
     else:
         source = _hugging_face(config.model.init_from)
@@ -131,10 +132,9 @@ def _first(config: ConfigDict) -> Source:
     return source
 
 
-def kept(workdir: Path) -> Source:
+def kept(workdir: AnyPath) -> Source:
     """What `keep` left in a workdir: enough for the model, without its weights."""
-    folder = workdir / _KEPT
-    return Source(None, folder if folder.is_dir() else None)
+    return Source(None, workdir_lib.get(workdir / _KEPT))
 
 
 def _hugging_face(name: str) -> Source:
@@ -156,13 +156,12 @@ def _hugging_face(name: str) -> Source:
 
 
 def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
-    path = Path(config.model.init_from)
+    path = as_path(config.model.init_from)
     if there["algorithm.name"] == "reward":
         _refuse_scalar_head(config)
     if checkpoint.latest_step(path) is None:
         raise UserError(f"model.init_from={path}: that run has no complete checkpoint yet.")
-    kept = path / _KEPT
-    pretrained = kept if kept.is_dir() else None
+    pretrained = workdir_lib.get(path / _KEPT)
     shape = [] if pretrained else [f"model.{name}" for name in _SHAPE]
     if there.get("model.lora.rank"):
         # The adapters of that run are trained on here; exporting it first would merge them.
@@ -255,10 +254,12 @@ def _build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Dec
     return model
 
 
-def keep(source: Source, model: Decoder, workdir: Path) -> None:
+def keep(source: Source, model: Decoder, workdir: AnyPath) -> None:
     """Keeps the small files of a Hugging Face model in the workdir."""
     if source.pretrained is not None and jax.process_index() == 0:
-        kept = workdir / _KEPT
+        place = workdir / _KEPT
+        # A folder of a bucket is made here first.
+        kept = place if isinstance(place, Path) else workdir_lib.temporary_folder()
         model.origin.copy(kept, tensors=True)
         if source.adapters is not None:
             if source.tokenizer != str(source.pretrained):
@@ -266,9 +267,11 @@ def keep(source: Source, model: Decoder, workdir: Path) -> None:
             huggingface.copy_small_files(source.adapters.directory, kept, but={PEFT_CONFIG})
             if source.adapters.scalar_head:
                 huggingface.say_classifier(kept, model)
+        if kept != place:
+            workdir_lib.put(kept, place)
 
 
-def config_of(path: Path) -> ConfigDict | None:
+def config_of(path: AnyPath) -> ConfigDict | None:
     """The config of the run whose workdir this is; None if it is not a workdir.
 
     Raises:
@@ -282,7 +285,7 @@ def config_of(path: Path) -> ConfigDict | None:
     return config_lib.from_flat(described)
 
 
-def load_finished(path: Path, opened: Opened, mesh: Mesh, dtype: str = "float32") -> Any:
+def load_finished(path: AnyPath, opened: Opened, mesh: Mesh, dtype: str = "float32") -> Any:
     """The parameters of a model that is not trained here.
 
     Args:
@@ -303,7 +306,7 @@ def load_finished(path: Path, opened: Opened, mesh: Mesh, dtype: str = "float32"
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
-def base_of(workdir: Path) -> str:
+def base_of(workdir: AnyPath) -> str:
     """The Hugging Face directory or hub name whose weights a run's adapters adapt.
 
     Raises:
@@ -321,10 +324,10 @@ def base_of(workdir: Path) -> str:
         )
     if not begun:
         raise UserError(f"{workdir}: its adapters belong to random weights; {merged}")
-    there = checkpoint.read_run(Path(begun))
+    there = checkpoint.read_run(as_path(begun))
     if there is not None and there.get("model.lora.rank"):
         # The adapters of that run were trained on here, on the same base.
-        return base_of(Path(begun))
+        return base_of(as_path(begun))
     if there is not None:
         raise UserError(
             f"{workdir}: its adapters belong to the weights of the workdir {begun}, which others "

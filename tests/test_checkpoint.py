@@ -16,8 +16,9 @@ import pytest
 from test_train import assert_same_params, final_params, lines_of, small
 
 from jaxpref import checkpoint, commands, export, manifest, metrics, reference, train
-from jaxpref.checkpoint import Checkpoints, hold
+from jaxpref.checkpoint import Checkpoints
 from jaxpref.errors import UserError
+from jaxpref.lock import hold
 
 PARAMS = {"w": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones(3)}
 REST = {"step": jnp.int32(7), "moments": {"w": jnp.full((4, 6), 0.5)}}
@@ -246,6 +247,9 @@ def test_measurements_wait_for_room_on_the_disk(tmp_path, capsys):
             self.room -= taken
             return taken
 
+        def flush(self):
+            self.file.flush()
+
         def close(self):
             self.file.close()
 
@@ -258,7 +262,7 @@ def test_measurements_wait_for_room_on_the_disk(tmp_path, capsys):
     assert lines_of(tmp_path) == [{"step": i, "loss": 2.0**-i} for i in (1, 2, 3)]
     assert capsys.readouterr().out.count("measurements wait in memory") == 1
     with (  # noqa: PT012
-        pytest.raises(UserError, match="its last 1 lines found no room"),
+        pytest.raises(UserError, match=r"its last 1 lines could not be written \(No space"),
         metrics.Writer(tmp_path, start=3, steps=9) as writer,
     ):
         writer._file = Disk(writer._file)
@@ -293,8 +297,8 @@ def test_a_workdir_in_use_is_refused_by_name(tmp_path):
 
 def test_kill_9_lets_go_of_the_workdir(tmp_path, capsys):
     script = (
-        "from jaxpref import checkpoint; from pathlib import Path; import sys, time\n"
-        "with checkpoint.hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
+        "from jaxpref import lock; from pathlib import Path; import sys, time\n"
+        "with lock.hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(100)"
     )
     holder = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"

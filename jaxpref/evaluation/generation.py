@@ -20,6 +20,7 @@ from jaxpref.sampling import Generated, Sampler, Sampling, prompt_keys
 from jaxpref.terminal import console, progress
 from jaxpref.tokenizer import decode
 from jaxpref.weights import Opened
+from jaxpref.workdir import AnyPath, as_folder, as_path
 
 # Columns about the responses that a record had, which are not those that are sampled.
 _OF_OTHERS = ("responses", "finish", "logps", "scores")
@@ -39,7 +40,7 @@ class Written(NamedTuple):
 
 
 def generate_file(
-    model: str | Path,
+    model: str | AnyPath,
     path: str,
     output: str | Path,
     sampling: Sampling,
@@ -84,23 +85,23 @@ def generate_file(
       UserError: there is no language model, the prompts or the settings cannot be used, or the
         output is of another command.
     """
-    output = Path(output)
+    output = as_folder(output, "--output")
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"{output}: should be a file to write, in a directory that exists.")
     try:
         sampling.check()
     except ValueError as error:
         raise UserError(str(error)) from error
-    config = _config(Path(model), max_prompt_length, sampling.max_new_tokens)
+    config = _config(as_path(model), max_prompt_length, sampling.max_new_tokens)
     config.tokenizer.chat_template = chat_template or config.tokenizer.chat_template
     config.model.dtype = dtype or config.model.dtype
-    opened = weights.open_run(config, Path(model))
+    opened = weights.open_run(config, as_path(model))
     sampling = sampling._replace(stops=_stops(config, opened, sampling.stops))
     log = _Log(
         output,
         {
             "model": str(model),
-            "step": checkpoint.latest_step(Path(model)),
+            "step": checkpoint.latest_step(as_path(model)),
             "prompts": fingerprint(path, "", "train"),
             **sampling._asdict(),
             "seed": seed,
@@ -128,7 +129,7 @@ def generate_file(
         prompt_length=max(map(len, prompts)),
     )
     if waiting:
-        held = sampler.prepare(weights.load_finished(Path(model), opened, mesh))
+        held = sampler.prepare(weights.load_finished(as_path(model), opened, mesh))
         keys = prompt_keys(seed, 0, len(prompts))[np.asarray(waiting)]
         said = sampler.as_they_end(held, [prompts[number] for number in waiting], keys)
         with progress(f"sampling for {len(kept):,} prompts", "done") as tell:
@@ -138,7 +139,7 @@ def generate_file(
     return Written(len(kept), {**counts, **log.counts()})
 
 
-def _config(path: Path, max_prompt_length: int, new: int) -> ConfigDict:
+def _config(path: AnyPath, max_prompt_length: int, new: int) -> ConfigDict:
     """The config of a policy's run, or of SFT, with room for prompts and responses."""
     config = weights.config_of(path)
     if config is None:

@@ -1,12 +1,12 @@
 """Every figure, as a PNG."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxpref.evaluation.calibration import Reliability
+from jaxpref.workdir import AnyPath
 
 _DPI = 110
 _COLORS, _MARKS = 10, "os^Dv"
@@ -55,7 +55,7 @@ class Panel(NamedTuple):
     log_x: bool = False
 
 
-def plot_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
+def plot_panels(panels: Sequence[Panel], path: AnyPath, title: str) -> None:
     """Draws panels side by side, with one legend for all of them where there are many series.
 
     Args:
@@ -87,7 +87,7 @@ def plot_panels(panels: Sequence[Panel], path: Path, title: str) -> None:
     if together:
         figure.legend(drawn.values(), drawn, fontsize=8, loc="outside right center")
     figure.suptitle(title)
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
 
 
 def _log_places(axis: Any, panel: Panel) -> None:
@@ -129,7 +129,7 @@ def _subplots(
     return figure, axes[:count]
 
 
-def plot_reliability(found: Reliability, path: Path, title: str) -> None:
+def plot_reliability(found: Reliability, path: AnyPath, title: str) -> None:
     """Draws accuracy against confidence; the diagonal is perfect calibration.
 
     Args:
@@ -147,10 +147,10 @@ def plot_reliability(found: Reliability, path: Path, title: str) -> None:
     axis.set_title(f"{title}\nexpected calibration error {found.error:.3f}", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
 
 
-def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
+def plot_curves(lines: list[dict[str, float]], path: AnyPath, title: str) -> None:
     """Draws the loss, and for preference methods accuracy, margin and rewards, over steps.
 
     Args:
@@ -200,4 +200,9 @@ def plot_curves(lines: list[dict[str, float]], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(title)
-    figure.savefig(path, dpi=_DPI)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: AnyPath) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=_DPI, format="png")

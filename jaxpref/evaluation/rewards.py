@@ -16,6 +16,7 @@ from jaxpref.errors import UserError
 from jaxpref.evaluation import reward_bench
 from jaxpref.rewards import Scorer, open_scorer
 from jaxpref.terminal import progress
+from jaxpref.workdir import AnyPath, as_folder
 
 
 class Scored(NamedTuple):
@@ -33,7 +34,7 @@ class Scored(NamedTuple):
 
 
 def score_file(
-    model: str | Path,
+    model: str | AnyPath,
     path: str,
     output: str | Path,
     *,
@@ -67,7 +68,7 @@ def score_file(
     Raises:
       UserError: nothing there gives rewards, the input cannot be read, or a reward is not finite.
     """
-    output = Path(output)
+    output = as_folder(output, "--output")
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"{output}: should be a file to write, in a directory that exists.")
     scorer = open_scorer(model, max_length=max_length, chat_template=chat_template)

@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxpref import models, processes, sampling, sharding
+from jaxpref import models, processes, sampling, sharding, workdir as workdir_lib
 from jaxpref.algorithms.policy_gradient import OLD, REFERENCE
 from jaxpref.data.chat import Message
 from jaxpref.experience.parts import Asked, Packer, Prompts, SamplingParts, make_look, say
@@ -19,6 +18,7 @@ from jaxpref.reference.modes import Free
 from jaxpref.rewards import Sampled
 from jaxpref.sampling import Generated, Sampler
 from jaxpref.trainable import merge
+from jaxpref.workdir import AnyPath
 
 # Evaluations sample with the same noise each time, and with none that training has.
 _EVALUATION = 2**31 - 1
@@ -75,7 +75,7 @@ class _Policy(NamedTuple):
 class HeldOut:
     """Lets policies answer held-out prompts, and says what is known of the responses."""
 
-    def __init__(self, parts: SamplingParts, prompts: Prompts, workdir: Path):
+    def __init__(self, parts: SamplingParts, prompts: Prompts, workdir: AnyPath):
         """Prepares what does not depend on the state."""
         self._parts, self._prompts, self._workdir = parts, prompts, workdir
         self._longest = int(prompts.dataset.prompt_lengths.max(initial=1))
@@ -191,7 +191,7 @@ class HeldOut:
         return {KL: kl[: len(groups)]}
 
 
-def _keep_shown(path: Path, step: int, said: Said, count: int) -> None:
+def _keep_shown(path: AnyPath, step: int, said: Said, count: int) -> None:
     """Adds the first responses of a step, in place of those of a run that has died after it."""
     texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [text for text in texts if json.loads(text)["step"] < step]
@@ -205,8 +205,6 @@ def _shown(step: int, said: Said, place: int) -> dict[str, Any]:
     return {"step": step, **response, **numbers}
 
 
-def write_lines(path: Path, lines: Sequence[str]) -> None:
+def write_lines(path: AnyPath, lines: Sequence[str]) -> None:
     """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    workdir_lib.write(path, "".join(f"{line}\n" for line in lines))

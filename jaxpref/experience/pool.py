@@ -1,12 +1,15 @@
 """The best response to each prompt so far, kept in a file so that a resumed run has it."""
 
 import json
-from pathlib import Path
+from contextlib import closing
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int
+
+from jaxpref import workdir
+from jaxpref.workdir import AnyPath
 
 
 class Kept(NamedTuple):
@@ -24,7 +27,7 @@ class Pool:
     the steps up to s alone: what a later one had added is sampled again.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPath):
         """Reads what an earlier run has kept."""
         self._path = path
         self._best: dict[int, Kept] = {}
@@ -50,8 +53,11 @@ class Pool:
     def flush(self) -> None:
         """Writes what was added."""
         if self._lines and not jax.process_index():
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(self._lines)
+            lines = "".join(self._lines).encode()
+            with closing(workdir.append(self._path)) as file:
+                while lines:
+                    lines = lines[file.write(lines) or 0 :]
+                file.flush()
         self._lines = []
 
     def _resume(self, step: int) -> None:
@@ -71,6 +77,4 @@ class Pool:
                 response = np.asarray(line["response"], np.int32)
                 self._best[line["prompt"]] = Kept(line["step"], line["reward"], response)
         if not jax.process_index():
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(whole), encoding="utf-8")
-            temporary.replace(self._path)
+            workdir.write(self._path, "".join(whole))

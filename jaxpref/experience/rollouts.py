@@ -8,7 +8,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +38,7 @@ from jaxpref.packing import Group, PackedBatch
 from jaxpref.rewards import Moments, Sampled, Scores, shaping
 from jaxpref.sampling import Generated
 from jaxpref.trainable import merge
+from jaxpref.workdir import AnyPath
 
 # The numbers of `rewards.Moments` among what a run carries from step to step.
 MOMENTS = ("reward_count", "reward_mean", "reward_m2")
@@ -47,7 +47,7 @@ MOMENTS = ("reward_count", "reward_mean", "reward_m2")
 class Rollouts:
     """The source of a method that samples."""
 
-    def __init__(self, parts: Parts, prompts: Prompts, workdir: Path):
+    def __init__(self, parts: Parts, prompts: Prompts, workdir: AnyPath):
         """Prepares what does not depend on the state."""
         online = parts.online
         self._parts, self._prompts = parts, prompts

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from jaxpref import evaluation
 from jaxpref.errors import UserError
 from jaxpref.experience.held_out import KL, LENGTH, SCORES, HeldOut, Other, Said, write_lines
+from jaxpref.workdir import AnyPath
 
 _FILE = "reference_samples.jsonl"
 # What is measured of samples, by its name in the measurements.
@@ -42,7 +42,7 @@ class AgainstReference:
         self,
         held_out: HeldOut,
         count: int,
-        workdir: Path,
+        workdir: AnyPath,
         *,
         reference: Callable[[], Other] | None,
         resuming: bool,
@@ -126,7 +126,7 @@ def _scores(said: Said, theirs: _Theirs) -> Float[np.ndarray, " prompts"]:
     return np.where([ours.tolist() == [*other] for ours, other in pairs], 0.5, scores)
 
 
-def _read(path: Path) -> _Theirs:
+def _read(path: AnyPath) -> _Theirs:
     """What `AgainstReference` has kept."""
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

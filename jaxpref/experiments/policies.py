@@ -23,6 +23,7 @@ from jaxpref.packing import Group, PackedBatch
 from jaxpref.rewards import Sampled, Scorer
 from jaxpref.sampling import Sampler, Sampling, prompt_keys
 from jaxpref.terminal import console
+from jaxpref.workdir import as_folder
 
 # Rows whose log-probs are computed at a time, and responses that are sampled at a time.
 _ROWS, _AT_ONCE = 16, 1_024
@@ -39,7 +40,7 @@ class Runs:
 
     def __init__(self, workdir: str | Path):
         """Takes the experiment's workdir."""
-        self.workdir = Path(workdir).resolve()
+        self.workdir = as_folder(workdir, "--workdir").resolve()
 
     def folder(self, name: str, config: ConfigDict) -> Path:
         """Where a run is, or will be.

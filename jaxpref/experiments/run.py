@@ -10,6 +10,7 @@ from jaxpref.experiments.experiment import Experiment
 from jaxpref.experiments.points import Point, PointsFile
 from jaxpref.experiments.report import draw, in_words, write_table
 from jaxpref.terminal import console
+from jaxpref.workdir import as_folder
 
 POINTS, TABLE, FIGURE = "points.jsonl", "table.md", "figure.png"
 
@@ -40,7 +41,7 @@ def run(experiment: Experiment, workdir: str | Path, settings: str = "") -> Outc
         finite.
       KeyboardInterrupt: interrupted; the jobs that were done are kept.
     """
-    folder = Path(workdir)
+    folder = as_folder(workdir, "--workdir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

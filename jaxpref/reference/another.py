@@ -13,6 +13,7 @@ from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.terminal import console
 from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import as_abstract, store_frozen
+from jaxpref.workdir import AnyPath, as_path
 
 # The folder of a workdir that describes the model of a reference that is another policy.
 _ANOTHER = "reference_model"
@@ -51,7 +52,7 @@ class Another(NamedTuple):
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         return models.merge_adapters(self.adapted, params)[1]
 
-    def keep(self, workdir: Path) -> None:
+    def keep(self, workdir: AnyPath) -> None:
         """Describes the model in the workdir, so that resuming needs nothing else."""
         if jax.process_index():
             return
@@ -64,7 +65,7 @@ class Another(NamedTuple):
 
 
 def find_another(
-    config: ConfigDict, workdir: Path, policy: Decoder, tokenizer: Any
+    config: ConfigDict, workdir: AnyPath, policy: Decoder, tokenizer: Any
 ) -> Another | None:
     """The policy that `reference.init_from` names; None if it names none, or is needed no more.
 
@@ -132,7 +133,7 @@ def open_another(config: ConfigDict, path: str, knob: str, tokenizer: Any) -> An
 
 def _config_of_another(config: ConfigDict, path: str) -> ConfigDict:
     other = config_lib.default(config.algorithm.name)
-    described = checkpoint.read_run(Path(path))
+    described = checkpoint.read_run(as_path(path))
     if described is not None:
         there = config_lib.from_flat(described)
         other.model.update(there.model)

@@ -1,6 +1,5 @@
 """The reference of a run that is over, as a model that can be asked about any response."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,10 +14,16 @@ from jaxpref.reference.another import find_another, open_another
 from jaxpref.reference.modes import Live, Reference
 from jaxpref.reference.start import Start, start
 from jaxpref.trainable import as_abstract, merge, partition
+from jaxpref.workdir import AnyPath
 
 
 def finished(
-    config: ConfigDict, workdir: Path, mesh: Mesh, opened: weights.Opened, policy: Any, frozen: Any
+    config: ConfigDict,
+    workdir: AnyPath,
+    mesh: Mesh,
+    opened: weights.Opened,
+    policy: Any,
+    frozen: Any,
 ) -> Reference:
     """The reference that a finished run has compared its policy with.
 

@@ -7,7 +7,6 @@ nothing else has to be where it was.
 
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from jaxpref.reference.another import Another
 from jaxpref.reference.modes import Free, Live, Mode, Precomputed, Reference, Synced
 from jaxpref.terminal import progress
 from jaxpref.trainable import as_abstract, merge, partition
+from jaxpref.workdir import AnyPath
 
 # The key of `run.json` that says whether the reference has parameters of its own, beside those
 # that are frozen.
@@ -53,7 +53,7 @@ class Start(NamedTuple):
     """
 
     config: ConfigDict
-    workdir: Path
+    workdir: AnyPath
     mesh: Mesh
     decoder: Decoder
     another: Another | None

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxpref import sharding
+from jaxpref import sharding, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.packing import PackedBatch
+from jaxpref.workdir import AnyPath
 
 _TABLE = "reference_logps.npz"
 
@@ -56,7 +56,7 @@ def _sum_of_bits(x: jax.Array) -> jax.Array:
 
 
 def save_table(
-    workdir: Path,
+    workdir: AnyPath,
     tables: dict[str, Float[np.ndarray, "_ _"]],
     data_fingerprint: str,
     reference_digest: str,
@@ -64,20 +64,19 @@ def save_table(
     """Stores precomputed log-probs with what they were computed from."""
     if jax.process_index():
         return
-    temporary = workdir / f"tmp.{_TABLE}"
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            **tables,
-            data_fingerprint=np.asarray(data_fingerprint),
-            reference_digest=np.asarray(reference_digest),
-        )
-    temporary.replace(workdir / _TABLE)
+    archive = io.BytesIO()
+    np.savez(
+        archive,
+        allow_pickle=False,
+        **tables,
+        data_fingerprint=np.asarray(data_fingerprint),
+        reference_digest=np.asarray(reference_digest),
+    )
+    workdir_lib.write(workdir / _TABLE, archive.getvalue())
 
 
 def load_table(
-    workdir: Path, data_fingerprint: str, reference_digest: str | None
+    workdir: AnyPath, data_fingerprint: str, reference_digest: str | None
 ) -> dict[str, Float[np.ndarray, "_ _"]] | None:
     """Reads what `save_table` stored.
 
@@ -111,7 +110,7 @@ def load_table(
     return {name: table for name, table in tables.items() if name not in wanted}
 
 
-def stored_digest(workdir: Path) -> str | None:
+def stored_digest(workdir: AnyPath) -> str | None:
     """Of the reference that a workdir's table was computed from; None without a table.
 
     It begins with the reference's `digest`.
@@ -123,7 +122,7 @@ def stored_digest(workdir: Path) -> str | None:
     return None if tables is None else str(tables.get("reference_digest"))
 
 
-def _read(workdir: Path) -> dict[str, np.ndarray] | None:
+def _read(workdir: AnyPath) -> dict[str, np.ndarray] | None:
     path = workdir / _TABLE
     if not path.exists():
         return None

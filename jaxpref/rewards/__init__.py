@@ -7,7 +7,6 @@ config asks for; `shaping` has what becomes of it before it is learned from, as 
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from jaxpref.rewards.implicit import ImplicitReward
 from jaxpref.rewards.model import RewardModel, check_template, from_model, rewards_of
 from jaxpref.rewards.scoring import Scorer, score
 from jaxpref.rewards.shaping import Moments, no_moments
+from jaxpref.workdir import AnyPath, as_path
 
 __all__ = [
     "ImplicitReward",
@@ -120,7 +120,7 @@ class Rewards:
         )
 
 
-def open_scorer(path: str | Path, *, max_length: int = 0, chat_template: str = "") -> Scorer:
+def open_scorer(path: str | AnyPath, *, max_length: int = 0, chat_template: str = "") -> Scorer:
     """Opens what scores responses: a reward model, or the implicit reward of a policy's run.
 
     Args:
@@ -131,7 +131,7 @@ def open_scorer(path: str | Path, *, max_length: int = 0, chat_template: str = "
     Raises:
       UserError: nothing there gives rewards.
     """
-    run = weights.config_of(Path(path))
+    run = weights.config_of(as_path(path))
     of_policy = run is not None and run.algorithm.name != "reward"
     kind = ImplicitReward if of_policy else RewardModel
     return kind(path, max_length=max_length, chat_template=chat_template)

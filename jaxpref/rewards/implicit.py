@@ -1,6 +1,5 @@
 """The implicit reward of a policy: what it has come to prefer, compared with its reference."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from jaxpref.models import packed
 from jaxpref.packing import PackedBatch
 from jaxpref.rewards.scoring import Scorer
 from jaxpref.trainable import merge, partition
+from jaxpref.workdir import AnyPath, as_path
 
 
 class Policies(NamedTuple):
@@ -46,7 +46,7 @@ class ImplicitReward(Scorer):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         max_length: int = 0,
         chat_template: str = "",
@@ -63,7 +63,7 @@ class ImplicitReward(Scorer):
         Raises:
           UserError: the run has no implicit reward, or no complete checkpoint yet.
         """
-        config = weights.config_of(Path(path))
+        config = weights.config_of(as_path(path))
         if config is None:
             raise UserError(f"{path}: is no workdir of a run, so it has no reference.")
         name, self._beta = config.algorithm.name, float(config.algorithm.get("beta", 0.0))

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jaxpref.rewards.base import Reward, Sampled, shown
 from jaxpref.rewards.scoring import Scorer
 from jaxpref.terminal import console
 from jaxpref.tokenizer import special_tokens
+from jaxpref.workdir import AnyPath, as_path
 
 
 class RewardModel(Scorer):
@@ -29,7 +29,7 @@ class RewardModel(Scorer):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         *,
         max_length: int = 0,
         at_least: int = 0,
@@ -51,7 +51,7 @@ class RewardModel(Scorer):
         Raises:
           UserError: there is no reward model.
         """
-        trained = weights.config_of(Path(path))
+        trained = weights.config_of(as_path(path))
         config = _config(path, trained, max_length, at_least)
         super().__init__(path, config, max_length, chat_template, mesh)
         source, _, decoder = self.opened
@@ -210,7 +210,7 @@ def _runs(sampled: Sampled, key: Callable[[int], Any]) -> Iterator[list[int]]:
 
 
 def _config(
-    path: str | Path, trained: ConfigDict | None, max_length: int, at_least: int
+    path: str | AnyPath, trained: ConfigDict | None, max_length: int, at_least: int
 ) -> ConfigDict:
     """The config of a reward model's run, or one for a classifier, with room for the texts."""
     if trained is None:

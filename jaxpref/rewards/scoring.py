@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from jaxpref import models, packing, sharding, weights
 from jaxpref.errors import UserError
 from jaxpref.packing import Budget, Group, PackedBatch
+from jaxpref.workdir import AnyPath, as_path
 
 # Prompts whose rows are planned together.
 _WINDOW = 256
@@ -34,7 +34,7 @@ class Scorer(abc.ABC):
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | AnyPath,
         config: ConfigDict,
         max_length: int,
         chat_template: str,
@@ -64,7 +64,7 @@ class Scorer(abc.ABC):
         # Every response gets its reward.
         config.data.on_long_prompt = "truncate"
         config.tokenizer.chat_template = chat_template or config.tokenizer.chat_template
-        self.name, self.workdir, self.config = str(path), Path(path), config
+        self.name, self.workdir, self.config = str(path), as_path(path), config
         self.opened = weights.open_run(config, self.workdir)
         self.tokenizer = self.opened.tokenizer
         self.mesh = mesh or sharding.make_mesh(**config.mesh)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +42,7 @@ from jaxpref.train.update import (
     make_step,
 )
 from jaxpref.trainable import as_abstract, store_frozen
+from jaxpref.workdir import AnyPath
 
 
 class Training(NamedTuple):
@@ -82,7 +82,7 @@ class Training(NamedTuple):
     samples: bool = False
 
 
-def assemble(config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints) -> Training:
+def assemble(config: ConfigDict, workdir: AnyPath, checkpoints: checkpoint.Checkpoints) -> Training:
     """Opens a run, from its first weights or from its last checkpoint.
 
     Args:
@@ -286,7 +286,7 @@ def _load(config: ConfigDict, tokenizer: Any) -> Data:
     return data
 
 
-def _restore_frozen(config: ConfigDict, workdir: Path, abstract: Any) -> Any:
+def _restore_frozen(config: ConfigDict, workdir: AnyPath, abstract: Any) -> Any:
     stored = store_frozen(abstract, config.model.frozen_dtype, convert=as_abstract)
     return checkpoint.restore_frozen(workdir, stored)
 

@@ -1,7 +1,6 @@
 """A run that has its state, reference and data, before anything is made of them."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,13 +9,14 @@ from ml_collections import ConfigDict
 from jaxpref import data as data_lib, reference as reference_lib, weights
 from jaxpref.data import BatchStream, Data
 from jaxpref.train.state import State
+from jaxpref.workdir import AnyPath
 
 
 class Begun(NamedTuple):
     """What every run has; see `Training`."""
 
     config: ConfigDict
-    workdir: Path
+    workdir: AnyPath
     mesh: Mesh
     opened: weights.Opened
     another: reference_lib.Another | None

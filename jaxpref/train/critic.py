@@ -1,7 +1,6 @@
 """The critic: a second role, with a model, an optimizer and frozen parameters of its own."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxpref.models.protocol import Model
 from jaxpref.train.state import Trained, abstract_role
 from jaxpref.train.update import Update, make_update
 from jaxpref.trainable import merge
+from jaxpref.workdir import as_path
 
 # With adapters the base is the policy's own, which both read.
 _ADAPTERS = r"_lora_[ab]$|^score$"
@@ -81,7 +81,7 @@ class Critic:
         """
         abstract = self.abstract.params
         if self.config.critic.init_from:
-            params, _ = checkpoint.restore_params(Path(self.config.critic.init_from), abstract)
+            params, _ = checkpoint.restore_params(as_path(self.config.critic.init_from), abstract)
         else:
             zeros = jax.jit(
                 lambda: jnp.zeros(abstract["score"].shape, abstract["score"].dtype),
@@ -111,7 +111,7 @@ class Critic:
 
 def _check_begin(config: ConfigDict) -> None:
     path = config.critic.init_from
-    run = checkpoint.read_run(Path(path)) if path else None
+    run = checkpoint.read_run(as_path(path)) if path else None
     if path and (run is None or run["algorithm.name"] != "reward"):
         raise UserError(
             f"critic.init_from={path}: should be the workdir of a run of algorithm reward."

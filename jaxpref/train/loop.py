@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -14,6 +13,7 @@ from jaxpref import (
     config as config_lib,
     data as data_lib,
     evaluation,
+    lock,
     metrics as metrics_lib,
     processes,
     sharding,
@@ -23,32 +23,34 @@ from jaxpref.interrupts import StoppedError, interrupts
 from jaxpref.terminal import console
 from jaxpref.train.assemble import Training, assemble
 from jaxpref.train.state import State
+from jaxpref.workdir import AnyPath, as_path
 
 # How much longer than others the first step may take, which compiles.
 _AT_FIRST = 4
 
 
-def run(config: ConfigDict, workdir: str | Path) -> None:
+def run(config: ConfigDict, workdir: str | AnyPath) -> None:
     """Trains as the config says; run again, it resumes from the last checkpoint.
 
     Args:
       config: from a recipe.
-      workdir: receives checkpoints, `metrics.jsonl`, TensorBoard files and `curves.png`.
+      workdir: receives checkpoints, `metrics.jsonl`, TensorBoard files and `curves.png`; a folder,
+        or an address such as `gs://bucket/run`.
 
     Raises:
       UserError: something the user gave cannot be used, or the run cannot go on.
       KeyboardInterrupt: interrupted; the state was saved.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     config_lib.check(config)
     data_lib.check(config)
     # Where several processes train, the first one alone speaks and writes what is not an array.
     console.quiet = jax.process_index() > 0
     run_of = checkpoint.describe_run(config)
     processes.agree({**run_of, "--workdir": str(workdir), "version of jax": jax.__version__})
-    with checkpoint.hold(workdir):
+    with lock.hold(workdir) as owned:
         checkpoint.check_same_run(workdir, run_of)
-        with checkpoint.Checkpoints(workdir, config.train.keep) as checkpoints:
+        with checkpoint.Checkpoints(workdir, config.train.keep, owned) as checkpoints:
             training = assemble(config, workdir, checkpoints)
             with (
                 sharding.use(training.mesh),
@@ -59,7 +61,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def _loop(
-    config: ConfigDict, workdir: Path, checkpoints: checkpoint.Checkpoints, training: Training
+    config: ConfigDict, workdir: AnyPath, checkpoints: checkpoint.Checkpoints, training: Training
 ) -> None:
     state, frozen, reference = training.state, training.frozen, training.reference
     start, steps = training.start, training.steps
@@ -106,7 +108,7 @@ def _loop(
                     stop = True
                 log.pause()
             if last or stop or _due(step, config.train.save_every):
-                log.flush(step)
+                log.saving(step)
                 # Only weights that still give finite losses become the last good ones.
                 losses = {"loss after the update": training.loss_after(state, experience)}
                 metrics_lib.require_finite(step, losses, checkpoints.kept)
@@ -130,7 +132,7 @@ def _never() -> bool:
     return False
 
 
-def _missed(workdir: Path, config: ConfigDict, step: int, steps: int) -> bool:
+def _missed(workdir: AnyPath, config: ConfigDict, step: int, steps: int) -> bool:
     """Whether a run that is resumed was stopped before the evaluation after its last step ended."""
     if step != steps and not _due(step, config.train.eval_every):
         return False
@@ -148,7 +150,7 @@ def _save_before(
     """Ends a run whose step has only sampled so far; that is dropped, and sampled again."""
     done = step - 1
     if done and checkpoints.latest != done:
-        log.flush(done)
+        log.saving(done)
         checkpoints.save(done, state.params, state.rest)
     _stop_before(step, checkpoints)
 
@@ -193,7 +195,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _report(workdir: Path, config: ConfigDict) -> None:
+def _report(workdir: AnyPath, config: ConfigDict) -> None:
     if jax.process_index():
         return
     lines = metrics_lib.read(workdir / "metrics.jsonl")

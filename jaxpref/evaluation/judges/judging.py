@@ -25,6 +25,7 @@ from jaxpref.evaluation.win_rates import Agreement, agreement
 from jaxpref.rewards import find
 from jaxpref.sampling import Sampling
 from jaxpref.terminal import console, listed
+from jaxpref.workdir import as_folder
 
 
 class Reading(NamedTuple):
@@ -85,7 +86,7 @@ def judge_files(
       UserError: the judge or the files cannot be used, or the judge fails.
       KeyboardInterrupt: the judging was stopped; what was answered is kept.
     """
-    output = Path(output)
+    output = as_folder(output, "--output")
     _check_output(output, [a, b, compare, reading.prompts])
     name = judge if isinstance(judge, str) else "a function"
     which = {"a": a, "b": b, "judge": name}

@@ -1,7 +1,6 @@
 """A trained reward model as a judge: the response with the higher reward is the better one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -11,13 +10,14 @@ from jaxpref.evaluation.judges.base import Comparison, Judge, Verdicts
 from jaxpref.evaluation.rewards import score_examples
 from jaxpref.rewards import RewardModel
 from jaxpref.terminal import console, listed
+from jaxpref.workdir import AnyPath
 
 # A response, and whether it came to its end.
 _Said = tuple[str, bool]
 
 
 def from_reward_model(
-    path: str | Path, *, batch_size: int = 16, max_length: int = 0, chat_template: str = ""
+    path: str | AnyPath, *, batch_size: int = 16, max_length: int = 0, chat_template: str = ""
 ) -> Judge:
     """A judge who is a reward model. Each response is scored once, whatever it is compared with.
 

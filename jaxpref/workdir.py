@@ -1,0 +1,213 @@
+"""Paths of workdirs, which may be folders of a disk or of a bucket, and how files get there.
+
+An object of a bucket is there when it is closed, whole; it has no rename and takes nothing more.
+What has just been written may be missing in a listing, and is found by its name.
+"""
+
+import atexit
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+import time
+from io import FileIO
+from pathlib import Path
+from typing import TypeAlias
+
+from etils import epath
+
+from jaxpref.errors import UserError
+
+# A path of a disk is pathlib's: epath's own know less, and ask for the names of users.
+AnyPath: TypeAlias = Path | epath.Path
+
+# Any of these lets epath reach a bucket.
+_BACKENDS = ("gcsfs", "tensorflow")
+# Names the files of a folder that was put into a bucket, so that it can be had without a listing.
+_FILES = "files.txt"
+# Seconds after which an object that grows is written again; it takes a tenth of the time at most.
+_AGAIN, _SHARE = 30.0, 0.1
+
+
+def as_path(name: str | AnyPath) -> AnyPath:
+    """The path that a user gave for a workdir: a folder, or an address such as `gs://bucket/run`.
+
+    Raises:
+      UserError: it is an address of another kind, or what reaches buckets is not installed.
+    """
+    if not isinstance(name, str) or not _is_address(name):
+        return Path(name) if isinstance(name, str) else name
+    if not name.startswith("gs://"):
+        raise UserError(
+            f"{name}: is an address, and not a folder. Of addresses only gs://BUCKET/FOLDER is "
+            "known; mount what is elsewhere, and give the folder that it is mounted to."
+        )
+    if not any(map(importlib.util.find_spec, _BACKENDS)):
+        raise UserError(
+            f"{name}: what reaches buckets is not installed. Install it with pip install "
+            "'jaxpref[gcs]', or mount the bucket and give the folder that it is mounted to."
+        )
+    import fsspec.config
+
+    # A listing that gcsfs remembers does not know what other processes write.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(name)
+
+
+def as_folder(name: str | Path, what: str) -> Path:
+    """The path of what can only be on a disk, and never at an address.
+
+    Args:
+      name: as a user gave it.
+      what: it is of, for the message.
+
+    Raises:
+      UserError: it is an address.
+    """
+    if _is_address(str(name)):
+        raise UserError(f"{what}={name}: is an address; give a folder or a file of a disk.")
+    return Path(name)
+
+
+def _is_address(name: str) -> bool:
+    # pathlib makes one slash of two.
+    return re.match(r"\w\w+:/", name) is not None
+
+
+def absolute(path: AnyPath) -> AnyPath:
+    """The path from the root, as Orbax wants it; epath would take an address for a folder here."""
+    return path.absolute() if isinstance(path, Path) else path
+
+
+def write(path: AnyPath, content: bytes | str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    content = content.encode() if isinstance(content, str) else content
+    if not isinstance(path, Path):
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def names(folder: AnyPath) -> list[str]:
+    """What a folder holds as a listing has it, sorted; nothing if there is no such folder."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def files(folder: AnyPath) -> list[str]:
+    """The paths of all files below a folder, from there, sorted."""
+    if isinstance(folder, Path):
+        return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    found = [root / name for root, _, inside in folder.walk() for name in inside]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def size(path: AnyPath) -> int:
+    """The bytes of a file."""
+    return path.stat().st_size if isinstance(path, Path) else path.stat().length
+
+
+def remove(folder: AnyPath) -> None:
+    """Removes a folder with all in it, as far as it is there and can be removed."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        folder.rmtree(missing_ok=True)
+    except OSError:
+        # What is left lies in nobody's way, and is seen again at the next start.
+        return
+
+
+class Pace:
+    """When to write an object again that is written whole each time."""
+
+    def __init__(self) -> None:
+        """It is time at once."""
+        self._next = 0.0
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self._next
+
+    def took(self, seconds: float) -> None:
+        """Says how long it took, just now."""
+        self._next = time.monotonic() + max(_AGAIN, seconds / _SHARE)
+
+
+class GrowingObject:
+    """An object of a bucket that is added to like a file: it is written whole, now and then."""
+
+    def __init__(self, path: AnyPath):
+        """Reads what is there."""
+        self._path, self._pace = path, Pace()
+        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+        self._written = len(self._content)
+
+    def write(self, content: bytes) -> int:
+        """Adds to it; after an error nothing is added."""
+        before = len(self._content)
+        self._content += content
+        if self._pace.due():
+            try:
+                self.flush()
+            except OSError:
+                del self._content[before:]
+                raise
+        return len(content)
+
+    def flush(self) -> None:
+        """Returns when all that was added is in the bucket."""
+        if self._written == len(self._content):
+            return
+        began = time.monotonic()
+        write(self._path, bytes(self._content))
+        self._written = len(self._content)
+        self._pace.took(time.monotonic() - began)
+
+    def close(self) -> None:
+        """Ends it without a flush."""
+
+
+def append(path: AnyPath) -> FileIO | GrowingObject:
+    """Opens a file to add to it, without a buffer: what is not taken now may be tried again."""
+    return path.open("ab", buffering=0) if isinstance(path, Path) else GrowingObject(path)
+
+
+def put(local: Path, folder: AnyPath) -> None:
+    """Copies the files of a folder of a disk into a folder of a bucket."""
+    paths = [path for path in sorted(local.iterdir()) if path.is_file()]
+    for path in paths:
+        write(folder / path.name, path.read_bytes())
+    write(folder / _FILES, "\n".join(path.name for path in paths))
+
+
+def get(folder: AnyPath) -> Path | None:
+    """A folder of small files on a disk: itself, or a copy that lives as long as this process.
+
+    Returns:
+      None if there is no such folder, or nothing in it.
+    """
+    if isinstance(folder, Path):
+        return folder if folder.is_dir() else None
+    listed = folder / _FILES
+    # A folder that was copied into the bucket by other means has a listing alone.
+    there = listed.read_text().split("\n") if listed.exists() else names(folder)
+    if not there:
+        return None
+    local = temporary_folder()
+    for name in there:
+        (local / name).write_bytes((folder / name).read_bytes())
+    return local
+
+
+def temporary_folder() -> Path:
+    """A folder of a disk that is removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix="jaxpref-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
