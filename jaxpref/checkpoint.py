@@ -213,18 +213,23 @@ def _good_step(workdir: AnyPath) -> tuple[int, list[int]]:
     )
 
 
-def _begin(place: AnyPath) -> AnyPath:
+def _until_complete(place: AnyPath) -> AnyPath:
     """Where a folder is written until it is complete."""
     if isinstance(place, Path):
         return place.with_name(place.name + _SAVING).absolute()
-    if jax.process_index() == 0:
-        manifest.remove(place)
     return place
+
+
+def _begin(place: AnyPath) -> AnyPath:
+    """See `_until_complete`; what is in a bucket there is gone."""
+    if not isinstance(place, Path) and jax.process_index() == 0:
+        _remove(place)
+    return _until_complete(place)
 
 
 def _complete(place: AnyPath) -> None:
     """Describes a folder that is written whole, and puts it in its place."""
-    folder = _begin(place)
+    folder = _until_complete(place)
     manifest.write(folder)
     if isinstance(place, Path):
         if place.exists():
@@ -346,8 +351,7 @@ def _steps(workdir: AnyPath) -> list[int]:
 
 
 def _listed_steps(folder: AnyPath) -> list[int]:
-    path = folder / _STEPS
-    return json.loads(path.read_bytes()) if path.exists() else []
+    return json.loads(workdir_lib.read(folder / _STEPS) or b"[]")
 
 
 def _list_step(folder: AnyPath, step: int) -> None:
@@ -416,7 +420,8 @@ def read_run(workdir: AnyPath) -> dict[str, Any] | None:
     """
     path = workdir / _RUN
     try:
-        run = json.loads(path.read_bytes()) if path.exists() else None
+        content = workdir_lib.read(path)
+        run = None if content is None else json.loads(content)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); not a jaxpref workdir?") from error
     if run is not None and run.pop(_DIGEST, None) != _digest(run):

@@ -70,7 +70,7 @@ def _take(workdir: AnyPath) -> "_Held":
     path = workdir / _LOCK
     descriptor, locked = None, False
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        workdir_lib.make(workdir)
         if isinstance(path, Path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             locked = _flock(descriptor, workdir)
@@ -230,10 +230,10 @@ class _Held:
 
 
 def _read(path: AnyPath) -> _Owner | None:
-    try:
-        lines = path.read_bytes().decode(errors="replace").split("\n")
-    except FileNotFoundError:
+    content = workdir_lib.read(path)
+    if content is None:
         return None
+    lines = content.decode(errors="replace").split("\n")
     said = lines[1].split() if len(lines) > 1 else []
     beating = said if len(said) == 3 else ["", "", ""]
     return _Owner(lines[0].strip(), *beating) if lines[0].strip() else None

@@ -46,11 +46,14 @@ def damage(folder: AnyPath) -> str | None:
       None if every file is what it was.
     """
     try:
-        described = json.loads((folder / _MANIFEST).read_bytes())
+        if (content := workdir.read(folder / _MANIFEST)) is None:
+            return f"{_MANIFEST} is missing"
+        described = json.loads(content)
         found = _describe(folder, {name: len(said) > 1 for name, said in described.items()})
-    except FileNotFoundError:
-        return f"{_MANIFEST} is missing"
     except (OSError, ValueError, AttributeError, TypeError) as error:
+        if isinstance(error, OSError) and not isinstance(folder, Path):
+            # A bucket that is out of reach says nothing of what it holds.
+            raise
         return f"{_MANIFEST} cannot be read ({error})"
     if missing := [name for name, said in found.items() if said is None]:
         return f"{', '.join(missing[:3])} is missing"

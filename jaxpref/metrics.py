@@ -370,7 +370,7 @@ def read(path: AnyPath) -> list[dict[str, float]]:
 
     A last line that was cut short is left out, and so are damaged ones, which the terminal counts.
     """
-    *texts, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    *texts, last = (workdir_lib.read(path) or b"").split(b"\n")
     lines = [_parse(text) for text in texts]
     whole = [line for line in lines if line is not None]
     if len(whole) < len(lines):

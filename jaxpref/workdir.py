@@ -5,12 +5,16 @@ What has just been written may be missing in a listing, and is found by its name
 """
 
 import atexit
+import errno
 import importlib.util
 import os
 import re
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import TypeAlias
@@ -28,13 +32,16 @@ _BACKENDS = ("gcsfs", "tensorflow")
 _FILES = "files.txt"
 # Seconds after which an object that grows is written again; it takes a tenth of the time at most.
 _AGAIN, _SHARE = 30.0, 0.1
+# How many objects are asked for at a time.
+_REQUESTS = 8
 
 
 def as_path(name: str | AnyPath) -> AnyPath:
     """The path that a user gave for a workdir: a folder, or an address such as `gs://bucket/run`.
 
     Raises:
-      UserError: it is an address of another kind, or what reaches buckets is not installed.
+      UserError: it is an address of another kind, or what reaches buckets is not installed, or does
+        not reach this one.
     """
     if not isinstance(name, str) or not _is_address(name):
         return Path(name) if isinstance(name, str) else name
@@ -52,7 +59,16 @@ def as_path(name: str | AnyPath) -> AnyPath:
 
     # A listing that gcsfs remembers does not know what other processes write.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(name)
+    path = epath.Path(name)
+    try:
+        with _reaching(path):
+            path.exists()
+    except OSError as error:
+        raise UserError(
+            f"{name}: cannot be reached ({error.strerror or error}). See to the network and to the "
+            "credentials of Google Cloud (gcloud auth application-default login)."
+        ) from error
+    return path
 
 
 def as_folder(name: str | Path, what: str) -> Path:
@@ -75,20 +91,48 @@ def _is_address(name: str) -> bool:
     return re.match(r"\w\w+:/", name) is not None
 
 
+@contextmanager
+def _reaching(path: AnyPath) -> Iterator[None]:
+    """Makes an `OSError` of whatever the clients of buckets raise."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(errno.EIO, f"{type(error).__name__}: {reason}", str(path)) from error
+
+
 def absolute(path: AnyPath) -> AnyPath:
     """The path from the root, as Orbax wants it; epath would take an address for a folder here."""
     return path.absolute() if isinstance(path, Path) else path
+
+
+def make(folder: AnyPath) -> None:
+    """Makes a folder if it is not there; a bucket has none, and a mistyped one is not made."""
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write(path: AnyPath, content: bytes | str) -> None:
     """Writes a file so that it is there whole or not at all."""
     content = content.encode() if isinstance(content, str) else content
     if not isinstance(path, Path):
-        path.write_bytes(content)
+        with _reaching(path):
+            path.write_bytes(content)
         return
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def read(path: AnyPath) -> bytes | None:
+    """What a file holds; None if it is not there."""
+    try:
+        with _reaching(path):
+            return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def names(folder: AnyPath) -> list[str]:
@@ -103,13 +147,25 @@ def files(folder: AnyPath) -> list[str]:
     """The paths of all files below a folder, from there, sorted."""
     if isinstance(folder, Path):
         return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    found = [root / name for root, _, inside in folder.walk() for name in inside]
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    return sorted(_objects(folder, ""))
+
+
+def _objects(folder: AnyPath, prefix: str) -> list[str]:
+    # Not by epath's `walk`, whose paths lack the address.
+    inside = names(folder)
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        nested = list(pool.map(lambda name: (folder / name).is_dir(), inside))
+    return [
+        path
+        for name, is_folder in zip(inside, nested, strict=True)
+        for path in (_objects(folder / name, f"{prefix}{name}/") if is_folder else [prefix + name])
+    ]
 
 
 def size(path: AnyPath) -> int:
     """The bytes of a file."""
-    return path.stat().st_size if isinstance(path, Path) else path.stat().length
+    with _reaching(path):
+        return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
 
 def remove(folder: AnyPath) -> None:
@@ -117,11 +173,9 @@ def remove(folder: AnyPath) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    try:
+    # What is left lies in nobody's way, and is seen again at the next start.
+    with suppress(OSError), _reaching(folder):
         folder.rmtree(missing_ok=True)
-    except OSError:
-        # What is left lies in nobody's way, and is seen again at the next start.
-        return
 
 
 class Pace:
@@ -146,7 +200,7 @@ class GrowingObject:
     def __init__(self, path: AnyPath):
         """Reads what is there."""
         self._path, self._pace = path, Pace()
-        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+        self._content = bytearray(read(path) or b"")
         self._written = len(self._content)
 
     def write(self, content: bytes) -> int:
@@ -195,9 +249,9 @@ def get(folder: AnyPath) -> Path | None:
     """
     if isinstance(folder, Path):
         return folder if folder.is_dir() else None
-    listed = folder / _FILES
+    listed = read(folder / _FILES)
     # A folder that was copied into the bucket by other means has a listing alone.
-    there = listed.read_text().split("\n") if listed.exists() else names(folder)
+    there = names(folder) if listed is None else listed.decode().split("\n")
     if not there:
         return None
     local = temporary_folder()

@@ -83,12 +83,7 @@ class Bucket(backend.Backend):
         return []
 
     def walk(self, top, *, top_down=True, on_error=None):
-        with contextlib.suppress(FileNotFoundError):
-            names = self.listdir(top)
-            folders = [name for name in names if not self.local(f"{top}/{name}").is_file()]
-            yield top, folders, [name for name in names if name not in folders]
-            for name in folders:
-                yield from self.walk(f"{top}/{name}")
+        raise OSError(f"{top}: what epath gives of a bucket has no address")
 
     def mkdir(self, path, *, exist_ok=False, mode=None):
         if not exist_ok and self.exists(path):

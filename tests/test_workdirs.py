@@ -183,6 +183,27 @@ def unreachable(*_):
     raise OSError(errno.EIO, "out of reach")
 
 
+def test_a_bucket_that_is_out_of_reach_is_told_and_nothing_is_damaged(bucket, objects, monkeypatch):
+    """Its clients raise errors of many classes."""
+
+    def broken(*_):
+        raise RuntimeError("503\nand more")
+
+    save(bucket, 2, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(objects, "stat", broken)
+        with pytest.raises(OSError, match=r"RuntimeError: 503: 'gs://bucket/run"):
+            restored(bucket)
+    assert restored(bucket) == 4
+    monkeypatch.setattr(objects, "exists", broken)
+    for begin in (
+        lambda: train.run(small(), str(bucket)),
+        lambda: train.run(small(model__init_from=str(bucket)), bucket.name),
+    ):
+        with pytest.raises(UserError, match=r"cannot be reached \(RuntimeError: 503\)\. See to"):
+            begin()
+
+
 def test_a_pool_in_a_bucket_is_written_before_the_update(bucket):
     pool = Pool(bucket / "pool.jsonl")
     for step in (1, 2, 3):

@@ -63,10 +63,11 @@ class Pool:
     def _resume(self, step: int) -> None:
         """Drops what was added in this step or later, by a run that has died since."""
         self._read = True
-        if not self._path.exists():
+        content = workdir.read(self._path)
+        if content is None:
             return
         whole = []
-        for text in self._path.read_text(encoding="utf-8").splitlines():
+        for text in content.decode().splitlines():
             try:
                 line = json.loads(text)
             except ValueError:

@@ -7,7 +7,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, models, weights
+from jaxpref import (
+    checkpoint,
+    config as config_lib,
+    models,
+    weights,
+    workdir as workdir_lib,
+)
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.terminal import console
@@ -57,7 +63,7 @@ class Another(NamedTuple):
         if jax.process_index():
             return
         folder = workdir / _ANOTHER
-        folder.mkdir(exist_ok=True)
+        workdir_lib.make(folder)
         config = self.config.copy_and_resolve_references()
         config.model.lora.rank = 0
         checkpoint.write_run(folder, checkpoint.describe_run(config))

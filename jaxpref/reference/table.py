@@ -124,11 +124,12 @@ def stored_digest(workdir: AnyPath) -> str | None:
 
 def _read(workdir: AnyPath) -> dict[str, np.ndarray] | None:
     path = workdir / _TABLE
-    if not path.exists():
+    content = workdir_lib.read(path)
+    if content is None:
         return None
     try:
         # The format has a check sum of each array, which is compared as it is read.
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
+        with np.load(io.BytesIO(content)) as stored:
             return dict(stored)
     except Exception as error:  # A damaged archive may raise anything.
         raise UserError(
