@@ -43,12 +43,15 @@ def as_path(name: str | AnyPath) -> AnyPath:
       UserError: it is an address of another kind, or what reaches buckets is not installed, or does
         not reach this one.
     """
-    if not isinstance(name, str) or not _is_address(name):
-        return Path(name) if isinstance(name, str) else name
-    if not name.startswith("gs://"):
+    if isinstance(name, epath.Path):
+        return name
+    # pathlib leaves one slash of two.
+    if not _is_address(str(name)):
+        return Path(name)
+    if not str(name).startswith("gs://"):
         raise UserError(
             f"{name}: is an address, and not a folder. Of addresses only gs://BUCKET/FOLDER is "
-            "known; mount what is elsewhere, and give the folder that it is mounted to."
+            "known, as text; mount what is elsewhere, and give the folder that it is mounted to."
         )
     if not any(map(importlib.util.find_spec, _BACKENDS)):
         raise UserError(
@@ -87,7 +90,6 @@ def as_folder(name: str | Path, what: str) -> Path:
 
 
 def _is_address(name: str) -> bool:
-    # pathlib makes one slash of two.
     return re.match(r"\w\w+:/", name) is not None
 
 
@@ -138,8 +140,9 @@ def read(path: AnyPath) -> bytes | None:
 def names(folder: AnyPath) -> list[str]:
     """What a folder holds as a listing has it, sorted; nothing if there is no such folder."""
     try:
-        return sorted(path.name for path in folder.iterdir())
-    except FileNotFoundError:
+        with _reaching(folder):
+            return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

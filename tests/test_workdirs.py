@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import conftest
 import fake_bucket
@@ -231,7 +232,7 @@ def test_curves_are_drawn_into_a_bucket(bucket):
 def test_addresses_that_are_none_are_refused_before_anything_else(tmp_path, monkeypatch):
     """Each of them would be a folder of that name here."""
     monkeypatch.chdir(tmp_path)
-    for name in ("s3://bucket/run", "gs:/bucket/run"):
+    for name in ("s3://bucket/run", "gs:/bucket/run", Path("gs://bucket/run")):
         with pytest.raises(UserError, match=r"is an address, and not a folder\. .*only gs://"):
             train.run(small(), name)
     monkeypatch.setattr(workdir, "_BACKENDS", ("no_such_module",))
@@ -399,7 +400,7 @@ def test_of_two_launches_the_second_refuses_until_the_first_is_killed(where, tmp
     assert not (tmp_path / "gs:").exists()
 
 
-@pytest.mark.process
+@pytest.mark.long
 def test_two_processes_train_in_a_bucket(tmp_path):
     for steps, said in ((2, "step 2/2"), (3, "resuming after step 2")):
         started = start("gs://bucket/run", tmp_path, f"--config.train.steps={steps}", processes=2)
