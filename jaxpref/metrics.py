@@ -115,13 +115,10 @@ class Writer:
             console.print(f"step {step}/{self._steps}  {shown}{left}")
 
     def flush(self) -> None:
-        """Puts all into the files, before a checkpoint: a run that goes on from it does not again.
-
-        What grows in a bucket is written only now and then otherwise.
-        """
+        """Writes what a bucket has not yet; before a checkpoint, since nobody measures it again."""
         if self._main:
             self._append(b"", now=True)
-            self._show(lambda board: board.flush())
+            self._show(lambda board: board.copy())
 
     def _append(self, line: bytes, *, now: bool = False) -> OSError | None:
         """Adds to the file; what it does not take now is tried again with the next line.
@@ -192,22 +189,19 @@ class _Board:
             self._summary.Value(tag=name, simple_value=value) for name, value in values.items()
         ]
         self._add(step, summary=self._summary(value=points))
-        if self._folder != self._local and self._pace.due():
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what is buffered."""
-        self._file.flush()
-        self._copy()
+        if self._pace.due():
+            self.copy()
 
     def close(self) -> None:
-        """Writes what is buffered, and ends the file."""
+        """Writes what is buffered."""
+        self.copy()
         self._file.close()
-        self._copy()
 
-    def _copy(self) -> None:
+    def copy(self) -> None:
+        """Copies the file into the bucket, if it belongs there."""
         if self._folder == self._local:
             return
+        self._file.flush()
         began = time.monotonic()
         for path in self._local.iterdir():
             # What a bucket does not take now it is given again, whole, with all that follows.

@@ -250,7 +250,7 @@ def test_addresses_that_are_none_are_refused_before_anything_else(tmp_path, monk
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request, tmp_path):
-    """A workdir; nothing on a disk is locked, as if its owner were on another machine."""
+    """A workdir, here or there."""
     return request.getfixturevalue("bucket") if request.param == "bucket" else tmp_path / "run"
 
 
