@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from test_checkpoint import PARAMS, REST, largest, restored, save
 from test_cli import ENVIRONMENT, ROOT, SMALL as QUICKSTART, wait_for
 from test_resume import Death
 from test_train import assert_same_params, lines_of, small
+from test_weights import QWEN3, small as weights_small, write_model
 
 from jaxpref import checkpoint, export, lock, manifest, metrics, train, weights, workdir
 from jaxpref.checkpoint import Checkpoints
@@ -473,3 +475,36 @@ def test_all_processes_start_at_the_last_step_though_listings_are_late(processes
         said = [line for line in output.splitlines() if line.startswith("start")]
         assert said == [f"start {n} {n} {n}" for n in range(starts)], output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["objects"]
+
+
+@pytest.mark.long
+def test_a_run_in_a_bucket_needs_nothing_of_the_model_that_it_began_with(
+    bucket, objects, tmp_path, monkeypatch
+):
+    """Adapters on a model of a disk, and another policy as the reference: then both are gone."""
+    write_model(tmp_path / "hf", QWEN3)
+    options = {"model__lora__rank": 2, "train__save_every": 2}
+    train.run(weights_small("sft", tmp_path / "hf", **options), bucket / "sft")
+    config = weights_small(
+        "dpo", tmp_path / "hf", **options, reference__init_from=str(bucket / "sft")
+    )
+    config.optimizer.schedule = "constant"
+    config.train.steps = 2
+    for place in (bucket / "dpo", tmp_path / "disk"):
+        train.run(config, place)
+    shutil.rmtree(tmp_path / "hf")
+    objects.late = 0.0
+    for path in objects.local(bucket / "sft").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    config.train.steps = 4
+    for place in (bucket / "dpo", tmp_path / "disk"):
+        train.run(config, place)
+    assert_same_params(bucket / "dpo", tmp_path / "disk")
+    assert measured(bucket / "dpo") == measured(tmp_path / "disk")
+    for place, output in ((bucket / "dpo", "one"), (tmp_path / "disk", "other")):
+        export.run(place, tmp_path / output)
+    one, other = (
+        {p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "other")
+    )
+    assert one == other
