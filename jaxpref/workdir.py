@@ -46,7 +46,7 @@ def as_path(name: str | AnyPath) -> AnyPath:
     if isinstance(name, epath.Path):
         return name
     # pathlib leaves one slash of two.
-    if not _is_address(str(name)):
+    if not is_address(str(name)):
         return Path(name)
     if not str(name).startswith("gs://"):
         raise UserError(
@@ -84,12 +84,13 @@ def as_folder(name: str | Path, what: str) -> Path:
     Raises:
       UserError: it is an address.
     """
-    if _is_address(str(name)):
+    if is_address(str(name)):
         raise UserError(f"{what}={name}: is an address; give a folder or a file of a disk.")
     return Path(name)
 
 
-def _is_address(name: str) -> bool:
+def is_address(name: str) -> bool:
+    """Whether a name begins as `gs://` does, or as what pathlib leaves of that."""
     return re.match(r"\w\w+:/", name) is not None
 
 

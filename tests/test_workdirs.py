@@ -20,7 +20,7 @@ from test_resume import Death
 from test_train import assert_same_params, lines_of, small
 from test_weights import QWEN3, small as weights_small, write_model
 
-from jaxpref import checkpoint, export, lock, manifest, metrics, train, weights, workdir
+from jaxpref import checkpoint, evaluation, export, lock, manifest, metrics, train, weights, workdir
 from jaxpref.checkpoint import Checkpoints
 from jaxpref.errors import UserError
 from jaxpref.experience.pool import Pool
@@ -238,16 +238,19 @@ def test_addresses_that_are_none_are_refused_before_anything_else(tmp_path, monk
         with pytest.raises(UserError, match=r"is an address, and not a folder\. .*only gs://"):
             train.run(small(), name)
     monkeypatch.setattr(workdir, "_BACKENDS", ("no_such_module",))
+    same = 2 * [str(tmp_path / "run.jsonl")]
+    Path(same[0]).write_text('{"prompt": "?", "responses": ["!"]}')
     for refused in (
         lambda: train.run(small(), "gs://bucket/run"),
         lambda: train.run(small(model__init_from="gs://bucket/run"), tmp_path / "run"),
         lambda: export.run("gs://bucket/run", tmp_path / "out"),
+        lambda: evaluation.judge_files(*same, judge="gs://bucket/run", output=tmp_path / "out"),
     ):
         with pytest.raises(UserError, match=r"pip install 'jaxpref\[gcs\]'"):
             refused()
     with pytest.raises(UserError, match="--output=gs://bucket/out: is an address; give a folder"):
         export.run(tmp_path / "run", "gs://bucket/out")
-    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "run.jsonl"}
 
 
 @pytest.fixture(params=["disk", "bucket"])

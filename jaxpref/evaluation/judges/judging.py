@@ -25,7 +25,7 @@ from jaxpref.evaluation.win_rates import Agreement, agreement
 from jaxpref.rewards import find
 from jaxpref.sampling import Sampling
 from jaxpref.terminal import console, listed
-from jaxpref.workdir import as_folder
+from jaxpref.workdir import as_folder, is_address
 
 
 class Reading(NamedTuple):
@@ -133,7 +133,7 @@ def open_judge(name: str, output: Path, asking: Asking, reading: Reading, seed: 
         if not model:
             raise UserError("judge=endpoint: names no model; it should be endpoint:MODEL.")
         return from_endpoint(model, answers, asking)
-    if colon and not Path(name).exists():
+    if colon and not is_address(name) and not Path(name).exists():
         return from_function(f"the judge {name!r}", find(name, "judge"))
     return from_reward_model(
         name,
