@@ -24,10 +24,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -39,7 +39,7 @@ from jaxpref.terminal import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
 from jaxpref.workdir import AnyPath
 
-_RUN, _CHECKPOINTS, _STEPS = "run.json", "checkpoints", "steps.json"
+_RUN, _CHECKPOINTS, _STEPS, _BEST = "run.json", "checkpoints", "steps.json", "best.json"
 _REFERENCE, _FROZEN = "reference", "frozen"
 _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
 # In a bucket, in place of the manifest of a checkpoint that is damaged.
@@ -57,10 +57,26 @@ _LAYOUT, _THIS_LAYOUT = "layout", 2
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
 
 
+class Best(NamedTuple):
+    """The step after which an evaluation has found the best value of a measurement."""
+
+    step: int
+    metric: str
+    value: float
+
+
 class Checkpoints:
     """The checkpoints of one run, which holds the workdir."""
 
-    def __init__(self, workdir: AnyPath, keep: int, owned: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        workdir: AnyPath,
+        keep: int,
+        owned: Callable[[], None] = lambda: None,
+        *,
+        best_metric: str = "",
+        best_mode: str = "min",
+    ):
         """Looks for the last good one, and removes what an interrupted save left behind.
 
         Checkpoints that came after it are damaged; they are set aside as `N.damaged`, or as
@@ -70,6 +86,8 @@ class Checkpoints:
           workdir: of the run.
           keep: how many stay, of the last ones.
           owned: raises an error if the workdir is another run's by now, see `lock.hold`.
+          best_metric: the measurement by which the best one stays, too; empty: none.
+          best_mode: "min" or "max".
 
         Raises:
           UserError: there are checkpoints, but all are damaged.
@@ -79,8 +97,15 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._failed: UserError | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._best_metric, self._best_mode = best_metric, best_mode
         found = processes.in_first(self._open)
         self.latest: int | None = found if found >= 0 else None
+        # Of the first process, which says what is better and what is removed.
+        self._best = self._noted = None if self.latest is None else read_best(workdir)
+        if self._best and (
+            self._best.metric != best_metric or self._best.step > (self.latest or 0)
+        ):
+            self._best = self._noted = None
 
     def _open(self) -> int:
         for folder in _begun(self._workdir):
@@ -91,6 +116,41 @@ class Checkpoints:
         for step in damaged:
             _set_aside(self._place(step))
         return good
+
+    def note(self, step: int, measured: Mapping[str, float]) -> bool:
+        """Takes note of an evaluation after this step.
+
+        Returns:
+          Whether it is the best so far, so that the state after this step should be saved.
+
+        Raises:
+          UserError: it has not measured what says which is the best.
+        """
+        if not self._best_metric:
+            return False
+        if self._best_metric not in measured:
+            raise UserError(
+                f"train.best_metric is {self._best_metric!r}, which the evaluations of this run do "
+                f"not measure; they measure {', '.join(sorted(measured)) or 'nothing'}."
+            )
+        value = measured[self._best_metric]
+        if step == 0 or not processes.in_first(lambda: self._is_better(value)):
+            return False
+        self._noted = Best(step, self._best_metric, value)
+        if step == self.latest:
+            self._keep_best(self._noted)
+        return True
+
+    def _is_better(self, value: float) -> bool:
+        if self._noted is None:
+            return True
+        before = self._noted.value
+        return value < before if self._best_mode == "min" else value > before
+
+    def _keep_best(self, best: Best) -> None:
+        if jax.process_index() == 0:
+            workdir_lib.write(self._folder / _BEST, json.dumps(best._asdict()))
+        self._best = best
 
     def save(self, step: int, params: Any, rest: Any) -> None:
         """Starts to save; the arrays may be donated once this returns.
@@ -127,9 +187,12 @@ class Checkpoints:
             self._fail(step, error)
             return
         self.latest = step
+        if self._noted is not None and self._noted.step == step:
+            self._keep_best(self._noted)
         if jax.process_index() == 0:
             for old in _steps(self._workdir)[: -self._keep]:
-                _remove(self._place(old))
+                if self._best is None or old != self._best.step:
+                    _remove(self._place(old))
 
     def _fail(self, step: int, error: Exception) -> None:
         """Notes that a save has failed for want of room; raises any other error."""
@@ -272,10 +335,41 @@ def _is_full(workdir: AnyPath, size: float) -> bool:
     return isinstance(workdir, Path) and shutil.disk_usage(workdir).free < size
 
 
-def restore_params(workdir: AnyPath, params: Any) -> tuple[Any, int]:
+def read_best(workdir: AnyPath) -> Best | None:
+    """Which checkpoint an evaluation has found the best, if a run was told to keep that one."""
+    try:
+        return Best(**json.loads(workdir_lib.read(workdir / _CHECKPOINTS / _BEST) or b"null"))
+    except (ValueError, TypeError):
+        return None
+
+
+def _named_step(workdir: AnyPath, name: str) -> int:
+    best = read_best(workdir)
+    if name == "best" and best is None:
+        raise UserError(
+            f"{workdir}: its run was not told which checkpoint is the best (train.best_metric)."
+        )
+    step = best.step if name == "best" and best else int(name) if name.isdigit() else -1
+    steps = _steps(workdir)
+    if step not in steps:
+        raise UserError(
+            f"{workdir}: there is no checkpoint of step {name!r}; there are those of "
+            f"{', '.join(map(str, steps))}{', and best' if best else ''}."
+        )
+    if damaged := manifest.damage(workdir / _CHECKPOINTS / str(step)):
+        raise UserError(f"{workdir}: the checkpoint of step {step} is damaged ({damaged}).")
+    return step
+
+
+def restore_params(workdir: AnyPath, params: Any, which: str = "") -> tuple[Any, int]:
     """The parameters of a workdir's last good checkpoint, into `params`' shapes and shardings.
 
     What `params` lacks is not read.
+
+    Args:
+      workdir: of a run.
+      params: abstract arrays.
+      which: the step of another checkpoint that is kept, or "best", see `train.best_metric`.
 
     Returns:
       All parameters, trained and frozen, these as the run keeps them, and the step.
@@ -286,7 +380,7 @@ def restore_params(workdir: AnyPath, params: Any) -> tuple[Any, int]:
     folder, run = workdir_lib.absolute(workdir / _CHECKPOINTS), read_run(workdir)
     if latest_step(workdir) is None or run is None:
         raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
-    step, _ = _good_step(workdir)
+    step = _named_step(workdir, which) if which else _good_step(workdir)[0]
     config = config_lib.from_flat(run)
     trained, frozen = partition(params, config_lib.trainable(config))
     frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)

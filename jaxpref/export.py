@@ -25,6 +25,9 @@ _DTYPE = flags.DEFINE_enum(
 _ADAPTERS = flags.DEFINE_bool(
     "adapters", False, "Write the adapters alone, in PEFT's format, rather than merged weights."
 )
+_STEP = flags.DEFINE_string(
+    "step", "", "Of which checkpoint: a step, or best (see train.best_metric). By default the last."
+)
 _BASE = flags.DEFINE_string(
     "base",
     "",
@@ -43,7 +46,14 @@ def main(argv: list[str]) -> None:
         fail("--base belongs to --adapters; merged weights have no base.")
     quiet()
     with told():
-        run(WORKDIR.value, OUTPUT.value, _DTYPE.value, adapters=_ADAPTERS.value, base=_BASE.value)
+        run(
+            WORKDIR.value,
+            OUTPUT.value,
+            _DTYPE.value,
+            adapters=_ADAPTERS.value,
+            base=_BASE.value,
+            step=_STEP.value,
+        )
 
 
 def run(
@@ -53,8 +63,9 @@ def run(
     *,
     adapters: bool = False,
     base: str = "",
+    step: str = "",
 ) -> None:
-    """Writes the model of a workdir's last checkpoint in Hugging Face's layout.
+    """Writes the model of a workdir's checkpoint in Hugging Face's layout.
 
     Args:
       workdir: of a run.
@@ -63,6 +74,7 @@ def run(
       adapters: write the adapters alone, in PEFT's format, instead of merging them.
       base: of the adapters: the directory or hub name of the model that they belong to; by
         default where the run began.
+      step: of the checkpoint, or "best"; by default the last.
 
     Raises:
       UserError: there is no checkpoint, the output is not empty or cannot be written, or it is
@@ -84,14 +96,15 @@ def run(
     if adapters:
         base = base or weights.base_of(workdir)
     mesh = sharding.make_mesh(data=1, fsdp=-1)
-    params, step = checkpoint.restore_params(workdir, huggingface.abstract_params(model, mesh))
+    abstract = huggingface.abstract_params(model, mesh)
+    params, found = checkpoint.restore_params(workdir, abstract, step)
     if adapters:
         models.save_adapters(model, params, output, base)
         if model.config.scalar_head:
             tokenizer, note = models.padding_beside_adapters(model, tokenizer)
             console.print(note)
         tokenizer.save_pretrained(output)
-        console.print(f"{workdir}, step {step}: adapters of {base} written to {output}")
+        console.print(f"{workdir}, step {found}: adapters of {base} written to {output}")
         return
     model, params = models.merge_adapters(model, models.dequantize(params))
     # A model's own tokenizer files go along as they are.
@@ -109,7 +122,7 @@ def run(
         (output / "chat_template.jinja").write_text(tokenizer.chat_template)
     family = model.origin.family
     kind = family.classifier if model.config.scalar_head else family.architecture
-    console.print(f"{workdir}, step {step}: written to {output} as {kind}")
+    console.print(f"{workdir}, step {found}: written to {output} as {kind}")
 
 
 if __name__ == "__main__":

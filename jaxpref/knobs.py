@@ -427,6 +427,19 @@ KNOBS: dict[str, Knob] = {
         at_least=1,
         resumable=True,
     ),
+    "train.best_metric": Knob(
+        "",
+        "a measurement of evaluations, such as eval/loss, by which the best checkpoint is kept "
+        "beside the last ones, and saved after that evaluation; empty: none",
+        resumable=True,
+    ),
+    "train.best_mode": Knob(
+        "min",
+        "which value of it is the best, the lowest or the highest",
+        choices=("min", "max"),
+        effect=Effect("train.best_metric is set", lambda c: bool(c.train.best_metric)),
+        resumable=True,
+    ),
     "eval.max_examples": Knob(
         0,
         "held-out groups that are used, the first ones; 0: all. With reference.mode precomputed "

@@ -117,6 +117,53 @@ def test_the_last_checkpoints_are_kept(tmp_path):
         assert "step 10 is damaged" in checkpoints.kept()
 
 
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+def test_the_best_checkpoint_is_kept_beside_the_last(mode, sign, tmp_path):
+    """Also by a run that goes on; what was measured before training has no checkpoint."""
+    values = {0: 0.0, 1: 0.5, 2: 0.25, 3: 0.5, 4: 0.25, 5: 0.125, 6: 0.5, 7: 0.75}
+
+    def train(steps):
+        with Checkpoints(tmp_path, keep=1, best_metric="eval/loss", best_mode=mode) as checkpoints:
+            for step in steps:
+                better = checkpoints.note(step, {"eval/loss": sign * values[step]})
+                assert better == (step in (1, 2, 5))
+                if step:
+                    checkpoints.save(step, PARAMS, REST)
+            checkpoints.wait()
+        return {path.name for path in (tmp_path / "checkpoints").iterdir()} - {"best.json"}
+
+    assert train([0, 1, 2, 3]) == {"2", "3"}
+    assert checkpoint.read_best(tmp_path) == checkpoint.Best(2, "eval/loss", sign * 0.25)
+    assert train([4, 5, 6, 7]) == {"5", "7"}
+    assert checkpoint.read_best(tmp_path) == checkpoint.Best(5, "eval/loss", sign * 0.125)
+    with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracies") as checkpoints:
+        # By another measurement nothing is known to be better.
+        assert checkpoints.note(8, {"eval/accuracies": 0.5})
+        with pytest.raises(UserError, match=r"do not measure; they measure eval/loss\."):
+            checkpoints.note(9, {"eval/loss": 0.5})
+
+
+def test_a_run_keeps_its_best_checkpoint_and_export_writes_it(tmp_path, capsys):
+    config = small(
+        train__eval_every=1, train__keep=1, train__best_metric="eval/loss", train__best_mode="max"
+    )
+    train.run(config, tmp_path / "run")
+    lines = [line for line in lines_of(tmp_path / "run") if "eval/loss" in line and line["step"]]
+    best = max(lines, key=lambda line: line["eval/loss"])
+    assert 0 < best["step"] < 4
+    found = checkpoint.read_best(tmp_path / "run")
+    assert found == checkpoint.Best(best["step"], "eval/loss", best["eval/loss"])
+    assert f"best: step {best['step']}, eval/loss" in capsys.readouterr().out
+    export.run(tmp_path / "run", tmp_path / "best", step="best")
+    assert f"step {best['step']}: written" in capsys.readouterr().out
+    export.run(tmp_path / "run", tmp_path / "last")
+    assert "step 4: written" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"of step '99'; there are those of {best['step']}, 4, and"):
+        export.run(tmp_path / "run", tmp_path / "none", step="99")
+    with pytest.raises(UserError, match=r"they measure .*eval/loss"):
+        train.run(small(train__best_metric="eval/lose"), tmp_path / "other")
+
+
 def test_what_an_interrupted_save_leaves_is_removed(tmp_path):
     save(tmp_path, 2)
     left = ["checkpoints/3.saving.orbax-checkpoint-tmp", "checkpoints/1.removing", "frozen.saving"]

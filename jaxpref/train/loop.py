@@ -50,7 +50,9 @@ def run(config: ConfigDict, workdir: str | AnyPath) -> None:
     processes.agree({**run_of, "--workdir": str(workdir), "version of jax": jax.__version__})
     with lock.hold(workdir) as owned:
         checkpoint.check_same_run(workdir, run_of)
-        with checkpoint.Checkpoints(workdir, config.train.keep, owned) as checkpoints:
+        knobs = config.train
+        best = {"best_metric": knobs.best_metric, "best_mode": knobs.best_mode}
+        with checkpoint.Checkpoints(workdir, knobs.keep, owned, **best) as checkpoints:
             training = assemble(config, workdir, checkpoints)
             with (
                 sharding.use(training.mesh),
@@ -75,9 +77,12 @@ def _loop(
                 first = _evaluate(checkpoints, training, state, 0, interrupted)
             except StoppedError:
                 _stop_before(1, checkpoints)
+            checkpoints.note(0, first)
             writer.write(0, {**counts, **first})
         elif _missed(workdir, config, start, steps):
-            writer.write(start, _evaluate(checkpoints, training, state, start, _never))
+            found = _evaluate(checkpoints, training, state, start, _never)
+            checkpoints.note(start, found)
+            writer.write(start, found)
         log = metrics_lib.Log(
             writer,
             every=config.train.log_every,
@@ -98,16 +103,17 @@ def _loop(
             state, measured = training.step(step, state, frozen, reference, experience)
             log.dispatched(step, measured)
             processes.beat(config.train.hang_seconds)
-            last, stop = step == steps, interrupted()
+            last, stop, better = step == steps, interrupted(), False
             if not stop and (last or _due(step, config.train.eval_every)):
                 log.settle()
                 try:
                     found = _evaluate(checkpoints, training, state, step, interrupted)
+                    better = checkpoints.note(step, found)
                     writer.write(step, found)
                 except StoppedError:
                     stop = True
                 log.pause()
-            if last or stop or _due(step, config.train.save_every):
+            if last or stop or better or _due(step, config.train.save_every):
                 log.saving(step)
                 # Only weights that still give finite losses become the last good ones.
                 losses = {"loss after the update": training.loss_after(state, experience)}
@@ -211,4 +217,10 @@ def _report(workdir: AnyPath, config: ConfigDict) -> None:
         if table is not None:
             console.print(table)
             console.print(f"samples: {samples}")
+    best = checkpoint.read_best(workdir) if config.train.best_metric else None
+    if best is not None:
+        console.print(
+            f"best: step {best.step}, {best.metric} {best.value:.4g}; python -m jaxpref.export "
+            "--step=best writes it"
+        )
     console.print(f"curves: {curves}\nmeasurements: {workdir / 'metrics.jsonl'}")
