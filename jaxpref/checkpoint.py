@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the train state and of the frozen reference, and the run's identity.
+"""Orbax checkpoints of the train state and of the frozen reference.
 
 A workdir holds
 
@@ -20,7 +20,6 @@ ones, which a listing of the bucket may not have yet.
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -31,15 +30,14 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
-from jaxpref import config as config_lib, manifest, processes, workdir as workdir_lib
+from jaxpref import config as config_lib, identity, manifest, processes, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.terminal import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
 from jaxpref.workdir import AnyPath
 
-_RUN, _CHECKPOINTS, _STEPS, _BEST = "run.json", "checkpoints", "steps.json", "best.json"
+_CHECKPOINTS, _STEPS, _BEST = "checkpoints", "steps.json", "best.json"
 _REFERENCE, _FROZEN = "reference", "frozen"
 _SAVING, _DAMAGED, _REMOVING = ".saving", ".damaged", ".removing"
 # In a bucket, in place of the manifest of a checkpoint that is damaged.
@@ -48,10 +46,6 @@ _ASIDE = "damaged.txt"
 POLICY = "policy"
 # The role whose values a policy gradient subtracts.
 CRITIC = "critic"
-_ABSENT = "(no such key)"
-_DIGEST = "sha256"
-# The layout of a workdir, as `run.json` says it; another one cannot be read.
-_LAYOUT, _THIS_LAYOUT = "layout", 2
 # An error that means that there is no room left has one of these in its text, whichever library
 # raised it.
 _NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
@@ -377,7 +371,7 @@ def restore_params(workdir: AnyPath, params: Any, which: str = "") -> tuple[Any,
     Raises:
       UserError: there is no checkpoint, or none that is whole.
     """
-    folder, run = workdir_lib.absolute(workdir / _CHECKPOINTS), read_run(workdir)
+    folder, run = workdir_lib.absolute(workdir / _CHECKPOINTS), identity.read(workdir)
     if latest_step(workdir) is None or run is None:
         raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
     step = _named_step(workdir, which) if which else _good_step(workdir)[0]
@@ -498,68 +492,3 @@ def _restore(folder: AnyPath, params: Any, what: str) -> Any:
         )
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(workdir_lib.absolute(folder), params)
-
-
-def describe_run(config: ConfigDict, **fingerprints: str) -> dict[str, Any]:
-    """What makes a run this run, as flat JSON: the config, and fingerprints by name."""
-    # The values are those that JSON gives back: a tuple becomes a list.
-    return json.loads(json.dumps({**dict(config_lib.flatten(config)), **fingerprints}))
-
-
-def read_run(workdir: AnyPath) -> dict[str, Any] | None:
-    """The description that `write_run` left, or None.
-
-    Raises:
-      UserError: it is damaged, or of a workdir with another layout.
-    """
-    path = workdir / _RUN
-    try:
-        content = workdir_lib.read(path)
-        run = None if content is None else json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); not a jaxpref workdir?") from error
-    if run is not None and run.pop(_DIGEST, None) != _digest(run):
-        raise UserError(f"{path}: is not what jaxpref wrote; put a copy of the file back.")
-    if run is not None and (layout := run.pop(_LAYOUT, 1)) != _THIS_LAYOUT:
-        raise UserError(
-            f"{path}: another version of jaxpref wrote this workdir (layout {layout}; this version "
-            f"reads {_THIS_LAYOUT}). Export its model with that version and begin with the export, "
-            "or give another --workdir."
-        )
-    return run
-
-
-def write_run(workdir: AnyPath, run: dict[str, Any]) -> None:
-    """Writes the description so that it is there whole or not at all."""
-    if jax.process_index() == 0:
-        run = {**run, _LAYOUT: _THIS_LAYOUT}
-        text = json.dumps({**run, _DIGEST: _digest(run)}, indent=1)
-        workdir_lib.write(workdir / _RUN, text)
-
-
-def _digest(run: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-
-
-def check_same_run(workdir: AnyPath, run: dict[str, Any]) -> None:
-    """Refuses to go on from the checkpoint of a run that was another one.
-
-    Args:
-      workdir: may be new.
-      run: what `describe_run` says of this run, or a part of it.
-
-    Raises:
-      UserError: listing what differs.
-    """
-    there = read_run(workdir)
-    if latest_step(workdir) is None:
-        return
-    if there is None:
-        raise UserError(f"{workdir}: has checkpoints but no {_RUN}; give another --workdir.")
-    different = config_lib.differences(run, {key: there.get(key, _ABSENT) for key in run})
-    if different:
-        raise UserError(
-            f"{workdir}: holds the checkpoint of another run. What differs:\n  "
-            + "\n  ".join(different)
-            + "\nGive another --workdir, or the same settings to resume that run."
-        )

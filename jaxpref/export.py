@@ -81,12 +81,12 @@ def run(
         not known which model the adapters belong to.
     """
     # JAX loads here, so that wrong flags answer at once.
-    from jaxpref import checkpoint, data, models, sharding, weights
+    from jaxpref import checkpoint, data, identity, models, sharding, weights
     from jaxpref.models import huggingface
     from jaxpref.terminal import console
 
     workdir, output = as_path(workdir), as_folder(output, "--output")
-    described = checkpoint.read_run(workdir)
+    described = identity.read(workdir)
     if described is None or checkpoint.latest_step(workdir) is None:
         raise UserError(f"--workdir={workdir}: holds no run with a complete checkpoint.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

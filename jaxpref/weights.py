@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, models, workdir as workdir_lib
+from jaxpref import checkpoint, config as config_lib, identity, models, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.models import Decoder, huggingface, without_adapters
 from jaxpref.models.adapters import ADAPTERS
@@ -123,7 +123,7 @@ def _first(config: ConfigDict) -> Source:
     """Where a run with this config begins."""
     if not config.model.init_from:
         source = Source(None, None)
-    elif (there := checkpoint.read_run(as_path(config.model.init_from))) is not None:
+    elif (there := identity.read(as_path(config.model.init_from))) is not None:
         source = _workdir(config, there)
     else:
         source = _hugging_face(config.model.init_from)
@@ -166,7 +166,7 @@ def _workdir(config: ConfigDict, there: dict[str, Any]) -> Source:
     if there.get("model.lora.rank"):
         # The adapters of that run are trained on here; exporting it first would merge them.
         shape += ["model.lora.rank", "model.lora.alpha", "model.lora.targets"]
-    ours = checkpoint.describe_run(config)
+    ours = identity.describe(config)
     for key in ["tokenizer.name", *shape]:
         if there.get(key) != ours[key]:
             raise UserError(
@@ -277,7 +277,7 @@ def config_of(path: AnyPath) -> ConfigDict | None:
     Raises:
       UserError: the run has no complete checkpoint yet.
     """
-    described = checkpoint.read_run(path)
+    described = identity.read(path)
     if described is None:
         return None
     if checkpoint.latest_step(path) is None:
@@ -312,7 +312,7 @@ def base_of(workdir: AnyPath) -> str:
     Raises:
       UserError: there is none, or it is not where it was; the message says what to export.
     """
-    run = checkpoint.read_run(workdir) or {}
+    run = identity.read(workdir) or {}
     begun = run.get("model.init_from", "")
     merged = "export without --adapters, which merges them."
     if not run.get("model.lora.rank"):
@@ -324,7 +324,7 @@ def base_of(workdir: AnyPath) -> str:
         )
     if not begun:
         raise UserError(f"{workdir}: its adapters belong to random weights; {merged}")
-    there = checkpoint.read_run(as_path(begun))
+    there = identity.read(as_path(begun))
     if there is not None and there.get("model.lora.rank"):
         # The adapters of that run were trained on here, on the same base.
         return base_of(as_path(begun))
@@ -404,7 +404,7 @@ def read(source: Source, model: Decoder, abstract: Any) -> Any:
 def _new(source: Source, model: Decoder) -> str:
     """A regular expression for the paths of parameters that the source does not have."""
     if source.workdir is not None:
-        there = checkpoint.read_run(source.workdir) or {}
+        there = identity.read(source.workdir) or {}
         adapted, scored = bool(there.get("model.lora.rank")), there["algorithm.name"] == "reward"
     else:
         adapted, scored = False, source.has_scalar_head(model)

@@ -16,6 +16,7 @@ from jaxpref import (
     config as config_lib,
     evaluation,
     export,
+    identity,
     metrics,
     models,
     optimizer as optimizer_lib,
@@ -223,7 +224,7 @@ def test_adapters_name_the_base_that_they_belong_to_or_say_what_to_export(folder
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         run.mkdir()
         config = lora_run(source, "sft", **changes)
-        checkpoint.write_run(run, checkpoint.describe_run(config))
+        identity.write(run, identity.describe(config))
         return run, lambda: weights.base_of(run)
 
     first, base = base_of(folder / "hf")

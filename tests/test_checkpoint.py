@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import assert_same_params, final_params, lines_of, small
 
-from jaxpref import checkpoint, commands, export, manifest, metrics, reference, train
+from jaxpref import checkpoint, commands, export, identity, manifest, metrics, reference, train
 from jaxpref.checkpoint import Checkpoints
 from jaxpref.errors import UserError
 from jaxpref.lock import hold
@@ -187,21 +187,21 @@ def test_frozen_parameters_and_reference_are_compared_with_what_was_written(what
 
 
 def test_a_changed_run_json_is_refused(tmp_path):
-    checkpoint.write_run(tmp_path, {"model.lora.alpha": 16.0})
-    assert checkpoint.read_run(tmp_path) == {"model.lora.alpha": 16.0}
+    identity.write(tmp_path, {"model.lora.alpha": 16.0})
+    assert identity.read(tmp_path) == {"model.lora.alpha": 16.0}
     path = tmp_path / "run.json"
     whole = path.read_bytes()
     for bit in range(0, 8 * len(whole), 3):
         flip(path, bit)
         # White space alone may be another.
         with contextlib.suppress(UserError):
-            assert checkpoint.read_run(tmp_path) == {"model.lora.alpha": 16.0}
+            assert identity.read(tmp_path) == {"model.lora.alpha": 16.0}
         path.write_bytes(whole)
 
 
 def test_a_workdir_of_another_version_is_told(tmp_path):
     """It has no layout, or another one; what is in it would be read as what it is not."""
-    checkpoint.write_run(tmp_path, {"model.lora.alpha": 16.0})
+    identity.write(tmp_path, {"model.lora.alpha": 16.0})
     path = tmp_path / "run.json"
     written = json.loads(path.read_text())
     for layout in (None, 1, 3):
@@ -209,7 +209,7 @@ def test_a_workdir_of_another_version_is_told(tmp_path):
         run |= {} if layout is None else {"layout": layout}
         path.write_text(json.dumps({**run, "sha256": checkpoint._digest(run)}))
         with pytest.raises(UserError, match=rf"another version .*layout {layout or 1}; .*reads 2"):
-            checkpoint.read_run(tmp_path)
+            identity.read(tmp_path)
 
 
 def test_no_flipped_bit_of_precomputed_log_probs_passes(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_train import small
 
-from jaxpref import checkpoint, config as config_lib, evaluation, rewards
+from jaxpref import checkpoint, config as config_lib, evaluation, identity, rewards
 from jaxpref.data.examples import hold_out
 from jaxpref.data.synthetic import generate
 from jaxpref.errors import UserError
@@ -153,7 +153,7 @@ def test_a_reward_model_is_told_from_a_policy(tmp_path):
         config = config_lib.default(name)
         if name == "rloo":
             config.algorithm.beta = 0.0
-        checkpoint.write_run(tmp_path, checkpoint.describe_run(config))
+        identity.write(tmp_path, identity.describe(config))
         (tmp_path / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
         with pytest.raises(UserError, match=f"{says}.*has learned neither"):
             rewards.open_scorer(tmp_path)

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxpref import checkpoint, config as config_lib, evaluation, export, metrics, models, train
+from jaxpref import (
+    checkpoint,
+    config as config_lib,
+    evaluation,
+    export,
+    identity,
+    metrics,
+    models,
+    train,
+)
 from jaxpref.errors import UserError
 from jaxpref.models import huggingface
 from jaxpref.models.huggingface import Origin
@@ -337,7 +346,7 @@ def test_an_output_that_is_not_empty_is_left_alone(folder, tmp_path):
 
 def test_rows_that_are_scored_do_not_depend_on_how_those_of_training_were(tmp_path):
     config = small("reward", "", data__row_length=200, data__scored_length=24)
-    checkpoint.write_run(tmp_path, checkpoint.describe_run(config))
+    identity.write(tmp_path, identity.describe(config))
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     for max_length, row_length in ((0, 200), (64, 0)):
         found = RewardModel(tmp_path, max_length=max_length).config

@@ -20,7 +20,17 @@ from test_resume import Death
 from test_train import assert_same_params, lines_of, small
 from test_weights import QWEN3, small as weights_small, write_model
 
-from jaxpref import checkpoint, evaluation, export, lock, manifest, metrics, train, weights, workdir
+from jaxpref import (
+    checkpoint,
+    evaluation,
+    export,
+    lock,
+    manifest,
+    metrics,
+    train,
+    weights,
+    workdir,
+)
 from jaxpref.checkpoint import Checkpoints
 from jaxpref.errors import UserError
 from jaxpref.experience.pool import Pool
@@ -417,7 +427,7 @@ def test_two_processes_train_in_a_bucket(tmp_path):
 
 STARTS = """
 import sys, fake_bucket
-from jaxpref import checkpoint, lock, processes, workdir
+from jaxpref import checkpoint, identity, lock, processes, workdir
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -431,14 +441,16 @@ params, rest = {"w": jax.device_put(jnp.zeros(64), split)}, {"n": jax.device_put
 for start in range(int(starts)):
     with lock.hold(place) as owned:
         seen = checkpoint.latest_step(place)
-        checkpoint.check_same_run(place, {"seed": 0})
+        identity.check_same(
+            place, {"seed": 0}, begun=checkpoint.latest_step(place) is not None
+        )
         with checkpoint.Checkpoints(place, 2, owned) as checkpoints:
             latest = checkpoints.latest
             if latest:
                 params, rest = checkpoints.restore(latest, params, rest)
                 assert all((x.data == latest).all() for x in params["w"].addressable_shards)
             else:
-                processes.in_first(lambda: checkpoint.write_run(place, {"seed": 0}))
+                processes.in_first(lambda: identity.write(place, {"seed": 0}))
             params, rest = jax.tree.map(lambda x: x + 1, (params, rest))
             checkpoints.save((latest or 0) + 1, params, rest)
             checkpoints.wait()

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from jaxpref import (
     checkpoint,
     config as config_lib,
+    identity,
     models,
     weights,
     workdir as workdir_lib,
@@ -66,7 +67,7 @@ class Another(NamedTuple):
         workdir_lib.make(folder)
         config = self.config.copy_and_resolve_references()
         config.model.lora.rank = 0
-        checkpoint.write_run(folder, checkpoint.describe_run(config))
+        identity.write(folder, identity.describe(config))
         weights.keep(self.source, self.adapted, folder)
 
 
@@ -86,10 +87,10 @@ def find_another(
         of another shape where the two are to be mixed.
     """
     if checkpoint.latest_step(workdir) is not None:
-        begun = (checkpoint.read_run(workdir) or {}).get("reference.init_from")
+        begun = (identity.read(workdir) or {}).get("reference.init_from")
         if not begun or config.reference.mode != "live":
             return None
-        described = checkpoint.read_run(workdir / _ANOTHER)
+        described = identity.read(workdir / _ANOTHER)
         if described is None:
             raise UserError(
                 f"{workdir / _ANOTHER}: the description of this run's reference cannot be found; "
@@ -139,7 +140,7 @@ def open_another(config: ConfigDict, path: str, knob: str, tokenizer: Any) -> An
 
 def _config_of_another(config: ConfigDict, path: str) -> ConfigDict:
     other = config_lib.default(config.algorithm.name)
-    described = checkpoint.read_run(as_path(path))
+    described = identity.read(as_path(path))
     if described is not None:
         there = config_lib.from_flat(described)
         other.model.update(there.model)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, config as config_lib, data as data_lib, sharding
+from jaxpref import checkpoint, config as config_lib, data as data_lib, identity, sharding
 from jaxpref.algorithms import Algorithm
 from jaxpref.data import Data
 from jaxpref.errors import UserError
@@ -143,7 +143,7 @@ def _live_abstract(given: Start) -> Any:
 def _adapter(given: Start) -> Reference:
     """The adapters that training starts with are on in it, if they say anything."""
     if given.resuming:
-        adapted = (checkpoint.read_run(given.workdir) or {}).get(_OWN, False)
+        adapted = (identity.read(given.workdir) or {}).get(_OWN, False)
     else:
         adapted = has_adapted(given.policy)
     # A reference without adapters needs the base alone, which the policy shares with it.

@@ -18,6 +18,7 @@ from jaxpref import (
     data as data_lib,
     evaluation,
     experience,
+    identity as identity_lib,
     processes,
     reference as reference_lib,
     sharding,
@@ -100,9 +101,9 @@ def assemble(config: ConfigDict, workdir: AnyPath, checkpoints: checkpoint.Check
     steps = config.train.steps or max(
         round(config.train.epochs * len(data.train) / config.data.batch_size), 1
     )
-    identity = checkpoint.describe_run(config, **data.fingerprints)
+    identity = identity_lib.describe(config, **data.fingerprints)
     processes.agree(identity)
-    checkpoint.check_same_run(workdir, identity)
+    identity_lib.check_same(workdir, identity, begun=checkpoints.latest is not None)
 
     layout = lay_out(config, opened, mesh, steps)
     abstract, critic = layout.state, layout.critic
@@ -162,7 +163,7 @@ def assemble(config: ConfigDict, workdir: AnyPath, checkpoints: checkpoint.Check
     training = (_offline if layout.online is None else _online)(begun, layout)
     if not start:
         weights.keep(opened.source, opened.model, workdir)
-        checkpoint.write_run(workdir, {**identity, **reference_lib.describe(reference)})
+        identity_lib.write(workdir, {**identity, **reference_lib.describe(reference)})
     return training
 
 

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxpref import checkpoint, models, optimizer as optimizer_lib, weights
+from jaxpref import checkpoint, identity, models, optimizer as optimizer_lib, weights
 from jaxpref.algorithms import Algorithm
 from jaxpref.checkpoint import CRITIC
 from jaxpref.errors import UserError
@@ -111,7 +111,7 @@ class Critic:
 
 def _check_begin(config: ConfigDict) -> None:
     path = config.critic.init_from
-    run = checkpoint.read_run(as_path(path)) if path else None
+    run = identity.read(as_path(path)) if path else None
     if path and (run is None or run["algorithm.name"] != "reward"):
         raise UserError(
             f"critic.init_from={path}: should be the workdir of a run of algorithm reward."

@@ -13,6 +13,7 @@ from jaxpref import (
     config as config_lib,
     data as data_lib,
     evaluation,
+    identity,
     lock,
     metrics as metrics_lib,
     processes,
@@ -46,10 +47,10 @@ def run(config: ConfigDict, workdir: str | AnyPath) -> None:
     data_lib.check(config)
     # Where several processes train, the first one alone speaks and writes what is not an array.
     console.quiet = jax.process_index() > 0
-    run_of = checkpoint.describe_run(config)
+    run_of = identity.describe(config)
     processes.agree({**run_of, "--workdir": str(workdir), "version of jax": jax.__version__})
     with lock.hold(workdir) as owned:
-        checkpoint.check_same_run(workdir, run_of)
+        identity.check_same(workdir, run_of, begun=checkpoint.latest_step(workdir) is not None)
         knobs = config.train
         best = {"best_metric": knobs.best_metric, "best_mode": knobs.best_mode}
         with checkpoint.Checkpoints(workdir, knobs.keep, owned, **best) as checkpoints:
