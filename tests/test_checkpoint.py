@@ -207,7 +207,7 @@ def test_a_workdir_of_another_version_is_told(tmp_path):
     for layout in (None, 1, 3):
         run = {k: v for k, v in written.items() if k not in ("layout", "sha256")}
         run |= {} if layout is None else {"layout": layout}
-        path.write_text(json.dumps({**run, "sha256": checkpoint._digest(run)}))
+        path.write_text(json.dumps({**run, "sha256": identity._digest(run)}))
         with pytest.raises(UserError, match=rf"another version .*layout {layout or 1}; .*reads 2"):
             identity.read(tmp_path)
 

@@ -14,7 +14,7 @@ from jaxpref import evaluation, export, models, train
 # Of `</s>`, a padding token, and bytes; as many rows as ids, so that a new token needs a new row,
 # and more.
 IDS = 258
-ROWS = (IDS, 400)
+ROWS = (IDS, pytest.param(400, marks=pytest.mark.long))
 PADS = {"eos": "</s>", "apart": "<pad>", "none": None}
 
 
