@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,54 @@ def test_a_run_keeps_its_best_checkpoint_and_export_writes_it(tmp_path, capsys):
         export.run(tmp_path / "run", tmp_path / "none", step="99")
     with pytest.raises(UserError, match=r"they measure .*eval/loss"):
         train.run(small(train__best_metric="eval/lose"), tmp_path / "other")
+
+
+SAVING = """
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpref import checkpoint, lock
+
+workdir = Path(sys.argv[1])
+weights = {"w": jnp.zeros((512, 1024)), "b": jnp.zeros(3)}
+with lock.hold(workdir), checkpoint.Checkpoints(workdir, keep=2) as checkpoints:
+    step = checkpoints.latest or 0
+    if step:
+        restored, rest = checkpoints.restore(step, weights, {"step": jnp.int32(0)})
+        assert all((np.asarray(x) == step).all() for x in jax.tree.leaves((restored, rest)))
+    print("restored", step, flush=True)
+    while True:
+        step += 1
+        checkpoints.save(step, jax.tree.map(lambda x: x + step, weights), {"step": jnp.int32(step)})
+        checkpoints.wait()
+        print("saved", step, flush=True)
+"""
+
+
+@pytest.mark.long
+def test_kill_9_at_fifty_random_moments_of_saving_loses_no_checkpoint_that_was_complete(tmp_path):
+    random, saved, moments = np.random.default_rng(0), 0, set()
+    for _ in range(50):
+        command = [sys.executable, "-c", SAVING, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            word, step = process.stdout.readline().decode().split()
+            assert word == "restored"
+            # One may have been complete that was not told of any more.
+            assert int(step) in (saved, saved + 1)
+            timer = threading.Timer(random.uniform(0, 0.5), process.kill)
+            timer.start()
+            lines = process.stdout.read().decode().splitlines()
+            timer.join()
+        saved = max([int(step), *(int(line.split()[1]) for line in lines if "saved" in line)])
+        assert all(line.startswith("saved") for line in lines), lines
+        moments |= {p.name.strip("0123456789") for p in (tmp_path / "checkpoints").iterdir()}
+    # Some of them were in the middle of one.
+    assert any(name.startswith(".saving") for name in moments)
+    assert saved > 50
 
 
 def test_what_an_interrupted_save_leaves_is_removed(tmp_path):

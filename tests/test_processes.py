@@ -99,8 +99,8 @@ def one(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.process
-def test_two_processes_train_as_one(one, tmp_path):
+@pytest.mark.long
+def test_two_processes_sample_and_evaluate_as_one(one, tmp_path):
     """With rows and parameters split between them."""
     split = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
     outputs, codes = finish(start(tmp_path, "--config.train.steps=3", *split, processes=2))
@@ -129,13 +129,9 @@ def put_in(folder, processes):
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The runs of `meshes.py` in one process."""
-    return on_meshes(tmp_path_factory.mktemp("alone"), 1)
-
-
 def on_meshes(folder, processes):
+    """The runs of `meshes.py`, and what was put on devices."""
+    folder.mkdir()
     flags = ["--config.train.steps=3", "--config.eval.win_rate_prompts=0"]
     flags += ["--config.sampling.max_new_tokens=0", "--config.data.eval_fraction=0"]
     spied = folder / "spied"
@@ -154,10 +150,15 @@ def on_meshes(folder, processes):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_train_as_one_on_every_mesh_each_with_rows_of_its_own(alone, processes, tmp_path):
-    folder, put = on_meshes(tmp_path, processes)
-    expected, (put_alone,) = alone
+def test_processes_train_as_one_on_every_mesh_each_with_rows_of_its_own(tmp_path):
+    expected, (put_alone,) = on_meshes(tmp_path / "alone", 1)
+    for processes in (2, 4):
+        folder, put = on_meshes(tmp_path / f"by{processes}", processes)
+        check_as_one(folder, put, expected, put_alone)
+
+
+def check_as_one(folder, put, expected, put_alone):
+    processes = len(put)
     for mesh in MESHES:
         name = "x".join(map(str, mesh))
         ours, theirs = lines_of(folder / name), lines_of(expected / name)
