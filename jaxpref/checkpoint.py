@@ -91,24 +91,25 @@ class Checkpoints:
         self._saving: Future[None] | None = None
         self._failed: UserError | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._best_metric, self._best_mode = best_metric, best_mode
+        self.best_metric, self._best_mode = best_metric, best_mode
         found = processes.in_first(self._open)
         self.latest: int | None = found if found >= 0 else None
-        # Of the first process, which says what is better and what is removed.
-        self._best = self._noted = None if self.latest is None else read_best(workdir)
-        if self._best and (
-            self._best.metric != best_metric or self._best.step > (self.latest or 0)
-        ):
-            self._best = self._noted = None
+        # What is known as the best, and what is better, but may not be saved yet. The first process
+        # alone says so, and removes the others.
+        self._best: Best | None = None if jax.process_index() else read_best(workdir)
+        self._noted: Best | None = None
 
     def _open(self) -> int:
         for folder in _begun(self._workdir):
             workdir_lib.remove(folder)
-        if latest_step(self._workdir) is None:
-            return -1
-        good, damaged = _good_step(self._workdir)
-        for step in damaged:
-            _set_aside(self._place(step))
+        good = -1
+        if latest_step(self._workdir) is not None:
+            good, damaged = _good_step(self._workdir)
+            for step in damaged:
+                _set_aside(self._place(step))
+        best = read_best(self._workdir)
+        if best and (best.metric != self.best_metric or best.step not in _steps(self._workdir)):
+            (self._folder / _BEST).unlink(missing_ok=True)
         return good
 
     def note(self, step: int, measured: Mapping[str, float]) -> bool:
@@ -120,31 +121,44 @@ class Checkpoints:
         Raises:
           UserError: it has not measured what says which is the best.
         """
-        if not self._best_metric:
+        if not self.best_metric:
             return False
-        if self._best_metric not in measured:
+        if self.best_metric not in measured:
             raise UserError(
-                f"train.best_metric is {self._best_metric!r}, which the evaluations of this run do "
+                f"train.best_metric is {self.best_metric!r}, which the evaluations of this run do "
                 f"not measure; they measure {', '.join(sorted(measured)) or 'nothing'}."
             )
-        value = measured[self._best_metric]
+        value = measured[self.best_metric]
         if step == 0 or not processes.in_first(lambda: self._is_better(value)):
             return False
-        self._noted = Best(step, self._best_metric, value)
+        self._noted = Best(step, self.best_metric, value)
         if step == self.latest:
             self._keep_best(self._noted)
         return True
 
     def _is_better(self, value: float) -> bool:
-        if self._noted is None:
+        before = self._noted or self._best
+        if before is None:
             return True
-        before = self._noted.value
-        return value < before if self._best_mode == "min" else value > before
+        return value < before.value if self._best_mode == "min" else value > before.value
 
     def _keep_best(self, best: Best) -> None:
-        if jax.process_index() == 0:
+        """Writes down which one is the best, in the first process; if it cannot, none is new."""
+        if jax.process_index():
+            return
+        try:
             workdir_lib.write(self._folder / _BEST, json.dumps(best._asdict()))
+        except OSError as error:
+            self._forget(best.step)
+            reason = error.strerror or error
+            console.print(f"{self._folder / _BEST}: {reason}; step {best.step} is not kept as best")
+            return
         self._best = best
+
+    def _forget(self, step: int) -> None:
+        """What was noted of a step is of no use, since it is not saved."""
+        if self._noted is not None and self._noted.step == step:
+            self._noted = None
 
     def save(self, step: int, params: Any, rest: Any) -> None:
         """Starts to save; the arrays may be donated once this returns.
@@ -157,19 +171,25 @@ class Checkpoints:
             params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
         )
         size = sum(x.nbytes for x in jax.tree.leaves((params, rest)))
+        best = self._noted if self._noted is not None and self._noted.step == step else None
+
+        def full() -> bool:
+            self._owned()
+            return _is_full(self._workdir, size / 2)
+
         # Each save has a checkpointer of its own: one that has failed is of no more use.
         checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         try:
             # A save is tried only where it may fit; what Orbax writes is compressed, not to half.
-            if processes.in_first(lambda: _is_full(self._workdir, size / 2)):
+            if processes.in_first(full):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             checkpointer.save(_begin(self._place(step)), args=args, force=True)
         except Exception as error:
             self._fail(step, error)
             return
-        self._saving = self._pool.submit(self._finish, step, checkpointer)
+        self._saving = self._pool.submit(self._finish, step, checkpointer, best)
 
-    def _finish(self, step: int, checkpointer: ocp.AsyncCheckpointer) -> None:
+    def _finish(self, step: int, checkpointer: ocp.AsyncCheckpointer, best: Best | None) -> None:
         """Waits until all is written, then puts it in its place; in a thread of its own."""
         try:
             checkpointer.close()
@@ -181,17 +201,26 @@ class Checkpoints:
             self._fail(step, error)
             return
         self.latest = step
-        if self._noted is not None and self._noted.step == step:
-            self._keep_best(self._noted)
+        if best is not None:
+            self._keep_best(best)
         if jax.process_index() == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        try:
             for old in _steps(self._workdir)[: -self._keep]:
                 if self._best is None or old != self._best.step:
                     _remove(self._place(old))
+        except OSError as error:
+            # They are removed after the next save.
+            reason = error.strerror or error
+            console.print(f"{self._folder}: old checkpoints cannot be removed now ({reason})")
 
     def _fail(self, step: int, error: Exception) -> None:
         """Notes that a save has failed for want of room; raises any other error."""
         if not any(words in str(error) for words in _NO_ROOM):
             raise error
+        self._forget(step)
         for folder in _begun(self._workdir):
             workdir_lib.remove(folder)
         last = "there is none before" if self.latest is None else f"the last is of {self.latest}"
@@ -338,17 +367,18 @@ def read_best(workdir: AnyPath) -> Best | None:
 
 
 def _named_step(workdir: AnyPath, name: str) -> int:
-    best = read_best(workdir)
-    if name == "best" and best is None:
+    best, steps = read_best(workdir), _steps(workdir)
+    known = best is not None and best.step in steps
+    if name == "best" and not known:
         raise UserError(
-            f"{workdir}: its run was not told which checkpoint is the best (train.best_metric)."
+            f"{workdir}: it is not known which checkpoint is the best; a run that is told so by "
+            "train.best_metric keeps it."
         )
     step = best.step if name == "best" and best else int(name) if name.isdigit() else -1
-    steps = _steps(workdir)
     if step not in steps:
         raise UserError(
             f"{workdir}: there is no checkpoint of step {name!r}; there are those of "
-            f"{', '.join(map(str, steps))}{', and best' if best else ''}."
+            f"{', '.join(map(str, steps))}{', and best' if known else ''}."
         )
     if damaged := manifest.damage(workdir / _CHECKPOINTS / str(step)):
         raise UserError(f"{workdir}: the checkpoint of step {step} is damaged ({damaged}).")

@@ -227,6 +227,8 @@ class _Held:
             # In place, since the lock is of this very file; it stays as long as it is, so that
             # nobody reads a part.
             os.pwrite(self._descriptor, text.encode(), 0)
+            # Over a network it would stay on this machine for a while.
+            os.fsync(self._descriptor)
 
 
 def _read(path: AnyPath) -> _Owner | None:

@@ -6,6 +6,7 @@ process can be told of an error while it waits for another one on its devices.
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -38,7 +39,7 @@ _GRACE = 1.0
 _KEPT = 1_000
 # Seconds between two signs of life that a process gives of its own; without one after which it is
 # missed where nothing goes on; and after which it is dead, whatever goes on.
-_PULSE_EVERY, _MISSED, _DEAD = 5.0, 10.0, 25.0
+_PULSE_EVERY, _MISSED, _DEAD = 5.0, 10.0, 35.0
 
 
 def join(
@@ -89,11 +90,12 @@ def in_first(action: Callable[[], Any]) -> Any:
     key = _key("first")
     if jax.process_index() == 0:
         try:
-            answer = action()
+            with _alone():
+                answer = action()
         except UserError as error:
-            _client().key_value_set(key, json.dumps({"error": str(error)}))
+            _set(key, json.dumps({"error": str(error)}))
             raise
-        _client().key_value_set(key, json.dumps({"answer": answer}))
+        _set(key, json.dumps({"answer": answer}))
         return answer
     told = json.loads(_get(key))
     if "error" in told:
@@ -150,9 +152,7 @@ def check_same(what: str, value: str) -> None:
         return
     key = _key("same")
     if jax.process_index() == 0:
-        _client().key_value_set(key, value)
-        if (number := _asked["same"]) > _KEPT:
-            _client().key_value_delete(_numbered("same", number - _KEPT))
+        _set(key, value)
     elif _get(key) != value:
         raise UserError(
             f"{what} of process {jax.process_index()} is not that of process 0, though they began "
@@ -245,7 +245,8 @@ def _end(error: BaseException) -> NoReturn:
         # What fails where another process has died says nothing to a reader.
         first = str(reason).partition("\n")[0]
         print(f"jaxpref: process {_names(silent)} {_AWAY} ({first})", file=sys.stderr)
-    elif not told:
+    # What XLA raises begins with a word in capitals, whatever the type of the error is.
+    if not told and not (silent and re.match(r"[A-Z_]+: ", str(reason))):
         sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -280,12 +281,13 @@ class _Watch(threading.Thread):
                     if 0 < _progress.limit < _progress.seconds and not self.ending.is_set():
                         self._end_hanging()
                     continue
-                if not self.ending.is_set() and jax.process_index():
+                if "UNAVAILABLE" in str(error) and not self.ending.is_set():
                     # The service itself is gone, and with it the first process. JAX aborts this one
                     # for that at the same time, which says neither who is missing nor what to do.
                     os.write(2, f"jaxpref: process 0 {_AWAY}\n".encode())
                     os._exit(1)
-                return
+                self.ending.wait(1.0)
+                continue
             if self.ending.is_set() or told["process"] == jax.process_index():
                 _hear()
                 return
@@ -422,16 +424,37 @@ def _of_all(error: BaseException) -> bool:
 
 
 _asked: dict[str, int] = {}
+_acting: list[bool] = []
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """What is done here the first process does by itself."""
+    _acting.append(True)
+    try:
+        yield
+    finally:
+        _acting.pop()
 
 
 def _key(what: str) -> str:
     """A new key, the same in all processes, which ask in the same order."""
+    if _acting:
+        raise UserError(
+            "a function that the first process calls by itself, such as a reward, has asked for "
+            "what all processes of the run have to do together. Let it compute by itself; a reward "
+            "model is given as reward.path."
+        )
     _asked[what] = _asked.get(what, 0) + 1
-    return _numbered(what, _asked[what])
+    return f"jaxpref/{what}/{_asked[what]}"
 
 
-def _numbered(what: str, number: int) -> str:
-    return f"jaxpref/{what}/{number}"
+def _set(key: str, value: str) -> None:
+    """Tells the others, and forgets what they have been told long ago."""
+    _client().key_value_set(key, value)
+    what, _, number = key.rpartition("/")
+    if int(number) > _KEPT:
+        _client().key_value_delete(f"{what}/{int(number) - _KEPT}")
 
 
 def _get(key: str) -> str:

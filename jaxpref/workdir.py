@@ -138,6 +138,14 @@ def read(path: AnyPath) -> bytes | None:
         return None
 
 
+def read_lines(path: AnyPath) -> list[str]:
+    """The lines of a text, each of which ends with a newline; none if it is not there.
+
+    Other ends of lines, such as U+2028 in what a model has said, are a part of theirs.
+    """
+    return (read(path) or b"").decode().split("\n")[:-1]
+
+
 def names(folder: AnyPath) -> list[str]:
     """What a folder holds as a listing has it, sorted; nothing if there is no such folder."""
     try:

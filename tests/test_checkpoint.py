@@ -144,6 +144,55 @@ def test_the_best_checkpoint_is_kept_beside_the_last(mode, sign, tmp_path):
             checkpoints.note(9, {"eval/loss": 0.5})
 
 
+def test_the_best_is_one_that_is_saved(tmp_path, monkeypatch, capsys):
+    """However long saves take, and whether or not they find room."""
+    gate, finish = threading.Event(), Checkpoints._finish
+
+    def slowly(self, *given):
+        gate.wait()
+        finish(self, *given)
+
+    monkeypatch.setattr(Checkpoints, "_finish", slowly)
+    with Checkpoints(tmp_path, keep=1, best_metric="eval/loss") as checkpoints:
+        assert checkpoints.note(1, {"eval/loss": 0.5})
+        checkpoints.save(1, PARAMS, REST)
+        # A better one is found while that is being written.
+        assert checkpoints.note(2, {"eval/loss": 0.25})
+        gate.set()
+        checkpoints.wait()
+        assert checkpoint.read_best(tmp_path) == checkpoint.Best(1, "eval/loss", 0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_is_full", lambda workdir, size: True)
+            checkpoints.save(2, PARAMS, REST)
+        assert "the disk is full" in capsys.readouterr().out
+        # Better than what is saved, if not than what could not be.
+        assert not checkpoints.note(3, {"eval/loss": 0.75})
+        checkpoints.save(3, PARAMS, REST)
+        checkpoints.wait()
+        assert checkpoint.latest_step(tmp_path) == 3
+        assert checkpoints.note(4, {"eval/loss": 0.375})
+        checkpoints.save(4, PARAMS, REST)
+        checkpoints.wait()
+    assert checkpoint.read_best(tmp_path) == checkpoint.Best(4, "eval/loss", 0.375)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "best.json"]
+    # By another measurement it says nothing of the checkpoints any more.
+    with Checkpoints(tmp_path, keep=1, best_metric="eval/accuracies"):
+        assert checkpoint.read_best(tmp_path) is None
+
+
+def test_a_run_that_has_lost_its_workdir_writes_nothing(tmp_path):
+    def lost():
+        raise UserError("another run has taken it over.")
+
+    save(tmp_path, 1)
+    with (
+        Checkpoints(tmp_path, keep=1, owned=lost) as checkpoints,
+        pytest.raises(UserError, match="taken it over"),
+    ):
+        checkpoints.save(1, jax.tree.map(lambda x: x + 7, PARAMS), REST)
+    assert restored(tmp_path) == 1
+
+
 def test_a_run_keeps_its_best_checkpoint_and_export_writes_it(tmp_path, capsys):
     config = small(
         train__eval_every=1, train__keep=1, train__best_metric="eval/loss", train__best_mode="max"

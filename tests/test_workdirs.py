@@ -1,6 +1,7 @@
 """Workdirs in a bucket, and the one owner that each workdir has."""
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -61,6 +62,13 @@ SMALL.append("--config.optimizer.schedule=constant")
 
 def measured(folder):
     return [{k: v for k, v in x.items() if "perf" not in k} for x in lines_of(folder)]
+
+
+def test_lines_end_with_newlines_alone(tmp_path):
+    said = [json.dumps(text, ensure_ascii=False) for text in ("a\u2028b", "c\x85d\u2029", "e\r")]
+    workdir.write(tmp_path / "said.jsonl", "".join(f"{text}\n" for text in said))
+    assert workdir.read_lines(tmp_path / "said.jsonl") == said
+    assert workdir.read_lines(tmp_path / "none.jsonl") == []
 
 
 def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, objects, tmp_path, monkeypatch, capsys):
@@ -334,9 +342,8 @@ def test_who_has_lost_a_workdir_saves_nothing_more(place, quick, unlocked, capsy
         checkpoints.wait()
         (place / "run.lock").write_text(ELSEWHERE)
         time.sleep(4 * lock._BEAT)
-        checkpoints.save(2, PARAMS, REST)
         with pytest.raises(UserError, match="process 7 on elsewhere has taken it over"):
-            checkpoints.wait()
+            checkpoints.save(2, PARAMS, REST)
     assert "has taken it over" in capsys.readouterr().out
     assert checkpoint.latest_step(place) == 1
     assert "elsewhere" in (place / "run.lock").read_text()

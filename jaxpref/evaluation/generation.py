@@ -20,7 +20,7 @@ from jaxpref.sampling import Generated, Sampler, Sampling, prompt_keys
 from jaxpref.terminal import console, progress
 from jaxpref.tokenizer import decode
 from jaxpref.weights import Opened
-from jaxpref.workdir import AnyPath, as_folder, as_path
+from jaxpref.workdir import AnyPath, as_folder, as_path, read_lines
 
 # Columns about the responses that a record had, which are not those that are sampled.
 _OF_OTHERS = ("responses", "finish", "logps", "scores")
@@ -325,7 +325,7 @@ class _Log:
 
     def counts(self) -> dict[str, int]:
         """How many prompts have a response that was cut."""
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self.done else []
+        lines = read_lines(self._path) if self.done else []
         return {
             "with_a_response_cut_by_length": sum("length" in json.loads(x)["finish"] for x in lines)
         }

@@ -193,8 +193,7 @@ class HeldOut:
 
 def _keep_shown(path: AnyPath, step: int, said: Said, count: int) -> None:
     """Adds the first responses of a step, in place of those of a run that has died after it."""
-    texts = (workdir_lib.read(path) or b"").decode().splitlines()
-    kept = [text for text in texts if json.loads(text)["step"] < step]
+    kept = [text for text in workdir_lib.read_lines(path) if json.loads(text)["step"] < step]
     shown = [_shown(step, said, place) for place in range(count)]
     write_lines(path, [*kept, *(json.dumps(line, ensure_ascii=False) for line in shown)])
 

@@ -129,7 +129,7 @@ def _scores(said: Said, theirs: _Theirs) -> Float[np.ndarray, " prompts"]:
 def _read(path: AnyPath) -> _Theirs:
     """What `AgainstReference` has kept."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]]
         rewards = np.asarray([line["reward"] for line in lines], np.float64)
         return _Theirs([[*map(int, line["response_ids"])] for line in lines], rewards)
     except (OSError, ValueError, KeyError, TypeError) as error:

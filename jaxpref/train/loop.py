@@ -18,6 +18,7 @@ from jaxpref import (
     metrics as metrics_lib,
     processes,
     sharding,
+    workdir as workdir_lib,
 )
 from jaxpref.errors import UserError
 from jaxpref.interrupts import StoppedError, interrupts
@@ -80,10 +81,14 @@ def _loop(
                 _stop_before(1, checkpoints)
             checkpoints.note(0, first)
             writer.write(0, {**counts, **first})
-        elif _missed(workdir, config, start, steps):
-            found = _evaluate(checkpoints, training, state, start, _never)
-            checkpoints.note(start, found)
-            writer.write(start, found)
+        else:
+            found = _evaluated(workdir, start)
+            if not found and (start == steps or _due(start, config.train.eval_every)):
+                # The run was stopped before the evaluation after its last step ended.
+                found = _evaluate(checkpoints, training, state, start, _never)
+                writer.write(start, found)
+            if checkpoints.best_metric in found:
+                checkpoints.note(start, found)
         log = metrics_lib.Log(
             writer,
             every=config.train.log_every,
@@ -139,16 +144,14 @@ def _never() -> bool:
     return False
 
 
-def _missed(workdir: AnyPath, config: ConfigDict, step: int, steps: int) -> bool:
-    """Whether a run that is resumed was stopped before the evaluation after its last step ended."""
-    if step != steps and not _due(step, config.train.eval_every):
-        return False
+def _evaluated(workdir: AnyPath, step: int) -> dict[str, float]:
+    """What the evaluation after a step has measured; empty if there was none."""
 
-    def missed() -> bool:
-        lines = metrics_lib.read(workdir / "metrics.jsonl")
-        return not any(name.startswith("eval/") for x in lines if x["step"] == step for name in x)
+    def found() -> dict[str, float]:
+        lines = [x for x in metrics_lib.read(workdir / "metrics.jsonl") if x["step"] == step]
+        return {name: x[name] for x in lines for name in x if name.startswith("eval/")}
 
-    return processes.in_first(missed)
+    return processes.in_first(found)
 
 
 def _save_before(
@@ -213,7 +216,7 @@ def _report(workdir: AnyPath, config: ConfigDict) -> None:
         console.print(table)
     samples = workdir / "samples.jsonl"
     if samples.exists():
-        said = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        said = [json.loads(line) for line in workdir_lib.read_lines(samples)]
         table = evaluation.samples_table(said)
         if table is not None:
             console.print(table)
