@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from jaxpref import workdir
 from jaxpref.errors import UserError
 
 _T = TypeVar("_T")
@@ -252,7 +253,7 @@ def _end(error: BaseException) -> NoReturn:
     sys.stderr.flush()
     _leave()
     # As Python ends, JAX would wait for the others to say good-bye.
-    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+    _exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 class _Watch(threading.Thread):
@@ -285,7 +286,7 @@ class _Watch(threading.Thread):
                     # The service itself is gone, and with it the first process. JAX aborts this one
                     # for that at the same time, which says neither who is missing nor what to do.
                     os.write(2, f"jaxpref: process 0 {_AWAY}\n".encode())
-                    os._exit(1)
+                    _exit(1)
                 self.ending.wait(1.0)
                 continue
             if self.ending.is_set() or told["process"] == jax.process_index():
@@ -300,7 +301,7 @@ class _Watch(threading.Thread):
             _hear()
             if jax.process_index() == 0:
                 _leave_last(told["process"])
-            os._exit(told["code"])
+            _exit(told["code"])
 
     def _look(self) -> None:
         for key, pulse in _client().key_value_dir_get(_PULSE):
@@ -335,6 +336,12 @@ class _Watch(threading.Thread):
             f"{_progress.limit:g}): {why}. The same command goes on from the last checkpoint."
         )
         _end_for(reason, missed)
+
+
+def _exit(code: int) -> NoReturn:
+    """Ends this process at once, whatever its threads wait for."""
+    workdir.remove_temporary_folders()
+    os._exit(code)
 
 
 def _hear() -> None:
@@ -387,7 +394,7 @@ def _end_for(reason: str, missed: Collection[int]) -> NoReturn:
     os.write(2, f"jaxpref: {reason}\n".encode())
     _tell(reason, missed)
     _leave()
-    os._exit(1)
+    _exit(1)
 
 
 def _tell(reason: str, missed: Collection[int] = ()) -> list[int]:

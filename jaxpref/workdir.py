@@ -272,8 +272,17 @@ def get(folder: AnyPath) -> Path | None:
     return local
 
 
+_temporary: list[Path] = []
+
+
 def temporary_folder() -> Path:
     """A folder of a disk that is removed when this process ends."""
-    folder = tempfile.mkdtemp(prefix="jaxpref-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    _temporary.append(Path(tempfile.mkdtemp(prefix="jaxpref-")))
+    return _temporary[-1]
+
+
+@atexit.register
+def remove_temporary_folders() -> None:
+    """For a process that ends at once; otherwise Python calls it."""
+    while _temporary:
+        shutil.rmtree(_temporary.pop(), ignore_errors=True)

@@ -64,6 +64,14 @@ def measured(folder):
     return [{k: v for k, v in x.items() if "perf" not in k} for x in lines_of(folder)]
 
 
+def test_temporary_folders_go_also_where_a_process_ends_at_once():
+    """Which removes them itself, since Python does not."""
+    folder = workdir.temporary_folder()
+    (folder / "x").write_text("x")
+    workdir.remove_temporary_folders()
+    assert not folder.exists()
+
+
 def test_lines_end_with_newlines_alone(tmp_path):
     said = [json.dumps(text, ensure_ascii=False) for text in ("a\u2028b", "c\x85d\u2029", "e\r")]
     workdir.write(tmp_path / "said.jsonl", "".join(f"{text}\n" for text in said))
