@@ -47,14 +47,8 @@ LONG = (
 )
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.long] if c in LONG else []) for c in CASES]
-)
-def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
-    name, changes = CASES[case]
-    # A rate at which every update shows.
-    config = small(name, train__save_every=2, optimizer__learning_rate=1e-2, **changes)
-    train.run(config, tmp_path / "whole")
+def die_in_the_fourth_step(config, workdir, monkeypatch):
+    """Trains until then, and leaves what a run leaves that is not told that it ends."""
     make_update = layout.make_update
 
     def mortal(*args, **options):
@@ -70,7 +64,18 @@ def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(layout, "make_update", mortal)
         with pytest.raises(Death):
-            train.run(config, tmp_path / "died")
+            train.run(config, workdir)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[pytest.mark.long] if c in LONG else []) for c in CASES]
+)
+def test_a_run_that_died_ends_as_if_it_had_not(case, tmp_path, monkeypatch):
+    name, changes = CASES[case]
+    # A rate at which every update shows.
+    config = small(name, train__save_every=2, optimizer__learning_rate=1e-2, **changes)
+    train.run(config, tmp_path / "whole")
+    die_in_the_fourth_step(config, tmp_path / "died", monkeypatch)
     assert checkpoint.latest_step(tmp_path / "died") == 2
     train.run(config, tmp_path / "died")
     assert_same_params(tmp_path / "died", tmp_path / "whole")

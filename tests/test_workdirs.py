@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from test_checkpoint import PARAMS, REST, largest, restored, save
 from test_cli import ENVIRONMENT, ROOT, SMALL as QUICKSTART, wait_for
-from test_resume import Death
+from test_resume import die_in_the_fourth_step
 from test_train import assert_same_params, lines_of, small
 from test_weights import QWEN3, small as weights_small, write_model
 
@@ -35,7 +35,6 @@ from jaxpref import (
 from jaxpref.checkpoint import Checkpoints
 from jaxpref.errors import UserError
 from jaxpref.experience.pool import Pool
-from jaxpref.train import layout
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -87,22 +86,7 @@ def test_a_run_in_a_bucket_is_that_on_a_disk(bucket, objects, tmp_path, monkeypa
     )
     folder = tmp_path / "disk"
     train.run(config, folder)
-    make_update = layout.make_update
-
-    def mortal(*args, **options):
-        update = make_update(*args, **options)
-
-        def step(state, *inputs):
-            if int(state.step) == 3:
-                raise Death
-            return update(state, *inputs)
-
-        return step
-
-    with monkeypatch.context() as patched:
-        patched.setattr(layout, "make_update", mortal)
-        with pytest.raises(Death):
-            train.run(config, bucket / "dpo")
+    die_in_the_fourth_step(config, bucket / "dpo", monkeypatch)
     assert checkpoint.latest_step(bucket / "dpo") == 2
     assert [line["step"] for line in lines_of(bucket / "dpo")] == [0, 1, 2]
     train.run(config, str(bucket / "dpo"))
