@@ -7,7 +7,7 @@ trips of the loops that it is in.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Bytes of an element, by the name that HLO gives its type.
 _BYTES = {"pred": 1, "token": 0, "opaque": 0}
@@ -19,6 +19,9 @@ _NAME = re.compile(r"%([\w.\-]+)")
 
 # TPUs have a reduce-scatter as an all-reduce of which each keeps a part, in a computation so named.
 _SCATTER = "all-reduce-scatter"
+# What is exchanged while others compute begins beside a call of this target. Several exchanges may
+# share a channel.
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 # The share of an array's bytes that a device receives is 1 - 1 / devices, this many times.
 _COLLECTIVES = {
@@ -148,20 +151,23 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """All exchanges between devices."""
-        found, seen = [], set()
-        for step in self._walk(_Where(self._entry, 1, (), "")):
-            instruction = step.instruction
-            if _kind(instruction.opcode) is None:
+        steps = list(self._walk(_Where(self._entry, 1, (), "")))
+        starts = {
+            step.where.computation for step in steps if _STARTS in step.instruction.attributes
+        }
+        overlapped = {_same(step) for step in steps if step.where.computation in starts}
+        found: list[Collective] = []
+        seen: set[tuple[Any, ...]] = set()
+        for step in steps:
+            if _kind(step.instruction.opcode) is None:
                 continue
-            if step.where.around:
+            if step.where.around and step.where.computation not in starts:
                 # What goes on while others compute stands in each of the fusions that do, too.
-                channel = _attribute(instruction, "channel_id")
-                key = (step.where.around, step.where.loops, instruction.opcode, channel)
-                if key in seen:
+                if _same(step) in overlapped | seen:
                     continue
-                seen.add(key)
+                seen.add(_same(step))
             scatters = _SCATTER in step.where.computation
-            found.append(_collective(instruction, step.where, scatters=scatters))
+            found.append(_collective(step.instruction, step.where, scatters=scatters))
         return found
 
     def operations(self) -> float:
@@ -360,6 +366,12 @@ def _in_memory(shape: str) -> int:
         for array in re.findall(r"[a-z]\w*\[[\d,<=]*\](?:\{[^}]*\})?", shape)
         if "S(1)" not in array
     )
+
+
+def _same(step: _Step) -> tuple[Any, ...]:
+    """Alike for all places where one exchange stands."""
+    channel = _attribute(step.instruction, "channel_id")
+    return (step.where.around, step.where.loops, step.instruction.opcode, channel)
 
 
 def _kind(opcode: str) -> str | None:
