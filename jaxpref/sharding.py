@@ -17,9 +17,9 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpref import processes
+from jaxpref import collectives, processes
+from jaxpref.collectives import Split
 from jaxpref.errors import UserError
-from jaxpref.logprobs import Split
 from jaxpref.packing import ROW_FIELDS, PackedBatch
 from jaxpref.trainable import path_of
 
@@ -129,8 +129,21 @@ def own_shards(mesh: Mesh) -> tuple[int, ...] | None:
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes the mesh and the rules known to what is traced inside."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules), collectives.lines(_lines(mesh)):
         yield
+
+
+def _lines(mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """Which lines of a torus the axes of a mesh of TPUs consist of."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    ends = {name: np.moveaxis(mesh.devices, i, 0) for i, name in enumerate(mesh.axis_names)}
+    return {
+        name: collectives.lines_of(
+            [device.coords for device in devices.reshape(len(devices), -1)[:, 0]]
+        )
+        for name, devices in ends.items()
+    }
 
 
 def shardings(mesh: Mesh, abstract: Any, rules: Rules = RULES) -> Any:

@@ -146,6 +146,45 @@ def test_what_is_overlapped_counts_once_and_a_part_of_a_sum_is_scattered():
     assert scattered[:4] == ("reduce-scatter", 16 * 32 * 4, 1, 4)
 
 
+# Two exchanges of one channel, the second of which goes on in a fusion that computes.
+SHARED_CHANNEL = """
+%start (p0: bf16[4,32]) -> (bf16[16,32], u32[]) {
+  %p0 = bf16[4,32]{1,0} parameter(0)
+  %all-gather.1 = bf16[16,32]{1,0} all-gather(%p0), channel_id=1, \
+replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %call = (bf16[16,32]{1,0}, u32[]) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%start.2 (p1: bf16[8,32]) -> (bf16[32,32], u32[]) {
+  %p1 = bf16[8,32]{1,0} parameter(0)
+  %all-gather.2 = bf16[32,32]{1,0} all-gather(%p1), channel_id=1, \
+replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %call.2 = (bf16[32,32]{1,0}, u32[]) custom-call(%all-gather.2), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p2: bf16[8,32]) -> bf16[32,32] {
+  %p2 = bf16[8,32]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[32,32]{1,0} all-gather(%p2), channel_id=1, \
+replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[4,32], y: bf16[8,32]) -> bf16[32,32] {
+  %x = bf16[4,32]{1,0} parameter(0)
+  %y = bf16[8,32]{1,0} parameter(1)
+  %a = (bf16[16,32]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%start
+  %b = (bf16[32,32]{1,0}, u32[]) fusion(%y), kind=kCustom, calls=%start.2
+  ROOT %out = bf16[32,32]{1,0} fusion(%y), kind=kCustom, calls=%beside
+}
+"""
+
+
+def test_what_shares_a_channel_counts_for_itself():
+    first, second = hlo.Program(SHARED_CHANNEL).collectives()
+    assert (first.size, second.size) == (16 * 32 * 2, 32 * 32 * 2)
+
+
 def test_products_in_the_form_of_convolutions():
     """The compiler for TPUs has no other; what is padded is no work."""
     text = """
@@ -273,10 +312,10 @@ def test_what_an_update_takes(found):
 
 
 def test_a_mesh_leaves_tpus_enough_columns():
-    message = "leaves a TPU 64 of the 512 columns .* Set mesh.fsdp to at most 4, and give"
+    message = "leaves a TPU 8 of the 512 columns .* Set mesh.fsdp to at most 32, and give"
     with pytest.raises(UserError, match=message):
-        layout._check_columns(512, 8, "tpu")
-    for fsdp, platform in ((4, "tpu"), (8, "cpu"), (1, "tpu")):
+        layout._check_columns(512, 64, "tpu")
+    for fsdp, platform in ((32, "tpu"), (64, "cpu"), (1, "tpu")):
         layout._check_columns(512, fsdp, platform)
 
 

@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from jaxpref.models.rotary import Rope
 
-# What the backward pass computes again instead of keeping.
+# What the backward pass computes again instead of keeping. A weight that was gathered from all its
+# parts is never kept.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,

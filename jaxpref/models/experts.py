@@ -12,11 +12,9 @@ from jaxpref.losses.inputs import in_float32
 def mix_experts(
     x: Float[Array, "tokens width"],
     router_logits: Float[Array, "tokens experts"],
-    weights: tuple[
-        Float[Array, "experts width inner"],
-        Float[Array, "experts width inner"],
-        Float[Array, "experts inner width"],
-    ],
+    gate: Float[Array, "experts width inner"],
+    up: Float[Array, "experts width inner"],
+    down: Float[Array, "experts inner width"],
     *,
     per_token: int,
     normalize: bool,
@@ -30,13 +28,14 @@ def mix_experts(
     Args:
       x: inputs.
       router_logits: unnormalised log-probabilities of the experts.
-      weights: of the gate, up and down projections.
+      gate: weights of the projection that `activation` is applied to.
+      up: weights of the one that it is multiplied with.
+      down: weights of the projection back.
       per_token: how many experts a token goes to.
       normalize: whether the weights of a token's experts are made to add up to one (Mixtral,
         arXiv 2401.04088, section 2.1).
       activation: of the gate.
     """
-    gate, up, down = weights
     probabilities = jax.nn.softmax(in_float32(router_logits), axis=-1)
     share, chosen = jax.lax.top_k(probabilities, per_token)
     if normalize:

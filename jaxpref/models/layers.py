@@ -17,6 +17,7 @@ from jaxpref.models.attention import attention
 from jaxpref.models.cache import Held, Places, attend
 from jaxpref.models.config import ACTIVATIONS, DecoderConfig
 from jaxpref.models.experts import mix_experts
+from jaxpref.models.linear import Weight, multiply, on_own_rows
 from jaxpref.models.rotary import rotate
 from jaxpref.nf4 import Nf4
 from jaxpref.packing import Seats
@@ -231,17 +232,24 @@ class Block(nn.Module):
         logits = self._linear(flat, "router", ("width", "experts"), (width, experts))
         axes = ("experts", "width", "feed_forward")
         gate, up = (
-            self._weight(name, axes, experts, width, inner, fan_in=width) for name in ("gate", "up")
+            Weight(self._weight(name, axes, experts, width, inner, fan_in=width), axes)
+            for name in ("gate", "up")
         )
         axes, fan_in = ("experts", "feed_forward", "width"), inner * 2 * config.layers
-        down = self._weight("down", axes, experts, inner, width, fan_in=fan_in)
-        out = mix_experts(
-            flat,
-            logits,
-            (gate, up, down),
+        down = Weight(self._weight("down", axes, experts, inner, width, fan_in=fan_in), axes)
+        mix = partial(
+            mix_experts,
             per_token=config.experts_per_token,
             normalize=config.normalize_experts,
             activation=ACTIVATIONS[config.activation],
+        )
+        out = on_own_rows(
+            mix,
+            (flat, logits),
+            (gate, up, down),
+            given=("width", "experts"),
+            made="width",
+            summed="feed_forward",
         )
         return out, logits
 
@@ -259,7 +267,7 @@ class Block(nn.Module):
         """A product with the weight `name`, whose first `inputs` axes are summed over."""
         fan_in = math.prod(shape[:inputs])
         weight = self._weight(name, axes, *shape, fan_in=fan_in * depth)
-        out = x @ weight.reshape(fan_in, -1)
+        out = multiply(x, Weight(weight, axes), inputs)
         if name in self.config.adapted:
             out += self._adapter(x, name, axes, shape, inputs)
         if bias:
@@ -287,8 +295,8 @@ class Block(nn.Module):
             keep = 1 - lora.dropout
             kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
             x = jnp.where(kept, x / keep, 0).astype(x.dtype)
-        a, b = a.astype(x.dtype).reshape(fan_in, -1), b.astype(x.dtype).reshape(lora.rank, -1)
-        return (x @ a) @ b * lora.scale
+        low = multiply(x, Weight(a.astype(x.dtype), a_axes), inputs)
+        return multiply(low, Weight(b.astype(x.dtype), b_axes)) * lora.scale
 
     def _weight(self, name: str, axes: tuple[str, ...], *shape: int, fan_in: int) -> Array:
         if self.has_variable("params", name):

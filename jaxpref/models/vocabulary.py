@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxpref import sharding
-from jaxpref.logprobs import Split
+from jaxpref.collectives import Split
 
 
 def look_up(

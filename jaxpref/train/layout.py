@@ -24,8 +24,8 @@ from jaxpref.train.critic import Critic
 from jaxpref.train.state import State, abstract_state
 from jaxpref.train.update import Update, make_update
 
-# Columns of a weight that a TPU computes with at a time.
-_COLUMNS = 128
+# Rows of an array in bfloat16 that a TPU keeps together; narrow parts of weights lie transposed.
+_COLUMNS = 16
 
 
 class Layout(NamedTuple):
@@ -122,11 +122,7 @@ def lay_out(config: ConfigDict, opened: weights.Opened, mesh: Mesh, steps: int) 
 
 
 def _check_columns(width: int, fsdp: int, platform: str) -> None:
-    """Refuses parts of weights that are narrower than a TPU's registers.
-
-    They would be padded to that width wherever they go, and their gradients are summed whole on
-    every device in place of being scattered.
-    """
+    """Refuses parts of weights so narrow that a TPU would pad them wherever they go."""
     if platform != "tpu" or fsdp == 1 or width // fsdp >= _COLUMNS:
         return
     most = max(width // _COLUMNS, 1)

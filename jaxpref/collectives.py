@@ -1,0 +1,148 @@
+"""What devices exchange of weights: parts are gathered for a product, gradients scattered."""
+
+import contextlib
+import contextvars
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped
+
+# Sizes of the lines of devices that an axis of the mesh consists of, outermost first.
+_LINES: contextvars.ContextVar[Mapping[str, tuple[int, ...]]] = contextvars.ContextVar(
+    "lines", default=types.MappingProxyType({})
+)
+
+
+class Split(NamedTuple):
+    """How positions and a table of the vocabulary lie over the mesh that is set.
+
+    Attributes:
+      positions: the axes of the mesh along which positions are split.
+      vocabulary: the axis along which the table's rows are; None: they are whole.
+      width: the axis, one of those of positions, along which its columns are; None: they are whole.
+    """
+
+    positions: tuple[str, ...]
+    vocabulary: str | None
+    width: str | None
+
+    @property
+    def table(self) -> PartitionSpec:
+        """Of the table `[vocabulary, width]`."""
+        return PartitionSpec(self.vocabulary, self.width)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of arrays with positions along their first axis."""
+        return PartitionSpec(self.positions)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The axes along which devices have the same part of the table, for other positions."""
+        return tuple(name for name in self.positions if name != self.width)
+
+    @property
+    def shards(self) -> int:
+        """How many parts positions are split into."""
+        sizes = jax.sharding.get_abstract_mesh().shape
+        return math.prod(sizes[name] for name in self.positions)
+
+    @property
+    def parts(self) -> int:
+        """How many parts the table's columns are split into."""
+        return 1 if self.width is None else jax.sharding.get_abstract_mesh().shape[self.width]
+
+
+@contextlib.contextmanager
+def lines(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Makes known to what is traced inside which lines of devices the axes of the mesh consist of.
+
+    Args:
+      sizes: of the lines that an axis consists of, outermost first: their product is its size. An
+        axis without an entry is one line.
+    """
+    token = _LINES.set(sizes)
+    try:
+        yield
+    finally:
+        _LINES.reset(token)
+
+
+def lines_of(places: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The sizes of the lines that neighbouring devices form, outermost first.
+
+    Args:
+      places: coordinates of each device in its machine, in the order of an axis of the mesh.
+
+    >>> lines_of([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)])
+    (2, 3)
+    """
+    found: list[int] = []
+    while len(places) > 1:
+        along = [{i for i, c in enumerate(place) if c != places[0][i]} for place in places]
+        size = next((i for i, moved in enumerate(along) if moved - along[1]), len(places))
+        if len(along[1]) != 1 or len(places) % size:
+            size = len(places)
+        found.insert(0, size)
+        places = places[::size]
+    return tuple(found)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."]:
+    """The parts that devices have along an axis of the mesh as one array, under `shard_map`.
+
+    Its gradient is scattered.
+
+    Args:
+      x: this device's part.
+      name: of the mesh's axis.
+      axis: of the array, along which the parts lie one after another.
+    """
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+
+def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."]:
+    """This device's part of the sum of what devices along an axis of the mesh have.
+
+    It is done line by line: TPUs have no scatter for all devices of a torus at once, and their
+    compiler would sum the whole array on every device, which moves twice as much.
+
+    Args:
+      x: what this device has of the sum.
+      name: of the mesh's axis.
+      axis: of the array, along which it is split.
+    """
+    size = jax.lax.axis_size(name)
+    sizes = _LINES.get().get(name, (size,))
+    if len(sizes) < 2:
+        return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    beyond = size
+    for length in sizes:
+        beyond //= length
+        # Devices of one line are `beyond` apart.
+        groups = [
+            [first + step * beyond for step in range(length)]
+            for start in range(0, size, length * beyond)
+            for first in range(start, start + beyond)
+        ]
+        x = jax.lax.psum_scatter(
+            x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+        )
+    return x
+
+
+def _gather_forward(x: Array, name: str, axis: int) -> tuple[Array, None]:
+    return gather(x, name, axis), None
+
+
+def _gather_backward(name: str, axis: int, _: None, gradient: Array) -> tuple[Any]:
+    return (scatter(gradient, name, axis),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
