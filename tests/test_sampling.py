@@ -335,6 +335,37 @@ def test_everything_compiles_once_whatever_the_lengths(tiny):
     assert counts[0] == counts[-1]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"at_once": 4}, marks=pytest.mark.long)], ids=["all", "in turn"]
+)
+def test_no_device_holds_what_others_decode(options, tiny, monkeypatch, caplog):
+    """Empty rooms lie as full ones do, so that the loop is compiled once a room."""
+    monkeypatch.setattr(sampler_lib, "_ASK_AFTER", 1)
+    monkeypatch.setattr(sampler_lib, "_FIRST_SLOTS", 1)
+    model, params = tiny
+    mesh = sharding.make_mesh(2, 2, 2)
+    settings = Sampling(samples=2, max_new_tokens=NEW)
+    sampler = Sampler(model, settings, mesh=mesh, prompt_length=64, **options)
+    begun, begin = [], decode.begin
+
+    def noted(*given):
+        begun.append(begin(*given))
+        return begun[-1]
+
+    monkeypatch.setattr(decode, "begin", noted)
+    prompts = prompts_of(0, 8)
+    with jax.enable_x64(True), jax.log_compiles():
+        sampler(sampler.prepare(params), prompts, prompt_keys(0, 0, 8))
+    seating = sampler.seating(8, max(map(len, prompts)))
+    compiled = [x for x in caplog.messages if x.startswith("Compiling jit(decode) ")]
+    assert len(compiled) == len(seating.rooms)
+    for rows in begun:
+        for x in jax.tree.leaves(rows.cache.layers):
+            assert x.sharding.shard_shape(x.shape)[0] == x.shape[0] / 4
+            heads = x.ndim - 3
+            assert x.sharding.shard_shape(x.shape)[heads] == x.shape[heads] / 2
+
+
 @pytest.mark.parametrize("options", [{}, {"at_once": 2}], ids=["all", "in turn"])
 def test_sampling_stops_when_it_is_asked_to(tiny, said, options, monkeypatch):
     """Within so many tokens, whatever is left to say."""

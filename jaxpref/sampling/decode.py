@@ -1,5 +1,6 @@
 """The compiled part of generation: prompts are read, then one token after another is sampled."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from jaxpref import models
+from jaxpref import models, sharding
 from jaxpref.models import Cache, Decoder
 from jaxpref.sampling.distribution import Sampling, draw, truncated
 
@@ -34,6 +35,44 @@ class Rows(NamedTuple):
     sampled_logps: Float[Array, "P K new"]
     lengths: Int[Array, "P K"]
     stopped: Bool[Array, "P K"]
+
+
+def placed(rows: Rows, put: Callable[[Any, tuple[str, ...]], Any]) -> Rows:
+    """The rows with every array put somewhere by the names of its axes, see `jaxpref.sharding`.
+
+    Prompts lie along the mesh as rows of a batch do, and what is remembered of a head where the
+    head is.
+
+    Args:
+      rows: arrays, or their shapes.
+      put: from an array and the names to what takes its place.
+    """
+
+    def by(*names: str) -> Callable[[Any], Any]:
+        return lambda x: put(x, (*names, *("length",) * x.ndim)[: x.ndim])
+
+    whole = jax.tree.map(by("rows"), rows._replace(cache=rows.cache._replace(layers=())))
+    of_prompt, of_branch = by("rows", "kv_heads"), by("rows", "length", "kv_heads")
+    layers = tuple(
+        held._replace(
+            prompt_keys=of_prompt(held.prompt_keys),
+            prompt_values=of_prompt(held.prompt_values),
+            keys=of_branch(held.keys),
+            values=of_branch(held.values),
+        )
+        for held in rows.cache.layers
+    )
+    return whole._replace(cache=whole.cache._replace(layers=layers))
+
+
+def _in_place(rows: Rows) -> Rows:
+    """The same, each array where it belongs; of empty rooms XLA would give all to every device."""
+
+    def put(x: Array, names: tuple[str, ...]) -> Array:
+        spec = sharding.spec_of(names, x.shape)
+        return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+    return placed(rows, put)
 
 
 def done(rows: Rows) -> Bool[Array, "P K"]:
@@ -117,7 +156,8 @@ def begin(
         jnp.zeros(shape, jnp.int32),
         jnp.broadcast_to((lengths == 0)[:, None], shape),
     )
-    return _said(settings, jnp.broadcast_to(logits[:, None], (*shape, logits.shape[-1])), rows)
+    logits = jnp.broadcast_to(logits[:, None], (*shape, logits.shape[-1]))
+    return _in_place(_said(settings, logits, rows))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -148,7 +188,7 @@ def decode(
     def goes_on(rows: Rows) -> Array:
         return (_ended(rows) < groups) & (rows.cache.places.used < until)
 
-    return jax.lax.while_loop(goes_on, step, rows)
+    return _in_place(jax.lax.while_loop(goes_on, step, rows))
 
 
 @jax.jit
@@ -167,9 +207,16 @@ def widen(rows: Rows, slots: int) -> Rows:
     return rows._replace(cache=models.widened(rows.cache, slots))
 
 
+def own(rows: Rows) -> Any:
+    """What `widen` makes anew: that of the branches."""
+    held = [(layer.keys, layer.values) for layer in rows.cache.layers]
+    return held, rows.cache.places.own
+
+
 @partial(jax.jit, donate_argnums=0)
 def seat(rows: Rows, new: Rows, seats: Int[Array, " new"]) -> Rows:
     """Puts other prompts into the seats of those that are done."""
     used = rows.cache.places.used
     put = jax.tree.map(lambda old, x: old.at[seats].set(x) if x.ndim else old, rows, new)
-    return put._replace(cache=put.cache._replace(places=put.cache.places._replace(used=used)))
+    put = put._replace(cache=put.cache._replace(places=put.cache.places._replace(used=used)))
+    return _in_place(put)

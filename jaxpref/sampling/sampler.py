@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpref import models, sharding
@@ -57,6 +57,52 @@ class Generated(NamedTuple):
         ]
 
 
+class Seating(NamedTuple):
+    """Who sits where.
+
+    Attributes:
+      length: what prompts are padded to.
+      seats: prompts that are decoded together, empty seats among them.
+      refilled: seats that are filled again at a time; 0 where every prompt has one from the start.
+      rooms: tokens that a branch has room for, one room after the other.
+    """
+
+    length: int
+    seats: int
+    refilled: int
+    rooms: tuple[int, ...]
+
+
+class Call(NamedTuple):
+    """A program that sampling runs, see `Sampler.calls`.
+
+    Attributes:
+      name: of what it does.
+      function: jitted.
+      inputs: of it, those that are static among them; arrays are shapes with shardings.
+      weights: shapes of what `prepare` has given, which is there meanwhile; None before.
+      rows: the same of what is decoded; None before.
+      times: how often it is run.
+      trips: of its loop each time; None where it has none.
+      tokens: that go through the model each time, padding and empty seats among them.
+      scored: of them, those that meet the LM head.
+      length: of the prompts that it reads; 0 where it reads none.
+      copied: shapes of arrays that are there until its inputs are made of them.
+    """
+
+    name: str
+    function: Any
+    inputs: tuple[Any, ...]
+    weights: Any = None
+    rows: Any = None
+    times: int = 1
+    trips: int | None = None
+    tokens: int = 0
+    scored: int = 0
+    length: int = 0
+    copied: Any = ()
+
+
 @partial(jax.jit, static_argnums=(0, 1))
 def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
     """See `Sampler.prepare`."""
@@ -67,9 +113,13 @@ def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
     weights = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
     if mesh is None:
         return weights
+    return jax.lax.with_sharding_constraint(weights, _places(unrolled, mesh))
+
+
+def _places(unrolled: Decoder, mesh: Mesh) -> Any:
+    """Where decoding has each of the parameters."""
     boxed = jax.eval_shape(lambda: models.init_params(unrolled, jax.random.key(0), boxed=True))
-    places = sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
-    return jax.lax.with_sharding_constraint(weights, places)
+    return sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
 
 
 _rotary_table = jax.jit(models.rotary_table, static_argnums=0)
@@ -157,30 +207,40 @@ class Sampler:
         if len(prompts) != len(keys) or not len(prompts):
             raise ValueError(f"expected a key a prompt; got {len(keys)} for {len(prompts)}.")
         self._check(prompts)
-        longest = max(map(len, prompts))
-        if longest > (length := self._prompt_length):
-            length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
-        shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
-        at_once = min(self._at_once or len(prompts), len(prompts))
-        seats = -(-at_once // shards) * shards
-        table = self._table(length)
-        begin = partial(self._begin, weights, prompts, keys, length, table=table)
+        seating = self.seating(len(prompts), max(map(len, prompts)))
+        table = self._table(seating.length)
+        begin = partial(self._begin, weights, prompts, keys, seating.length, table=table)
         decoded = partial(self._decoded, weights, table, stopping)
-        slots = _room(self.settings.max_new_tokens - 1)
-        if seats < len(prompts):
-            yield from self._in_turn(begin, decoded, len(prompts), seats, slots)
+        if seating.refilled:
+            yield from self._in_turn(begin, decoded, len(prompts), seating)
             return
-        # Rooms grow, so that the first tokens are not paid for by reading empty slots.
-        first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
-        sizes = tuple(sorted({first, max(_room(slots // 2), first), slots}))
+        seats, (first, *larger) = seating.seats, seating.rooms
         with self._in_mesh():
-            rows, ended = decoded(begin(range(len(prompts)), seats, sizes[0]), seats, sizes[0])
-            for size in sizes[1:]:
+            rows, ended = decoded(begin(range(len(prompts)), seats, first), seats, first)
+            for size in larger:
                 if ended < seats:
                     # Bound to the same name, so that the room before is free while it decodes.
                     rows = decode.widen(rows, size)
                     rows, ended = decoded(rows, seats, size)
         yield list(range(len(prompts))), _fetched(rows, range(len(prompts)))
+
+    def seating(self, prompts: int, longest: int) -> Seating:
+        """Who sits where, of so many prompts, the longest of which has so many tokens."""
+        if longest > (length := self._prompt_length):
+            length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+        shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
+        at_once = min(self._at_once or prompts, prompts)
+        seats = -(-at_once // shards) * shards
+        slots = _room(self.settings.max_new_tokens - 1)
+        if seats < prompts:
+            # A quarter of the seats is filled at a time: to read one prompt costs nearly as much
+            # as to read several, and to wait until all are done would leave seats idle.
+            refilled = -(-max(seats // 4, 1) // shards) * shards
+            return Seating(length, seats, refilled, (slots,))
+        # Rooms grow, so that the first tokens are not paid for by reading empty slots.
+        first = min(_room(max(slots // 4, _FIRST_SLOTS)), slots)
+        rooms = tuple(sorted({first, max(_room(slots // 2), first), slots}))
+        return Seating(length, seats, 0, rooms)
 
     def _in_mesh(self) -> AbstractContextManager[None]:
         if self._mesh is None:
@@ -211,14 +271,10 @@ class Sampler:
         begin: Callable[..., Rows],
         decoded: Callable[..., tuple[Rows, int]],
         prompts: int,
-        seats: int,
-        slots: int,
+        seating: Seating,
     ) -> Iterator[tuple[list[int], Generated]]:
         """More prompts than seats: those that are done make room for those that wait."""
-        # A quarter of the seats is filled at a time: to read one prompt costs nearly as much as
-        # to read several, and to wait until all are done would leave seats idle.
-        shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
-        few = -(-max(seats // 4, 1) // shards) * shards
+        seats, few, (slots,) = seating.seats, seating.refilled, seating.rooms
         waiting = deque(range(seats, prompts))
         sitting: list[int | None] = list(range(seats))
         with self._in_mesh():
@@ -291,11 +347,99 @@ class Sampler:
 
     def _table(self, length: int) -> models.Angles | None:
         """The rotary angles of a prompt of `length` tokens and its responses."""
-        positions = np.arange(length + self.settings.max_new_tokens)[None]
-        table = _rotary_table(self._model.config, positions)
+        table = self._angles(length)
         if self._mesh is None:
             return table
         return jax.tree.map(partial(sharding.put_whole, self._mesh), table)
+
+    def _angles(self, length: int) -> models.Angles | None:
+        positions = np.arange(length + self.settings.max_new_tokens)[None]
+        return _rotary_table(self._model.config, positions)
+
+    def calls(self, params: Any, prompts: int, longest: int) -> tuple[Call, ...]:
+        """What sampling compiles and runs if no response ends early; nothing is computed.
+
+        Rooms that grow are here the largest one from the first token on, and the loop runs to its
+        end, which a run leaves now and then to ask whether to stop.
+
+        Args:
+          params: shapes and shardings of the parameters, as `prepare` takes them.
+          prompts: how many there are.
+          longest: tokens of the longest one.
+        """
+        with self._in_mesh():
+            return tuple(self._calls(params, self.seating(prompts, longest), prompts))
+
+    def _calls(self, params: Any, seating: Seating, prompts: int) -> Iterator[Call]:
+        length, seats, few, rooms = seating
+        settings, new = self.settings, self.settings.max_new_tokens - 1
+        weights = self._abstract_weights(params)
+        table = jax.tree.map(self._abstract, jax.eval_shape(partial(self._angles, length)))
+
+        def given(seats: int) -> tuple[Any, ...]:
+            return weights, *self._abstract_prompts(length, seats), table
+
+        def read(name: str, seats: int, room: int, **more: Any) -> Call:
+            inputs, tokens = (self._model, settings, room, *given(seats)), seats * length
+            of_prompts = {"tokens": tokens, "scored": seats, "length": length, **more}
+            return Call(name, decode.begin, inputs, weights, **of_prompts)
+
+        in_rooms = [self._abstract_rows(room, given(seats)) for room in rooms]
+        rows = in_rooms[-1]
+        yield Call("prepare", _prepared, (self._given, self._mesh, params))
+        yield read("read", seats, rooms[0])
+        rounds, waiting = 1, prompts - seats
+        if few:
+            yield read("read more", few, rooms[-1], rows=rows, times=-(-waiting // few))
+            # All end together, and seats are filled again only so many at a time.
+            rounds += -(-waiting // (seats // few * few))
+        if new:
+            bound = jax.ShapeDtypeStruct((), jnp.int32)
+            said = seats * settings.samples * new
+            yield Call(
+                "decode",
+                decode.decode,
+                (self._model, settings, weights, rows, bound, bound, table),
+                weights,
+                rows,
+                times=rounds,
+                trips=new,
+                tokens=said,
+                scored=said,
+                copied=decode.own(in_rooms[-2]) if rooms[1:] else (),
+            )
+
+    def _abstract_weights(self, params: Any) -> Any:
+        """What `prepare` gives."""
+        shapes = jax.eval_shape(partial(_prepared, self._given, self._mesh), params)
+        if self._mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            _places(self._model, self._mesh),
+        )
+
+    def _abstract_prompts(self, length: int, seats: int) -> tuple[Any, ...]:
+        """Tokens, lengths and keys as `_begin` puts them on the devices."""
+        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((seats, length), np.int32)
+        lengths = jax.ShapeDtypeStruct((seats,), np.int32)
+        keys = jax.ShapeDtypeStruct((seats, *data.shape), data.dtype)
+        return tuple(self._abstract(x, "rows") for x in (tokens, lengths, keys))
+
+    def _abstract_rows(self, room: int, given: tuple[Any, ...]) -> Rows:
+        """What is decoded in a room of so many tokens."""
+        rows = jax.eval_shape(partial(decode.begin, self._model, self.settings, room), *given)
+        return decode.placed(rows, lambda x, names: self._abstract(x, *names))
+
+    def _abstract(self, x: Any, *names: str) -> jax.ShapeDtypeStruct:
+        """A shape in its place, by the logical names of its first axes; others are whole."""
+        if self._mesh is None:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype)
+        spec = sharding.spec_of([*names, *["length"] * x.ndim][: x.ndim], x.shape)
+        place = NamedSharding(self._mesh, spec or PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def _room(tokens: int) -> int:
