@@ -1,5 +1,6 @@
 """Plans: what a compiled program's text says, and that a plan has what a run compiles."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,10 +19,11 @@ from test_train import small
 from jaxpref import sharding, train
 from jaxpref.errors import UserError
 from jaxpref.plan import hlo, machines
-from jaxpref.plan.estimate import TooLargeError, estimate
+from jaxpref.plan.estimate import TooLargeError, _attention, estimate
 from jaxpref.plan.programs import bytes_of, plan_run
 from jaxpref.plan.report import Report
 from jaxpref.plan.search import alternatives
+from jaxpref.sampling import decode, sampler
 from jaxpref.train import layout
 
 ROOT = Path(__file__).parent.parent
@@ -211,11 +213,70 @@ def test_of_what_is_sliced_the_slice_moves():
     assert 30 * row <= found <= 60 * row
 
 
+def test_of_a_table_what_is_looked_up_moves():
+    def steps(table, places):
+        return table[places.astype(int)] * 2
+
+    rows, width = 100_000, 64
+    found = compiled(steps, (rows, width), (8,)).moved()
+    assert 2 * 4 * 8 * width <= found < 4 * rows * width / 100
+
+
+# As the compiler for TPUs writes attention: a kernel that is called for one row after another.
+KERNEL = """
+%body (p: (s32[], bf16[4,32,128])) -> (s32[], bf16[4,32,128]) {
+  %p = (s32[], bf16[4,32,128]{2,1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x = bf16[4,32,128]{2,1,0} get-tuple-element(%p), index=1
+  %y = bf16[4,32,128]{2,1,0} custom-call(%x), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(f)/splash_mha_fwd/pallas_call"}
+  ROOT %t = (s32[], bf16[4,32,128]{2,1,0}) tuple(%n, %y)
+}
+
+%cond (p: (s32[], bf16[4,32,128])) -> pred[] {
+  %p = (s32[], bf16[4,32,128]{2,1,0}) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+
+ENTRY %main (x: (s32[], bf16[4,32,128])) -> (s32[], bf16[4,32,128]) {
+  %x = (s32[], bf16[4,32,128]{2,1,0}) parameter(0)
+  ROOT %w = (s32[], bf16[4,32,128]{2,1,0}) while(%x), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_attention_of_a_kernel_is_that_of_its_rows(found):
+    """Three rows of 32 tokens with 4 heads of 128: scores and sums for all pairs."""
+    program = found.planned.programs[0]
+    program = program._replace(work=program.work._replace(length=32))
+    config = dataclasses.replace(found.planned.decoder.config, heads=4, head_dim=128)
+    operations = _attention(hlo.Program(KERNEL), config, program, found.planned.layout.mesh)
+    assert operations == 3 * 2 * 2 * (32 * 33 / 2) * 4 * 128
+
+
 def shapes_of(tree):
-    leaves = jax.tree.leaves_with_path(tree)
+    """Shapes, dtypes and places of arrays by their paths; what is no array as it is."""
     return {
-        jax.tree_util.keystr(path): (x.shape, jnp.dtype(x.dtype), x.sharding) for path, x in leaves
+        jax.tree_util.keystr(path): (x.shape, x.dtype, x.sharding) if hasattr(x, "dtype") else x
+        for path, x in jax.tree.leaves_with_path(tree)
     }
+
+
+def assert_same_inputs(ours, theirs):
+    """Those of a plan are those of a run."""
+    assert ours.keys() == theirs.keys()
+    for where, given in theirs.items():
+        if not isinstance(given, tuple):
+            assert ours[where] == given, where
+            continue
+        shape, dtype, place = given
+        assert ours[where][:2] == (shape, dtype), where
+        if ours[where][2] is None:
+            # Numbers that JAX puts where they are needed.
+            assert place.is_fully_replicated, where
+        else:
+            assert ours[where][2].is_equivalent_to(place, len(shape)), where
 
 
 METHODS = [
@@ -265,12 +326,130 @@ def test_a_plan_has_the_very_updates_that_a_run_compiles(method, changes, tmp_pa
     for role, inputs in given.items():
         name = "update" if role == "policy" else "critic's update"
         (program,) = (p for p in planned.programs if p.name == name)
-        ours = shapes_of(program.inputs)
-        assert ours.keys() == inputs.keys()
-        for where, (shape, dtype, place) in inputs.items():
-            assert ours[where][:2] == (shape, dtype), where
-            assert ours[where][2].is_equivalent_to(place, len(shape)), where
+        assert_same_inputs(shapes_of(program.inputs), inputs)
     assert 0 < planned.fill <= 1
+
+
+SAMPLED = [
+    # Rooms of 32 and of 48 tokens.
+    ("grpo", (2, 2, 1), {"sampling__samples": 2, "sampling__max_new_tokens": 48}),
+    # A greedy sample beside the others, and adapters that are merged.
+    pytest.param(
+        *("remax", (1, 2, 2), {"model__lora__rank": 2, "model__frozen_dtype": "nf4"}),
+        marks=pytest.mark.long,
+    ),
+    # Four seats for eight prompts, of which two are filled again at a time.
+    ("rloo", (2, 1, 2), {"sampling__samples": 2, "sampling__at_once": 4}),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes", "changes"), SAMPLED, ids=["rooms", "greedy", "in turn"]
+)
+def test_a_plan_has_the_very_sampling_that_a_run_compiles(
+    method, sizes, changes, tmp_path, monkeypatch
+):
+    changes = {"reward__function": REWARD, "sampling__max_new_tokens": 16, **changes}
+    changes |= {f"mesh__{axis}": size for axis, size in zip(sharding.AXES, sizes, strict=True)}
+    config = small(method, train__steps=1, train__eval_every=0, **changes)
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[:4])
+    given = []
+
+    def noted(name, function):
+        def call(*inputs):
+            given.append((name, shapes_of(inputs)))
+            return function(*inputs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "make_mesh", lambda **sizes: mesh)
+        for module, name in ((sampler, "_prepared"), (decode, "begin"), (decode, "decode")):
+            patched.setattr(module, name, noted(name, getattr(module, name)))
+        train.run(config, tmp_path)
+    # Evaluations before the step and after it sample, too, one response to each prompt.
+    starts = [i for i, (name, _) in enumerate(given) if name == "_prepared"]
+    assert len(starts) == 3
+    given = given[starts[1] : starts[2]]
+    begun = [inputs for name, inputs in given if name == "begin"]
+    decoded = [inputs for name, inputs in given if name == "decode"]
+    # A run pads prompts to the longest one that it has.
+    config.data.max_prompt_length = begun[0]["[4]"][0][1]
+    planned = plan_run(config, mesh)
+    programs = {p.name: p for p in planned.programs if p.name in planned.sampling}
+    assert planned.sampled == 8 * (config.sampling.samples + (method == "remax")) * (
+        config.sampling.max_new_tokens
+    )
+    assert_same_inputs(shapes_of(programs["prepare"].inputs), given[0][1])
+    assert_same_inputs(shapes_of(programs["read"].inputs), begun[0])
+    assert_same_inputs(shapes_of(programs["decode"].inputs), decoded[-1])
+    assert ("read more" in programs) == ("sampling__at_once" in changes)
+    for inputs in begun[1:]:
+        assert_same_inputs(shapes_of(programs["read more"].inputs), inputs)
+    if "read more" in programs:
+        assert programs["read more"].calls == len(begun) - 1
+
+
+CHIP = machines.Chip("tiny", 1e9, 1e9, 1e9, 1e6)
+
+
+def test_what_decoding_takes():
+    """Operations of every token, counted by hand, and what is held beside the parameters."""
+    width, layers, heads, head_dim, wide, vocabulary = 64, 2, 4, 16, 128, 512
+    shape = {"width": width, "layers": layers, "heads": heads, "kv_heads": heads}
+    shape |= {"head_dim": head_dim, "feed_forward": wide, "vocabulary_size": vocabulary}
+    shape = {f"model__{name}": size for name, size in shape.items()}
+    new, samples, prompts = 48, 4, 8
+    config = small(
+        "grpo",
+        **shape,
+        reward__function=REWARD,
+        sampling__samples=samples,
+        sampling__max_new_tokens=new,
+        data__max_length=256,
+    )
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    planned = plan_run(config, mesh)
+    found = tuple(estimate(planned, program, mesh, CHIP) for program in planned.programs)
+    report = Report(planned, found, CHIP, 1)
+    prepare, read, decoding, look, update = found
+    assert planned.sampling == ("prepare", "read", "decode")
+    assert planned.sampled == prompts * samples * new
+    # The first token is said after the prompt, the last one is not read.
+    trips, branches = new - 1, prompts * samples
+    assert decoding.tokens == trips * branches
+    weights = layers * (4 * width * heads * head_dim + 3 * width * wide) + width * vocabulary
+    assert decoding.useful == 2 * weights * trips * branches
+    # Scores and sums with the keys of the prompt, of the room, and of the token itself.
+    pairs = config.data.max_prompt_length + new + 1
+    attention = layers * 2 * 2 * pairs * heads * head_dim * trips * branches
+    assert decoding.operations == pytest.approx(decoding.useful + attention, rel=0.01)
+    assert read.tokens == prompts * config.data.max_prompt_length
+    assert read.useful == pytest.approx(
+        2 * (weights - width * vocabulary) * read.tokens + 2 * width * vocabulary * prompts
+    )
+    assert prepare.useful == 0
+    # Keys and values of the prompts, and of the branches.
+    cached = layers * 2 * heads * head_dim * 4
+    cached *= prompts * (config.data.max_prompt_length + samples * new)
+    assert decoding.held["cache"] == pytest.approx(cached, rel=0.05)
+    assert decoding.held["copy of the policy"] == decoding.held["policy"]
+    assert "cache" not in update.held
+    assert "copy of the policy" not in look.held
+    # The room of 32 tokens is there until that of 48 is.
+    copied = layers * 2 * heads * head_dim * 4 * branches * 32
+    assert decoding.peak > sum(decoding.held.values()) + copied
+    assert report.sampling_seconds == sum(
+        max(e.seconds.values()) for e in (prepare, read, decoding)
+    )
+    assert report.seconds > report.sampling_seconds
+    told = json.loads(json.dumps(report.as_dict()))
+    assert told["sampled_tokens"] == planned.sampled
+    assert "a step takes" in report.sentences()[1]
+    assert "if no response ends early" in report.sentences()[1]
+    assert f"the longest prompts and {planned.sampled:,} tokens" in report.sentences()[2]
+    assert f"{update.tokens:,} tokens an update" in report.sentences()[0]
+    assert report.table().row_count
 
 
 @pytest.fixture(scope="module")
@@ -279,14 +458,14 @@ def found():
     config = small(mesh__data=2, mesh__fsdp=4, data__row_length=128)
     mesh = sharding.make_mesh(2, 4, 1, devices=jax.devices()[:8])
     planned = plan_run(config, mesh, rows=2)
-    chip = machines.Chip("tiny", 1e9, 1e9, 1e9, 1e6)
-    return Report(planned, (estimate(planned, planned.programs[0], mesh, chip),), chip, 8)
+    return Report(planned, (estimate(planned, planned.programs[0], mesh, CHIP),), CHIP, 8)
 
 
 def test_full_rows_in_place_of_the_data(found):
     (program,) = found.planned.programs
-    assert program.batch.tokens.shape == (1, 16, 128)
-    assert program.batch.lengths.shape == (1, 8, 2)
+    batch = program.inputs[-1]
+    assert batch.tokens.shape == (1, 16, 128)
+    assert batch.lengths.shape == (1, 8, 2)
     assert found.estimates[0].tokens == 2048
 
 
@@ -392,13 +571,13 @@ def test_the_command(tmp_path):
     assert "--topology is missing" in missing.stderr
 
 
-# It makes the state, compiles, and measures what the process takes on top while an update runs.
+# Each makes the inputs, compiles, and measures what the process takes on top while programs run.
 MEASURE = """
-import dataclasses, sys
-import jax, jax.numpy as jnp, numpy as np
-from jaxpref import config as config_lib, sharding
+import jax, jax.numpy as jnp
+from jaxpref import sharding
 from jaxpref.plan.estimate import estimate
 from jaxpref.plan.programs import plan_run
+from jaxpref.sampling import decode
 from test_train import small
 
 def status(name):
@@ -406,30 +585,70 @@ def status(name):
         if line.startswith(name):
             return 1024 * int(line.split()[1])
 
-config = small(model__width=256, model__layers=4, model__feed_forward=1024, model__heads=4,
-               model__kv_heads=4, model__head_dim=64, data__row_length=512, data__max_length=512,
-               model__vocabulary_size=8192, model__remat="none")
+def measured(function):
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    jax.block_until_ready(function())
+    return status("VmHWM") - before
+
+def zeros(tree):
+    values = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    places = jax.tree.map(lambda x: x.sharding, tree)
+    return jax.block_until_ready(jax.device_put(values, places))
+
+def executable(program):
+    with sharding.use(mesh, program.rules):
+        return program.function.lower(*program.inputs).compile()
+
+shape = dict(model__width=256, model__layers=4, model__feed_forward=1024, model__heads=4,
+             model__kv_heads=4, model__head_dim=64, model__vocabulary_size=8192,
+             data__max_length=512)
 mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+"""
+
+UPDATE = """
+config = small(**shape, data__row_length=512, model__remat="none")
 planned = plan_run(config, mesh, rows=16)
 (program,) = planned.programs
 found = estimate(planned, program, mesh, None)
-inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.inputs)
-with sharding.use(mesh):
-    executable = program.function.lower(*program.inputs).compile()
-inputs = jax.device_put(inputs, jax.tree.map(lambda x: x.sharding, program.inputs))
-jax.block_until_ready(inputs)
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-jax.block_until_ready(executable(*inputs))
-print(status("VmHWM") - before, found.peak - sum(found.held.values()))
+update, inputs = executable(program), zeros(program.inputs)
+print(measured(lambda: update(*inputs)), found.peak - sum(found.held.values()))
+"""
+
+# The copy of the parameters, the prompts in the first room, and decoding in the larger one.
+SAMPLING = """
+config = small("grpo", **shape, reward__function="test_plan:reward", sampling__samples=8,
+               sampling__max_new_tokens=64, data__batch_size=32, data__synthetic_pairs=120)
+planned = plan_run(config, mesh)
+programs = {program.name: program for program in planned.programs}
+sampling = [programs[name] for name in planned.sampling]
+found = [estimate(planned, program, mesh, None) for program in sampling]
+prepare, read, loop = map(executable, sampling)
+params = zeros(sampling[0].inputs[2])
+prompts, table = zeros(sampling[1].inputs[4:7]), zeros(sampling[1].inputs[7])
+room = jax.tree.leaves(sampling[-1].inputs[3].cache.places.own)[0].shape[-1]
+bound = jnp.asarray(64, jnp.int32)
+
+def sampled():
+    weights = prepare(params)
+    rows = read(weights, *prompts, table)
+    assert rows.cache.places.own.shape[-1] < room
+    # Accelerators take room when they are asked to compute, CPUs when they do.
+    rows = jax.block_until_ready(decode.widen(rows, room))
+    # There are fewer prompts than the first bound, so that the loop runs up to the second.
+    return loop(weights, rows, bound, bound, table)
+
+beside = sum(size for name, size in found[0].held.items())
+print(measured(sampled), max(each.peak for each in found) - beside)
 """
 
 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads what Linux says of a process")
-def test_the_memory_of_a_plan_is_what_an_update_takes():
+@pytest.mark.parametrize("measured", [UPDATE, SAMPLING], ids=["update", "sampling"])
+def test_the_memory_of_a_plan_is_what_a_run_takes(measured):
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE],
+        [sys.executable, "-c", MEASURE + measured],
         cwd=ROOT / "tests",
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -15,6 +15,7 @@ from jaxpref.experience.parts import (
     SamplingParts,
     budget_of,
     make_look,
+    make_sampler,
 )
 from jaxpref.experience.rollouts import Rollouts, abstract_batch
 from jaxpref.experience.win_rate import AgainstReference
@@ -35,5 +36,6 @@ __all__ = [
     "abstract_batch",
     "budget_of",
     "make_look",
+    "make_sampler",
     "offline",
 ]

@@ -92,34 +92,15 @@ class SamplingParts:
     def sampler(
         self, decoder: Decoder, prompt_length: int, *, greedy: bool, samples: int
     ) -> Sampler:
-        """Samples from a model as the config says.
-
-        Args:
-          decoder: the model.
-          prompt_length: of the longest prompt.
-          greedy: whether the most probable response comes after the samples.
-          samples: responses to each prompt.
-        """
-        knobs = self.config.sampling
-        # Methods on data have not all of these knobs, and then their defaults.
-        truncated = {name: knobs[name] for name in ("top_k", "top_p", "min_p") if name in knobs}
-        cache_dtype = knobs.get("cache_dtype", "auto")
-        stops = dict.fromkeys([*data_lib.stop_ids(self.tokenizer), *knobs.stop_token_ids])
-        temperatures = (float(knobs.temperature),) * samples
-        settings = Sampling(
-            samples=samples + greedy,
-            max_new_tokens=config_lib.max_new_tokens(self.config),
-            stops=tuple(stops),
-            temperature=(*temperatures, 0.0) if greedy else temperatures,
-            **truncated,
-            cache_dtype=None if cache_dtype == "auto" else cache_dtype,
-        )
-        return Sampler(
+        """Samples from a model as the config says, see `make_sampler`."""
+        return make_sampler(
+            self.config,
+            self.tokenizer,
+            self.mesh,
             decoder,
-            settings,
-            mesh=self.mesh,
-            at_once=knobs.get("at_once", 0),
-            prompt_length=prompt_length,
+            prompt_length,
+            greedy=greedy,
+            samples=samples,
         )
 
 
@@ -138,6 +119,45 @@ class Parts(SamplingParts):
     critic: Model | None
     critic_frozen: Any
     rewards: Rewards
+
+
+def make_sampler(
+    config: ConfigDict,
+    tokenizer: Any,
+    mesh: Mesh,
+    decoder: Decoder,
+    prompt_length: int,
+    *,
+    greedy: bool,
+    samples: int,
+) -> Sampler:
+    """Samples from a model as the config says.
+
+    Args:
+      config: a checked config.
+      tokenizer: of the policy, whose responses end with what it says.
+      mesh: over which prompts are split.
+      decoder: the model.
+      prompt_length: of the longest prompt.
+      greedy: whether the most probable response comes after the samples.
+      samples: responses to each prompt.
+    """
+    knobs = config.sampling
+    # Methods on data have not all of these knobs, and then their defaults.
+    truncated = {name: knobs[name] for name in ("top_k", "top_p", "min_p") if name in knobs}
+    cache_dtype = knobs.get("cache_dtype", "auto")
+    stops = dict.fromkeys([*data_lib.stop_ids(tokenizer), *knobs.stop_token_ids])
+    temperatures = (float(knobs.temperature),) * samples
+    settings = Sampling(
+        samples=samples + greedy,
+        max_new_tokens=config_lib.max_new_tokens(config),
+        stops=tuple(stops),
+        temperature=(*temperatures, 0.0) if greedy else temperatures,
+        **truncated,
+        cache_dtype=None if cache_dtype == "auto" else cache_dtype,
+    )
+    at_once = knobs.get("at_once", 0)
+    return Sampler(decoder, settings, mesh=mesh, at_once=at_once, prompt_length=prompt_length)
 
 
 def say(

@@ -5,8 +5,8 @@
 
 It compiles what `python -m jaxpref.main` would run with the same config, for a slice of Cloud TPUs
 (with `pip install 'jaxpref[tpu]'`; v5p:4x4x4, v5e:16x16 and others), for CPUs (cpu:8), or for the
-GPUs that are here (gpu). Nothing is allocated, and no weights are read. It ends with status 1 if
-the run does not fit.
+GPUs that are here (gpu). Of a method that samples this is sampling, too, as if no response ended
+early. Nothing is allocated, and no weights are read. It ends with status 1 if the run does not fit.
 """
 
 import json

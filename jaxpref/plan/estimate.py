@@ -1,6 +1,5 @@
 """What a compiled program takes of a machine, and about how long."""
 
-import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ class Estimate(NamedTuple):
         that are computed again, and without attention.
       exchanged: bytes received from other devices, by the kind of exchange.
       moved: bytes between the chip and its memory, about.
-      tokens: of the batch, over all devices, padding among them.
+      tokens: that go through a model, over all devices, padding among them.
       seconds: the least that operations, memory and links take; {} for a chip that is not known.
     """
 
@@ -77,7 +76,7 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
       TooLargeError: the compiler finds no room for it.
     """
     began = time.monotonic()
-    with sharding.use(mesh):
+    with sharding.use(mesh, program.rules):
         lowered = program.function.lower(*program.inputs)
     try:
         compiled = lowered.compile()
@@ -87,13 +86,12 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
             raise
         raise TooLargeError(program.name, needed) from error
     compiling = time.monotonic() - began
-    read = hlo.Program(compiled.as_text(), program.micro_batches)
+    read = hlo.Program(compiled.as_text(), program.work.trips)
     exchanged: dict[str, float] = {}
     for found in read.collectives():
         exchanged[found.kind] = exchanged.get(found.kind, 0.0) + found.received
     held = {name: bytes_of(tree) for name, tree in program.held.items()}
     operations = read.operations() + _attention(read, planned.decoder.config, program, mesh)
-    tokens = program.micro_batches * math.prod(program.batch.tokens.shape[1:])
     moved = read.moved()
     seconds = {}
     if chip is not None:
@@ -107,12 +105,15 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
         calls=program.calls,
         compiling=compiling,
         held={name: size for name, size in held.items() if size},
-        peak=_peak(compiled, program, sum(held.values())),
+        peak=max(
+            _peak(compiled, program, sum(held.values())),
+            sum(held.values()) + bytes_of(program.copied),
+        ),
         operations=operations,
         useful=_useful(program) / mesh.size,
         exchanged={kind: size for kind, size in exchanged.items() if size},
         moved=moved,
-        tokens=tokens,
+        tokens=program.work.tokens,
         seconds=seconds,
     )
 
@@ -144,22 +145,18 @@ def _peak(compiled: Any, program: Program, held: int) -> int:
 
 def _attention(read: hlo.Program, config: DecoderConfig, program: Program, mesh: Mesh) -> float:
     """Operations of the attention kernels, which are no part of what the compiler shows."""
-    rows, length = program.batch.tokens.shape[1:]
     heads = config.heads // (
         mesh.shape["tensor"] if config.heads % mesh.shape["tensor"] == 0 else 1
     )
-    pairs = rows / sharding.batch_shards(mesh) * length * (length + 1) / 2
+    # A call of a kernel is one row; a loop is around it where a device has several.
+    pairs = program.work.length * (program.work.length + 1) / 2
     products = sum(count * read.kernels(name) for name, count in _KERNELS.items())
     return products * 2 * pairs * heads * config.head_dim
 
 
 def _useful(program: Program) -> float:
-    """Operations that the tokens of a batch need at least, over all devices."""
-    tokens, scored = (
-        program.micro_batches * math.prod(x.shape[1:])
-        for x in (program.batch.tokens, program.batch.target)
-    )
-    total = 0.0
+    """Operations that the tokens of a call need at least, over all devices."""
+    total, work = 0.0, program.work
     for params, trained in program.passes:
         for path, leaf in jax.tree.leaves_with_path(params):
             name = path_of(path)
@@ -169,5 +166,5 @@ def _useful(program: Program) -> float:
             table = name in ("embedding", "head", "score")
             if name == "embedding" and ("head" in params or "score" in params):
                 continue
-            total += (6 if trained else 2) * leaf.size * (scored if table else tokens)
+            total += (6 if trained else 2) * leaf.size * (work.scored if table else work.tokens)
     return total

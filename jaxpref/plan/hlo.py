@@ -35,6 +35,9 @@ _COLLECTIVES = {
 }
 
 
+# What reads a part of its first operand.
+_SLICES = ("dynamic-slice", "gather")
+
 # What moves nothing by itself.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
@@ -193,7 +196,7 @@ class Program:
         """Bytes that a device reads from its memory and writes to it, about.
 
         Each instruction reads its operands and writes its result, but for what is kept on the chip,
-        and of an array that is only sliced or written in part that part.
+        and of an array that is only sliced, looked up or written in part that part.
         """
         return float(
             sum(
@@ -213,8 +216,8 @@ class Program:
         if instruction.opcode.endswith("-start"):
             # What goes on while others compute gives what it was given, too.
             return max(written, sum(read))
-        if instruction.opcode == "dynamic-slice":
-            return 2 * written
+        if instruction.opcode in _SLICES:
+            return 2 * written + sum(read[1:])
         if instruction.opcode == "dynamic-update-slice":
             return 2 * read[1]
         called = instruction.called("calls") if instruction.opcode == "fusion" else None
@@ -226,7 +229,7 @@ class Program:
             users = [x for x in body.values() if name in x.operands]
             if number >= len(read) or not users:
                 continue
-            if all(x.opcode == "dynamic-slice" and x.operands[0] == name for x in users):
+            if all(x.opcode in _SLICES and x.operands[0] == name for x in users):
                 read[number] = min(read[number], sum(_in_memory(x.shape) for x in users))
             elif all(x.opcode == "dynamic-update-slice" and x.operands[0] == name for x in users):
                 # It is written in place: only what is new moves.

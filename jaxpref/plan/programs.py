@@ -34,19 +34,36 @@ _NOWHERE = Path("there is no workdir")
 _ASKED = ("live", "adapter", "synced")
 
 
+class Work(NamedTuple):
+    """What a call of a program computes with, over all devices.
+
+    Attributes:
+      tokens: that go through a model, padding among them.
+      scored: of them, those that meet the LM head, or may.
+      length: of the rows that they lie in; 0 where there are none.
+      trips: of the loop that is told when to end, each with its share of the tokens; None for none.
+    """
+
+    tokens: int
+    scored: int
+    length: int
+    trips: int | None
+
+
 class Program(NamedTuple):
     """A function that a run compiles.
 
     Attributes:
       name: of the function.
       function: jitted.
-      inputs: of it, as shapes with shardings.
+      inputs: of it, as shapes with shardings; static ones among them.
       held: what devices hold while it is run, by what that is: shapes, too.
       calls: how often a step calls it.
-      batch: one of its inputs.
-      micro_batches: how many of the batch's hold anything.
+      work: what a call computes with.
       passes: times that a token goes forward through a model, with its parameters (shapes), and
         twice as often backward if that is trained: (parameters, trained).
+      rules: under which it is traced.
+      copied: what devices hold, too, until its inputs are made of that: shapes.
     """
 
     name: str
@@ -54,9 +71,10 @@ class Program(NamedTuple):
     inputs: tuple[Any, ...]
     held: Mapping[str, Any]
     calls: int
-    batch: PackedBatch
-    micro_batches: int
+    work: Work
     passes: tuple[tuple[Any, bool], ...]
+    rules: sharding.Rules = sharding.RULES
+    copied: Any = ()
 
 
 class Planned(NamedTuple):
@@ -68,6 +86,8 @@ class Planned(NamedTuple):
       examples: of a step, such as pairs; 0 where rows are full of nothing.
       fill: share of the batch's tokens that are no padding.
       data: what the batch was made from.
+      sampling: names of those of the programs that sample.
+      sampled: tokens that a step samples, if no response ends early.
     """
 
     layout: Layout
@@ -75,6 +95,8 @@ class Planned(NamedTuple):
     examples: int
     fill: float
     data: str
+    sampling: tuple[str, ...] = ()
+    sampled: int = 0
 
     @property
     def decoder(self) -> Decoder:
@@ -130,7 +152,7 @@ def plan_run(config: ConfigDict, mesh: Mesh, rows: int = 0) -> Planned:
     inputs = (layout.state, stored, held, batch)
     count, fill = (1, 1.0) if rows else _filled(given)
     held_then = {**shares, "batch": batch}
-    program = Program("update", update, inputs, held_then, 1, batch, count, passes)
+    program = Program("update", update, inputs, held_then, 1, _work(batch, count), passes)
     what = f"{rows} full row{'s' * (rows > 1)} a device" if rows else "the first batch of the data"
     examples = 0 if rows else config.data.batch_size
     return Planned(layout, (program,), examples, fill, what)
@@ -181,7 +203,7 @@ def _as_given(config: ConfigDict, batch: PackedBatch, mesh: Mesh, rows: int) -> 
 def _online(
     layout: Layout, mode: Any, held: Any, stored: Any, shares: dict[str, Any], rows: int
 ) -> Planned:
-    """A run on what the policy samples: what looks at responses, and the updates."""
+    """A run on what the policy samples: what samples, what looks at responses, the updates."""
     config, mesh, online = layout.config, layout.mesh, layout.online
     assert online is not None
     critic = layout.critic
@@ -204,25 +226,66 @@ def _online(
     if config.reference.mode in _ASKED:
         read = ((own if mode.moves else merge(stored, own), False),)
     updates, (count, fill) = online.epochs * online.minibatches, _filled(packed)
-    programs = []
+    work = _work(plain, count)
+    sampling, sampled = _sampling(layout, whole, shares)
+    programs = [*sampling]
     if online.learned is not None:
         passes = ((whole, False), *read, *(((asked.critic, False),) if critic else ()))
         of_look = {**shares, "batch": plain}
         calls = online.minibatches
-        programs.append(Program("look", look, (asked, plain), of_look, calls, plain, count, passes))
+        programs.append(Program("look", look, (asked, plain), of_look, calls, work, passes))
     of_updates = {**shares, "batch": batch}
     inputs = (layout.state, stored, held, batch)
     passes = ((whole, True), *(read if layout.algorithm.reference_logps is not None else ()))
     update = layout.policy_update(mode)
-    programs.append(Program("update", update, inputs, of_updates, updates, batch, count, passes))
+    programs.append(Program("update", update, inputs, of_updates, updates, work, passes))
     if (of_critic := layout.critic_update()) is not None:
         inputs = (layout.state, critic_frozen, {}, batch)
         passes = ((asked.critic, True),)
         programs.append(
-            Program("critic's update", of_critic, inputs, of_updates, updates, batch, count, passes)
+            Program("critic's update", of_critic, inputs, of_updates, updates, work, passes)
         )
     examples = config.data.batch_size * config.sampling.samples
-    return Planned(layout, tuple(programs), examples, fill, "the longest prompts and responses")
+    what, named = "the longest prompts and responses", tuple(program.name for program in sampling)
+    return Planned(layout, tuple(programs), examples, fill, what, named, sampled)
+
+
+def _sampling(layout: Layout, policy: Any, shares: dict[str, Any]) -> tuple[list[Program], int]:
+    """What samples for the longest prompts until no response may be longer, and how many tokens.
+
+    Args:
+      layout: of the run.
+      policy: shapes of all of its parameters.
+      shares: what devices hold at all times.
+    """
+    config, online = layout.config, layout.online
+    assert online is not None
+    longest = config.data.max_prompt_length
+    sampler = experience.make_sampler(
+        config,
+        layout.opened.tokenizer,
+        layout.mesh,
+        layout.opened.model,
+        longest,
+        greedy=online.greedy,
+        samples=config.sampling.samples,
+    )
+    programs = [
+        Program(
+            call.name,
+            call.function,
+            call.inputs,
+            {**shares, "copy of the policy": call.weights, "cache": call.rows},
+            call.times,
+            Work(call.tokens, call.scored, call.length, call.trips),
+            ((call.weights, False),),
+            sharding.GENERATION_RULES,
+            call.copied,
+        )
+        for call in sampler.calls(policy, config.data.batch_size, longest)
+    ]
+    responses = config.data.batch_size * sampler.settings.samples
+    return programs, responses * sampler.settings.max_new_tokens
 
 
 def _longest(layout: Layout, rows: int) -> PackedBatch:
@@ -249,6 +312,13 @@ def _filled(batch: PackedBatch) -> tuple[int, float]:
     real = np.asarray(batch.group) > 0
     holds = real.any(axis=(1, 2))
     return int(holds.sum()), float(real[holds].mean())
+
+
+def _work(batch: PackedBatch, micro_batches: int) -> Work:
+    """What it is to read so many micro-batches of a batch."""
+    rows, length = batch.tokens.shape[1:]
+    scored = micro_batches * math.prod(batch.target.shape[1:])
+    return Work(micro_batches * rows * length, scored, length, micro_batches)
 
 
 def bytes_of(tree: Any) -> int:

@@ -1,5 +1,6 @@
 """A plan as tables, and as JSON."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -41,7 +42,12 @@ class Report(NamedTuple):
     @property
     def seconds(self) -> float:
         """Of a step, if each program takes as long as what bounds it; 0 where it is not known."""
-        return sum(e.calls * max(e.seconds.values(), default=0.0) for e in self.estimates)
+        return _seconds(self.estimates)
+
+    @property
+    def sampling_seconds(self) -> float:
+        """Those of a step's programs that sample."""
+        return _seconds(e for e in self.estimates if e.name in self.planned.sampling)
 
     @property
     def utilisation(self) -> float:
@@ -67,6 +73,8 @@ class Report(NamedTuple):
             "peak": self.peak,
             "fits": self.fits,
             "step_seconds": self.seconds,
+            "sampling_seconds": self.sampling_seconds,
+            "sampled_tokens": self.planned.sampled,
             "utilisation": self.utilisation,
         }
 
@@ -84,6 +92,7 @@ class Report(NamedTuple):
         table.add_row("memory at most", *(_size(e.peak) for e in estimates), end_section=True)
         table.add_row("times a step", *(str(e.calls) for e in estimates))
         table.add_row("compiled in", *(f"{e.compiling:.0f} s" for e in estimates))
+        table.add_row("tokens", *(f"{e.tokens:,}" for e in estimates))
         table.add_row("operations", *(f"{e.operations / 1e12:.3g} T" for e in estimates))
         for kind in dict.fromkeys(kind for e in estimates for kind in e.exchanged):
             table.add_row(kind, *(_size(e.exchanged.get(kind, 0)) for e in estimates))
@@ -111,13 +120,30 @@ class Report(NamedTuple):
                 f"{e.name} by {'its ' if e.bound != 'compute' else ''}{e.bound}"
                 for e in self.estimates
             )
+            longest = " if no response ends early" if self.planned.sampling else ""
             lines.append(
-                f"a step takes {self.seconds:.3f} s or more (bound: {bounds}): at most "
+                f"a step takes {self.seconds:.3f} s or more{longest} (bound: {bounds}): at most "
                 f"{f'{examples / self.seconds:,.1f} examples and ' if examples else ''}"
                 f"{tokens / self.seconds:,.0f} tokens a second, {self.utilisation:.0%} of the "
                 "chips' operations"
             )
+        if self.planned.sampling:
+            sampled = self.planned.sampled
+            speed = (
+                f": {self.sampling_seconds:.3f} s of the step, "
+                f"{sampled / self.sampling_seconds:,.0f} of these tokens a second"
+                if self.chip is not None
+                else ""
+            )
+            lines.append(
+                f"sampling is planned for the longest prompts and {sampled:,} tokens, as if no "
+                f"response ended early, with the largest cache from the first token on{speed}"
+            )
         return lines
+
+
+def _seconds(estimates: Iterable[Estimate]) -> float:
+    return sum(e.calls * max(e.seconds.values(), default=0.0) for e in estimates)
 
 
 def _size(count: float) -> str:
