@@ -449,7 +449,8 @@ def test_what_decoding_takes():
     assert "if no response ends early" in report.sentences()[1]
     assert f"the longest prompts and {planned.sampled:,} tokens" in report.sentences()[2]
     assert f"{update.tokens:,} tokens an update" in report.sentences()[0]
-    assert report.table().row_count
+    columns = [[str(column.header) for column in table.columns] for table in report.tables()]
+    assert columns == [["", "prepare", "read", "decode"], ["", "look", "update"]]
 
 
 @pytest.fixture(scope="module")
@@ -484,6 +485,7 @@ def test_what_an_update_takes(found):
     assert measured.bound == "links"
     assert found.seconds == pytest.approx(sum(measured.exchanged.values()) / 1e6)
     assert found.fits
+    assert len(found.tables()) == 1
     assert 0 < found.utilisation < 1
     told = json.loads(json.dumps(found.as_dict()))
     assert told["programs"][0]["bound"] == "links"

@@ -85,7 +85,8 @@ def _plan(config: Any) -> bool:
         console.print(tell(error))
         results["given"] = {"fits": False, "program": error.name, "needed": error.needed}
     else:
-        console.print(report.table())
+        for table in report.tables():
+            console.print(table)
         for sentence in report.sentences():
             console.print(sentence)
         fits = report.fits is not False

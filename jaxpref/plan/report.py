@@ -1,6 +1,6 @@
 """A plan as tables, and as JSON."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -78,11 +78,21 @@ class Report(NamedTuple):
             "utilisation": self.utilisation,
         }
 
-    def table(self) -> Table:
-        """What a person reads: a column a program."""
-        estimates = self.estimates
+    def tables(self) -> list[Table]:
+        """What a person reads, a column a program: what samples is a table of its own."""
         of = "" if self.chip is None else f" ({self.chip.name} has {_size(self.chip.memory)})"
-        table = Table(title=f"What a device holds and does{of}")
+        title = f"What a device holds and does{of}"
+        samples = [e for e in self.estimates if e.name in self.planned.sampling]
+        if not samples:
+            return [self._table(title, self.estimates)]
+        trains = [e for e in self.estimates if e not in samples]
+        return [
+            self._table(f"{title}: sampling", samples),
+            self._table(f"{title}: training", trains),
+        ]
+
+    def _table(self, title: str, estimates: Sequence[Estimate]) -> Table:
+        table = Table(title=title)
         table.add_column()
         for e in estimates:
             table.add_column(e.name, justify="right")
