@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from jaxpref.errors import UserError
+from jaxpref.errors import INTERRUPTED, UserError
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Of a run: its checkpoints and measurements; the same workdir resumes."
@@ -43,7 +43,7 @@ def told() -> Iterator[None]:
         fail(message)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def fail(message: str) -> NoReturn:

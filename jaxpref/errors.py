@@ -1,4 +1,7 @@
-"""Errors that a user can act on."""
+"""How a command ends: errors that a user can act on, and Ctrl-C."""
+
+# The exit status of a command that was interrupted.
+INTERRUPTED = 130
 
 
 class UserError(Exception):

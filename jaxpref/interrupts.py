@@ -3,11 +3,19 @@
 import itertools
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
+import jax
 from jax.experimental import multihost_utils
+
+# Seconds between two questions whether one of several processes has had a signal, and the key under
+# which JAX's handler of SIGTERM tells all processes of it.
+_ASKING, _NOTICE = 1.0, "RECEIVED_PREEMPTION_NOTICE"
 
 
 class StoppedError(Exception):
@@ -15,7 +23,12 @@ class StoppedError(Exception):
 
 
 @contextmanager
-def interrupts(saying: str, *, together: bool = False) -> Iterator[Callable[[], bool]]:
+def interrupts(
+    saying: str,
+    *,
+    together: bool = False,
+    leave: Callable[[], NoReturn] | None = None,
+) -> "Iterator[Interrupts]":
     """Asks now and then whether to stop: a first SIGINT or SIGTERM says so.
 
     A second signal acts as usual. Where several processes train together one of them may get the
@@ -25,41 +38,143 @@ def interrupts(saying: str, *, together: bool = False) -> Iterator[Callable[[], 
     Args:
       saying: what is still done after the first signal, for whoever sent it.
       together: whether several processes work on the same steps.
+      leave: ends the process, or all processes, from any thread. So does a signal as long as there
+        is nothing to save, which is until `Interrupts.save_from_now_on`; what is raised would have
+        to wait until XLA has compiled, for minutes. None: a signal waits.
 
     Yields:
       Says whether to stop; once it has, it says so again.
     """
-    asked = itertools.count()
-    agreed: list[int] = []
+    asked = Interrupts(saying, together, leave)
+    try:
+        yield asked
+    finally:
+        asked.save_from_now_on()
+        asked.restore()
 
-    def agree() -> bool:
-        number = next(asked)
-        if not agreed and multihost_utils.reached_preemption_sync_point(number):
-            agreed.append(number)
-        return bool(agreed)
 
-    seen: list[int] = []
-    before: dict[int, Any] = {}
+class Interrupts:
+    """See `interrupts`."""
 
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        # This is not print, since the handler may run in the middle of another write.
-        os.write(2, f"\ninterrupted: {saying} (once more to stop at once)\n".encode())
-        restore()
-        if together:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def __init__(self, saying: str, together: bool, leave: Callable[[], NoReturn] | None):
+        """Takes over the signals, if this is the main thread."""
+        self._saying, self._together = saying, together
+        self._asked, self._agreed, self._seen = itertools.count(), False, False
+        self._before: dict[int, Any] = {}
+        self._first: _First | None = None
+        try:
+            for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        except ValueError:
+            # Handlers belong to the main thread; a caller in another one has its own.
+            return
+        if leave is not None:
+            self._first = _First(together, leave)
 
-    def restore() -> None:
-        for number, handler in before.items():
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        if not self._together:
+            return self._seen
+        number = next(self._asked)
+        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(number)
+        return self._agreed
+
+    def save_from_now_on(self) -> None:
+        """Something has been done, so that a signal does not stop at once any more."""
+        if self._first is not None:
+            self._first.end()
+            self._first = None
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True
+        self.restore()
+        if self._first is None:
+            # This is not print, since the handler may run in the middle of another write.
+            os.write(2, f"\ninterrupted: {self._saying} (once more to stop at once)\n".encode())
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _First(threading.Thread):
+    """Leaves on a signal, as long as there is nothing to save.
+
+    The main thread may be in the middle of what XLA does, which neither sees a signal nor can be
+    left by raising something. A signal's number comes through a socket at once, whatever the main
+    thread does. Of several processes the first one decides: it alone then comes no further, so
+    that no other one saves.
+    """
+
+    def __init__(self, together: bool, leave: Callable[[], NoReturn]):
+        super().__init__(daemon=True, name="signals before the first step")
+        self._together, self._leave = together, leave
+        self._deciding, self._over = threading.Lock(), False
+        self._signals, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self.start()
+
+    def end(self) -> None:
+        """Ends the thread; does not come back if the thread has begun to leave."""
+        with self._deciding:
+            if self._over:
+                return
+            self._over = True
+        signal.set_wakeup_fd(self._before)
+        self._sender.close()
+        # A thread that lives while Python ends may abort JAX.
+        self.join()
+        self._signals.close()
+
+    def run(self) -> None:
+        """Waits for a signal."""
+        try:
+            if self._together:
+                self._await_notice()
+            else:
+                self._await_signal(None)
+        except EOFError:
+            return
+        with self._deciding:
+            if not self._over:
+                self._leave()
+
+    def _await_notice(self) -> None:
+        """Waits for a signal to any of the processes."""
+        while True:
+            if self._await_signal(_ASKING) == signal.SIGINT:
+                # JAX's handler knows SIGTERM alone.
+                os.kill(os.getpid(), signal.SIGTERM)
+            if jax.process_index() == 0 and _noticed():
+                return
+
+    def _await_signal(self, seconds: float | None) -> int:
+        """The number of the next signal; 0 if none comes for so long.
+
+        Raises:
+          EOFError: the thread is to end.
+        """
+        self._signals.settimeout(seconds)
+        try:
+            while number := self._signals.recv(1):
+                if number[0] in (signal.SIGINT, signal.SIGTERM):
+                    return number[0]
+        except TimeoutError:
+            return 0
+        raise EOFError
+
+
+def _noticed() -> bool:
+    # It takes long to load, for commands that train nothing.
+    import orbax.checkpoint as ocp
+
     try:
-        for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:
-        # Handlers belong to the main thread; a caller in another one has its own.
-        before.clear()
-    try:
-        yield agree if together else lambda: bool(seen)
-    finally:
-        restore()
+        ocp.multihost.get_jax_distributed_client().key_value_try_get(_NOTICE)
+    except jax.errors.JaxRuntimeError:
+        # As long as there is none it is not found.
+        return False
+    return True

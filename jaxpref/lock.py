@@ -43,11 +43,11 @@ def hold(workdir: AnyPath) -> Iterator[Callable[[], None]]:
     """
     held: list[_Held] = []
     processes.in_first(lambda: held.append(_take(workdir)))
-    try:
-        yield held[0].require if held else lambda: None
-    finally:
-        for lock in held:
-            lock.release()
+    if not held:
+        yield lambda: None
+        return
+    with processes.at_any_end(held[0].release):
+        yield held[0].require
 
 
 class _Owner(NamedTuple):

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         from jaxpref import train
 
         for config, folder in runs:
-            train.run(config, folder)
+            train.run(config, folder, leave=processes.leave_unsaved)
 
 
 def _check_processes() -> None:

@@ -5,6 +5,7 @@ process can be told of an error while it waits for another one on its devices.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -18,7 +19,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxpref import workdir
-from jaxpref.errors import UserError
+from jaxpref.errors import INTERRUPTED, UserError
+from jaxpref.terminal import console
 
 _T = TypeVar("_T")
 
@@ -34,8 +36,14 @@ _AWAY = (
     "of this run does not answer, so this one ends, too. The same command goes on from the last "
     "checkpoint."
 )
+_UNSAVED = (
+    "interrupted: no step was done since the start, so there is nothing to save. The same command "
+    "starts where this one did."
+)
 # Seconds that the first process leaves to the others to end before it.
 _GRACE = 1.0
+# Seconds that a process which ends at once has for what it leaves behind.
+_TIDYING = 5.0
 # How many of the values that processes compare the service keeps: none is that far behind another.
 _KEPT = 1_000
 # Seconds between two signs of life that a process gives of its own; without one after which it is
@@ -292,12 +300,11 @@ class _Watch(threading.Thread):
             if self.ending.is_set() or told["process"] == jax.process_index():
                 _hear()
                 return
+            reason = told["reason"]
+            if told["code"] != INTERRUPTED:
+                reason = f"jaxpref: process {told['process']} of this run cannot go on: {reason}"
             # Not print: another write may be under way.
-            os.write(
-                2,
-                f"jaxpref: process {told['process']} of this run cannot go on: "
-                f"{told['reason']}\n".encode(),
-            )
+            os.write(2, f"{reason}\n".encode())
             _hear()
             if jax.process_index() == 0:
                 _leave_last(told["process"])
@@ -338,10 +345,51 @@ class _Watch(threading.Thread):
         _end_for(reason, missed)
 
 
+def leave_unsaved() -> NoReturn:
+    """Ends all processes as interrupted, from any thread, whatever their main ones wait for."""
+    # Not print: another write may be under way.
+    os.write(2, f"\n{_UNSAVED}\n".encode())
+    if jax.process_count() > 1:
+        _tell(_UNSAVED, code=INTERRUPTED)
+        _leave()
+    _exit(INTERRUPTED)
+
+
+def _end_children() -> None:
+    # Those that tokenise would wait for more to do.
+    for child in multiprocessing.active_children():
+        child.terminate()
+
+
+_last_acts: list[Callable[[], object]] = [console.show_cursor, _end_children]
+
+
+@contextmanager
+def at_any_end(action: Callable[[], object]) -> Iterator[None]:
+    """Acts when this is over, and also if this process ends at once, from another thread then."""
+    _last_acts.append(action)
+    try:
+        yield
+    finally:
+        _last_acts.remove(action)
+        action()
+
+
 def _exit(code: int) -> NoReturn:
     """Ends this process at once, whatever its threads wait for."""
     workdir.remove_temporary_folders()
+    # A bucket may be out of reach.
+    tidying = threading.Thread(target=_act_at_last, daemon=True)
+    tidying.start()
+    tidying.join(_TIDYING)
     os._exit(code)
+
+
+def _act_at_last() -> None:
+    for action in reversed(_last_acts):
+        # The main thread may be about to do the same.
+        with suppress(OSError):
+            action()
 
 
 def _hear() -> None:
@@ -397,16 +445,18 @@ def _end_for(reason: str, missed: Collection[int]) -> NoReturn:
     _exit(1)
 
 
-def _tell(reason: str, missed: Collection[int] = ()) -> list[int]:
+def _tell(reason: str, missed: Collection[int] = (), code: int = 2) -> list[int]:
     """Tells all others why this process ends, and gives those that have not heard it.
 
     Args:
       reason: in a sentence.
       missed: processes that are not waited for.
+      code: the exit status of the others.
     """
     me, silent = jax.process_index(), []
     try:
-        _client().key_value_set(_FAILURE, json.dumps({"process": me, "reason": reason, "code": 2}))
+        failure = {"process": me, "reason": reason, "code": code}
+        _client().key_value_set(_FAILURE, json.dumps(failure))
     except jax.errors.JaxRuntimeError as error:
         # Another one has told of its own failure before; or the service is gone, and with it the
         # first process.

@@ -5,8 +5,11 @@ to `P.jsonl` for each batch: how many rows it has written, and the tokens of eac
 ALTERED is "PROCESS EXAMPLE": that process reads another token in that example. SIGNALLED is
 "PROCESS SIGNAL BATCH SECONDS": that process sends itself that signal so many seconds after it has
 put that batch, counted from 1, and leaves a file `signalled`; without seconds it takes a rest then.
+With STUCK the first update never begins, as if it took for ever to compile: the main thread waits
+in C, where it sees no signal, and process P leaves a file `P.stuck`.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -20,6 +23,7 @@ import numpy as np
 
 from jaxpref import sharding
 from jaxpref.data import TokenizedDataset
+from jaxpref.train import layout
 
 load = importlib.import_module("jaxpref.data.load")
 put_batch, group = sharding.put_batch, TokenizedDataset.group
@@ -54,6 +58,17 @@ def signal_itself(number):
     os.kill(os.getpid(), number)
 
 
+def update_that_is_stuck(*args, **options):
+    def update(*inputs):
+        Path(os.environ["SPIED"], f"{jax.process_index()}.stuck").touch()
+        # To lock a mutex twice takes for ever, and no signal wakes who waits for it.
+        mutex = ctypes.create_string_buffer(256)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+    return update
+
+
 def tokenize_and_tell(*given, **options):
     Path(os.environ["SPIED"], f"{jax.process_index()}.tokenised").touch()
     return tokenize(*given, **options)
@@ -74,6 +89,8 @@ if __name__ == "__main__":
     if "SPIED" in os.environ:
         sharding.put_batch = put_and_tell
         load.tokenize = tokenize_and_tell
+    if "STUCK" in os.environ:
+        layout.make_update = update_that_is_stuck
     if "ALTERED" in os.environ:
         TokenizedDataset.group = altered
     runpy.run_module("jaxpref.main", run_name="__main__")

@@ -234,12 +234,11 @@ def test_a_process_that_is_killed_ends_all(tmp_path):
     assert "Traceback" not in outputs[0]
 
 
-# Four batches are held out, so that the fifth is that of the first step, and those after the sixth
-# are of the evaluation after the second step. All agree within a step or two.
+# Four batches are held out, so that the sixth is that of the second step, and those after it are of
+# the evaluation after that. All agree within a step or two.
 PLACES = {
-    "in the first compilation": (5, 0.3, (1, 2)),
-    "in a step": (6, 0, (2, 3)),
-    "in an evaluation": (7, 0, (2,)),
+    "in a step": (6, (2, 3)),
+    "in an evaluation": (7, (2,)),
 }
 EVALUATED = [
     *("--config.train.steps=6", "--config.train.eval_every=2", "--config.data.eval_fraction=0.5"),
@@ -259,10 +258,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "number"),
     [
-        ("in the first compilation", signal.SIGTERM),
         ("in a step", signal.SIGINT),
         ("in an evaluation", signal.SIGTERM),
-        pytest.param("in the first compilation", signal.SIGINT, marks=pytest.mark.long),
         pytest.param("in a step", signal.SIGTERM, marks=pytest.mark.long),
         pytest.param("in an evaluation", signal.SIGINT, marks=pytest.mark.long),
     ],
@@ -271,9 +268,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     uninterrupted, place, number, tmp_path
 ):
     """Within half a minute, with one checkpoint, from which the run goes on as if nothing were."""
-    batch, seconds, expected = PLACES[place]
+    batch, expected = PLACES[place]
     workdir = tmp_path / "run"
-    signalled = {"SPIED": str(tmp_path), "SIGNALLED": f"1 {number} {batch} {seconds}"}
+    signalled = {"SPIED": str(tmp_path), "SIGNALLED": f"1 {number} {batch} 0"}
     started = start(workdir, *EVALUATED, processes=2, environment=signalled)
     wait_for((tmp_path / "signalled").exists, started[0])
     outputs, codes = finish(started, timeout=30)
@@ -282,6 +279,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     assert last in expected
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(last)]
     assert all(f"interrupted after step {last}, which is saved" in output for output in outputs)
+    check_that_it_goes_on(workdir, uninterrupted)
+
+
+def check_that_it_goes_on(workdir, uninterrupted):
     more, codes = finish(start(workdir, *EVALUATED))
     assert codes == [0], more
     ours, theirs = (merged(lines_of(folder)) for folder in (workdir, uninterrupted))
@@ -292,6 +293,40 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
             *line
         }:
             np.testing.assert_allclose(ours[step][key], line[key], rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("processes", "number", "done"),
+    [
+        (1, signal.SIGINT, 0),
+        (1, signal.SIGTERM, 2),
+        (2, signal.SIGTERM, 0),
+        pytest.param(2, signal.SIGINT, 2, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_before_a_step_is_done_ends_all_at_once(
+    uninterrupted, processes, number, done, tmp_path
+):
+    """Also while XLA compiles: nothing is lost, and the same command starts as this one did."""
+    workdir = tmp_path / "run"
+    if done:
+        outputs, codes = finish(start(workdir, *EVALUATED, f"--config.train.steps={done}"))
+        assert codes == [0], outputs
+    stuck = {"SPIED": str(tmp_path), "STUCK": ""}
+    started = start(workdir, *EVALUATED, processes=processes, environment=stuck)
+    marks = [tmp_path / f"{process}.stuck" for process in range(processes)]
+    wait_for(lambda: all(mark.exists() for mark in marks), started[0])
+    started[-1].send_signal(number)
+    outputs, codes = finish(started, timeout=15)
+    assert codes == [130] * processes, outputs
+    for output in outputs:
+        assert "interrupted: no step was done since the start" in output
+        assert "Traceback" not in output
+        assert "cannot go on" not in output
+    assert (workdir / "run.lock").read_text() == ""
+    assert checkpoint.latest_step(workdir) == (done or None)
+    check_that_it_goes_on(workdir, uninterrupted)
 
 
 def merged(lines):

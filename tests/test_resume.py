@@ -5,12 +5,14 @@ In one process, which may die between any two updates; `test_cli.py` kills real 
 
 import itertools
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from test_train import assert_same_params, lines_of, small
 
 from jaxpref import checkpoint, train
+from jaxpref.interrupts import Interrupts
 from jaxpref.train import layout, loop
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -93,9 +95,9 @@ def stopping_after(asked):
     """In place of signals: the loop is told to stop when it has asked so often."""
 
     @contextmanager
-    def interrupts(saying, *, together=False):
+    def interrupts(saying, **options):
         count = itertools.count(1)
-        yield lambda: next(count) >= asked
+        yield Mock(Interrupts, side_effect=lambda: next(count) >= asked)
 
     return interrupts
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NoReturn
 
@@ -21,7 +22,7 @@ from jaxpref import (
     workdir as workdir_lib,
 )
 from jaxpref.errors import UserError
-from jaxpref.interrupts import StoppedError, interrupts
+from jaxpref.interrupts import Interrupts, StoppedError, interrupts
 from jaxpref.terminal import console
 from jaxpref.train.assemble import Training, assemble
 from jaxpref.train.state import State
@@ -31,13 +32,20 @@ from jaxpref.workdir import AnyPath, as_path
 _AT_FIRST = 4
 
 
-def run(config: ConfigDict, workdir: str | AnyPath) -> None:
+def run(
+    config: ConfigDict,
+    workdir: str | AnyPath,
+    *,
+    leave: Callable[[], NoReturn] | None = None,
+) -> None:
     """Trains as the config says; run again, it resumes from the last checkpoint.
 
     Args:
       config: from a recipe.
       workdir: receives checkpoints, `metrics.jsonl`, TensorBoard files and `curves.png`; a folder,
         or an address such as `gs://bucket/run`.
+      leave: ends the process, or all processes, on a signal before the first step is done, when
+        there is nothing to save. None: the signal waits until that step is done and saved.
 
     Raises:
       UserError: something the user gave cannot be used, or the run cannot go on.
@@ -55,22 +63,27 @@ def run(config: ConfigDict, workdir: str | AnyPath) -> None:
         knobs = config.train
         best = {"best_metric": knobs.best_metric, "best_mode": knobs.best_mode}
         with checkpoint.Checkpoints(workdir, knobs.keep, owned, **best) as checkpoints:
-            training = assemble(config, workdir, checkpoints)
+            with _interrupts(leave) if leave else nullcontext():
+                training = assemble(config, workdir, checkpoints)
             with (
                 sharding.use(training.mesh),
                 processes.watched(_AT_FIRST * config.train.hang_seconds),
             ):
-                _loop(config, workdir, checkpoints, training)
+                _loop(config, workdir, checkpoints, training, leave)
         _report(workdir, config)
 
 
 def _loop(
-    config: ConfigDict, workdir: AnyPath, checkpoints: checkpoint.Checkpoints, training: Training
+    config: ConfigDict,
+    workdir: AnyPath,
+    checkpoints: checkpoint.Checkpoints,
+    training: Training,
+    leave: Callable[[], NoReturn] | None,
 ) -> None:
     state, frozen, reference = training.state, training.frozen, training.reference
     start, steps = training.start, training.steps
     with (
-        interrupts("saving after this step", together=jax.process_count() > 1) as interrupted,
+        _interrupts(leave) as interrupted,
         metrics_lib.Writer(workdir, start=start, steps=steps) as writer,
     ):
         if start == 0:
@@ -108,6 +121,8 @@ def _loop(
             log.dispatching(step, *experience.work)
             state, measured = training.step(step, state, frozen, reference, experience)
             log.dispatched(step, measured)
+            # The first step's measurements have been waited for.
+            interrupted.save_from_now_on()
             processes.beat(config.train.hang_seconds)
             last, stop, better = step == steps, interrupted(), False
             if not stop and (last or _due(step, config.train.eval_every)):
@@ -133,6 +148,13 @@ def _loop(
                 raise KeyboardInterrupt(
                     f"interrupted after step {step}, which is saved; the same command resumes."
                 )
+
+
+def _interrupts(
+    leave: Callable[[], NoReturn] | None,
+) -> AbstractContextManager[Interrupts]:
+    together = jax.process_count() > 1
+    return interrupts("saving after this step", together=together, leave=leave)
 
 
 def _at_once(interrupted: Callable[[], bool]) -> bool:
