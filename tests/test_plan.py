@@ -258,7 +258,9 @@ def test_attention_of_a_kernel_is_that_of_its_rows(found):
 def shapes_of(tree):
     """Shapes, dtypes and places of arrays by their paths; what is no array as it is."""
     return {
-        jax.tree_util.keystr(path): (x.shape, x.dtype, x.sharding) if hasattr(x, "dtype") else x
+        jax.tree_util.keystr(path): (
+            (x.shape, x.dtype, getattr(x, "sharding", None)) if hasattr(x, "dtype") else x
+        )
         for path, x in jax.tree.leaves_with_path(tree)
     }
 
@@ -274,7 +276,7 @@ def assert_same_inputs(ours, theirs):
         assert ours[where][:2] == (shape, dtype), where
         if ours[where][2] is None:
             # Numbers that JAX puts where they are needed.
-            assert place.is_fully_replicated, where
+            assert place is None or place.is_fully_replicated, where
         else:
             assert ours[where][2].is_equivalent_to(place, len(shape)), where
 
@@ -364,13 +366,19 @@ def test_a_plan_has_the_very_sampling_that_a_run_compiles(
 
     with monkeypatch.context() as patched:
         patched.setattr(sharding, "make_mesh", lambda **sizes: mesh)
-        for module, name in ((sampler, "_prepared"), (decode, "begin"), (decode, "decode")):
+        for module, name in (
+            (sampler, "_prepared_beside"),
+            (sampler, "_prepared"),
+            (decode, "begin"),
+            (decode, "decode"),
+        ):
             patched.setattr(module, name, noted(name, getattr(module, name)))
         train.run(config, tmp_path)
     # Evaluations before the step and after it sample, too, one response to each prompt.
-    starts = [i for i, (name, _) in enumerate(given) if name == "_prepared"]
+    starts = [i for i, (name, _) in enumerate(given) if name == "_prepared_beside"]
     assert len(starts) == 3
     given = given[starts[1] : starts[2]]
+    prepared = [inputs for name, inputs in given if name == "_prepared"]
     begun = [inputs for name, inputs in given if name == "begin"]
     decoded = [inputs for name, inputs in given if name == "decode"]
     # A run pads prompts to the longest one that it has.
@@ -381,6 +389,9 @@ def test_a_plan_has_the_very_sampling_that_a_run_compiles(
         config.sampling.max_new_tokens
     )
     assert_same_inputs(shapes_of(programs["prepare"].inputs), given[0][1])
+    assert programs["prepare a layer"].calls == len(prepared) == config.model.layers
+    for inputs in prepared:
+        assert_same_inputs(shapes_of(programs["prepare a layer"].inputs), inputs)
     assert_same_inputs(shapes_of(programs["read"].inputs), begun[0])
     assert_same_inputs(shapes_of(programs["decode"].inputs), decoded[-1])
     assert ("read more" in programs) == ("sampling__at_once" in changes)
@@ -412,8 +423,8 @@ def test_what_decoding_takes():
     planned = plan_run(config, mesh)
     found = tuple(estimate(planned, program, mesh, CHIP) for program in planned.programs)
     report = Report(planned, found, CHIP, 1)
-    prepare, read, decoding, look, update = found
-    assert planned.sampling == ("prepare", "read", "decode")
+    prepare, of_layer, read, decoding, look, update = found
+    assert planned.sampling == ("prepare", "prepare a layer", "read", "decode")
     assert planned.sampled == prompts * samples * new
     # The first token is said after the prompt, the last one is not read.
     trips, branches = new - 1, prompts * samples
@@ -428,7 +439,11 @@ def test_what_decoding_takes():
     assert read.useful == pytest.approx(
         2 * (weights - width * vocabulary) * read.tokens + 2 * width * vocabulary * prompts
     )
-    assert prepare.useful == 0
+    assert prepare.useful == of_layer.useful == 0
+    # All layers but the one that is made.
+    copied = of_layer.held["copy of the policy"]
+    one = 4 * ((weights - width * vocabulary) // layers + 2 * width)
+    assert copied == decoding.held["copy of the policy"] - one
     # Keys and values of the prompts, and of the branches.
     cached = layers * 2 * heads * head_dim * 4
     cached *= prompts * (config.data.max_prompt_length + samples * new)
@@ -440,7 +455,7 @@ def test_what_decoding_takes():
     copied = layers * 2 * heads * head_dim * 4 * branches * 32
     assert decoding.peak > sum(decoding.held.values()) + copied
     assert report.sampling_seconds == sum(
-        max(e.seconds.values()) for e in (prepare, read, decoding)
+        e.calls * max(e.seconds.values()) for e in (prepare, of_layer, read, decoding)
     )
     assert report.seconds > report.sampling_seconds
     told = json.loads(json.dumps(report.as_dict()))
@@ -450,7 +465,7 @@ def test_what_decoding_takes():
     assert f"the longest prompts and {planned.sampled:,} tokens" in report.sentences()[2]
     assert f"{update.tokens:,} tokens an update" in report.sentences()[0]
     columns = [[str(column.header) for column in table.columns] for table in report.tables()]
-    assert columns == [["", "prepare", "read", "decode"], ["", "look", "update"]]
+    assert columns == [["", *planned.sampling], ["", "look", "update"]]
 
 
 @pytest.fixture(scope="module")
@@ -575,7 +590,7 @@ def test_the_command(tmp_path):
 
 # Each makes the inputs, compiles, and measures what the process takes on top while programs run.
 MEASURE = """
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np
 from jaxpref import sharding
 from jaxpref.plan.estimate import estimate
 from jaxpref.plan.programs import plan_run
@@ -625,14 +640,16 @@ planned = plan_run(config, mesh)
 programs = {program.name: program for program in planned.programs}
 sampling = [programs[name] for name in planned.sampling]
 found = [estimate(planned, program, mesh, None) for program in sampling]
-prepare, read, loop = map(executable, sampling)
-params = zeros(sampling[0].inputs[2])
-prompts, table = zeros(sampling[1].inputs[4:7]), zeros(sampling[1].inputs[7])
+others, layer, read, loop = map(executable, sampling)
+params = zeros([program.inputs[2] for program in sampling[:2]])
+prompts, table = zeros(sampling[2].inputs[4:7]), zeros(sampling[2].inputs[7])
 room = jax.tree.leaves(sampling[-1].inputs[3].cache.places.own)[0].shape[-1]
 bound = jnp.asarray(64, jnp.int32)
 
 def sampled():
-    weights = prepare(params)
+    weights = others(params[0])
+    for number in range(config.model.layers):
+        weights[f"layers_{number}"] = layer(params[1], np.int32(number))
     rows = read(weights, *prompts, table)
     assert rows.cache.places.own.shape[-1] < room
     # Accelerators take room when they are asked to compute, CPUs when they do.

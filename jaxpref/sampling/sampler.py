@@ -104,22 +104,45 @@ class Call(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _prepared(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
-    """See `Sampler.prepare`."""
+def _prepared(model: Decoder, mesh: Mesh | None, params: Any, layer: Array | int) -> Any:
+    """Of `Sampler.prepare`: the parameters of one layer, from those of all."""
+    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1), params)
+    _, merged = models.merge_adapters(model, {"layers": one})
+    weights = jax.tree.map(lambda x: x[0], models.dequantize(merged["layers"]))
+    return _in_place(model, mesh, {"layers_0": weights})["layers_0"]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _prepared_beside(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
+    """Of `Sampler.prepare`: the parameters that belong to no layer."""
+    return _in_place(model, mesh, models.dequantize(params))
+
+
+def _in_place(model: Decoder, mesh: Mesh | None, weights: Any) -> Any:
+    """Parameters in the compute dtype, where decoding has them."""
     dtype = jnp.dtype(model.config.dtype)
-    base, merged = models.merge_adapters(model, params)
-    unrolled, weights = models.unroll(base, models.dequantize(merged))
     # Norms stay as they are: they are computed in float32.
     weights = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
     if mesh is None:
         return weights
-    return jax.lax.with_sharding_constraint(weights, _places(unrolled, mesh))
+    places = _places(_unrolled(model), mesh)
+    return jax.lax.with_sharding_constraint(weights, {name: places[name] for name in weights})
+
+
+def _unrolled(model: Decoder) -> Decoder:
+    """What decodes: no adapters, layers written out."""
+    return Decoder(models.without_adapters(model).config, unrolled=True)
 
 
 def _places(unrolled: Decoder, mesh: Mesh) -> Any:
     """Where decoding has each of the parameters."""
     boxed = jax.eval_shape(lambda: models.init_params(unrolled, jax.random.key(0), boxed=True))
     return sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
+
+
+def _apart(params: Any) -> tuple[Any, Any]:
+    """The parameters of the layers, and the others."""
+    return params["layers"], {name: part for name, part in params.items() if name != "layers"}
 
 
 _rotary_table = jax.jit(models.rotary_table, static_argnums=0)
@@ -156,8 +179,7 @@ class Sampler:
         self.settings = settings
         self._mesh, self._at_once, self._prompt_length = mesh, at_once, prompt_length
         self._given = model
-        base = models.without_adapters(model)
-        self._model = Decoder(base.config, unrolled=True)
+        self._model = _unrolled(model)
 
     def prepare(self, params: Any) -> Any:
         """The parameters as decoding takes them: adapters merged, in the compute dtype.
@@ -165,7 +187,13 @@ class Sampler:
         They are a copy, whole on every device but for what `mesh.tensor` splits: from parts along
         their width they would be gathered anew for every token.
         """
-        return _prepared(self._given, self._mesh, params)
+        layers, beside = _apart(params)
+        weights = dict(_prepared_beside(self._given, self._mesh, beside))
+        # One after the other: what all of them are computed from would lie on every device at once.
+        for number in range(self._given.config.layers):
+            layer = _prepared(self._given, self._mesh, layers, np.int32(number))
+            weights[f"layers_{number}"] = layer
+        return weights
 
     def __call__(
         self,
@@ -386,7 +414,18 @@ class Sampler:
 
         in_rooms = [self._abstract_rows(room, given(seats)) for room in rooms]
         rows = in_rooms[-1]
-        yield Call("prepare", _prepared, (self._given, self._mesh, params))
+        of_layers, beside = _apart(params)
+        yield Call("prepare", _prepared_beside, (self._given, self._mesh, beside))
+        # The last layer is made beside all others.
+        *others, _ = weights
+        number = jax.ShapeDtypeStruct((), np.int32)
+        yield Call(
+            "prepare a layer",
+            _prepared,
+            (self._given, self._mesh, of_layers, number),
+            {name: weights[name] for name in others},
+            times=self._given.config.layers,
+        )
         yield read("read", seats, rooms[0])
         rounds, waiting = 1, prompts - seats
         if few:
@@ -411,7 +450,10 @@ class Sampler:
 
     def _abstract_weights(self, params: Any) -> Any:
         """What `prepare` gives."""
-        shapes = jax.eval_shape(partial(_prepared, self._given, self._mesh), params)
+        layers, beside = _apart(params)
+        shapes = dict(jax.eval_shape(partial(_prepared_beside, self._given, None), beside))
+        layer = jax.eval_shape(partial(_prepared, self._given, None), layers, 0)
+        shapes |= {f"layers_{number}": layer for number in range(self._given.config.layers)}
         if self._mesh is None:
             return shapes
         return jax.tree.map(
