@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -74,26 +75,41 @@ def lines(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
 
 
 def lines_of(places: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The sizes of the lines that neighbouring devices form, outermost first.
+    """The sizes of the lines that neighbours in an order form, outermost first.
 
     Args:
       places: coordinates of each device in its machine, in the order of an axis of the mesh.
 
+    Returns:
+      One size where the order is not that of lines in a grid, such as where it is a ring: for these
+      TPUs have a scatter.
+
     >>> lines_of([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)])
     (2, 3)
+    >>> lines_of([(0, 0), (0, 1), (1, 1), (1, 0)])
+    (4,)
     """
-    found: list[int] = []
-    while len(places) > 1:
-        along = [{i for i, c in enumerate(place) if c != places[0][i]} for place in places]
-        size = next((i for i, moved in enumerate(along) if moved - along[1]), len(places))
-        if len(along[1]) != 1 or len(places) % size:
-            size = len(places)
-        found.insert(0, size)
-        places = places[::size]
-    return tuple(found)
+    grid = np.asarray(places)
+    sizes: list[int] = []
+    while len(grid) > 1:
+        moves = grid != grid[0]
+        (along,) = np.nonzero(moves[1])
+        # As many as differ from the first where the second does, and nowhere else.
+        alike = (moves == moves[1]).all(axis=1)
+        alike[0] = True
+        size = len(grid) if alike.all() else int(np.argmin(alike))
+        if len(along) != 1 or len(grid) % size:
+            return (len(places),)
+        lines = grid.reshape(-1, size, grid.shape[1])
+        # Every line has the same numbers along it, and no others.
+        steps = lines - lines[:, :1]
+        if (steps != steps[0]).any():
+            return (len(places),)
+        sizes.insert(0, size)
+        grid = lines[:, 0]
+    return tuple(sizes)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."]:
     """The parts that devices have along an axis of the mesh as one array, under `shard_map`.
 
@@ -104,7 +120,9 @@ def gather(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."
       name: of the mesh's axis.
       axis: of the array, along which the parts lie one after another.
     """
-    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    if len(_lines_along(name)) < 2:
+        return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return _gather(x, name, axis)
 
 
 def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."]:
@@ -118,11 +136,10 @@ def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "...
       name: of the mesh's axis.
       axis: of the array, along which it is split.
     """
-    size = jax.lax.axis_size(name)
-    sizes = _LINES.get().get(name, (size,))
+    sizes = _lines_along(name)
     if len(sizes) < 2:
         return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
-    beyond = size
+    size = beyond = jax.lax.axis_size(name)
     for length in sizes:
         beyond //= length
         # Devices of one line are `beyond` apart.
@@ -137,12 +154,22 @@ def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "...
     return x
 
 
+def _lines_along(name: str) -> tuple[int, ...]:
+    return _LINES.get().get(name, ())
+
+
+# The whole array at once: a TPU's compiler gathers along all axes of a torus together.
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Array, name: str, axis: int) -> Array:
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+
 def _gather_forward(x: Array, name: str, axis: int) -> tuple[Array, None]:
-    return gather(x, name, axis), None
+    return _gather(x, name, axis), None
 
 
 def _gather_backward(name: str, axis: int, _: None, gradient: Array) -> tuple[Any]:
     return (scatter(gradient, name, axis),)
 
 
-gather.defvjp(_gather_forward, _gather_backward)
+_gather.defvjp(_gather_forward, _gather_backward)

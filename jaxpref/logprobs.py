@@ -105,7 +105,8 @@ def token_logprobs(
       head: the LM head.
       targets: token ids; one outside the vocabulary (an ignore-index) gives NaN.
       block_size: vocabulary entries whose logits exist at one time; by default
-        as many as keep a block of logits near 16 MiB.
+        as many as keep a block of logits near 16 MiB, and more where a device has so few
+        columns of the head that it would hand over too little of a block.
 
     Returns:
       Log-probabilities in nats, in float32 whatever the dtypes of the inputs
@@ -287,8 +288,9 @@ def _blockwise(
     shards = 1 if head.split is None else head.split.shards
     if not block_size:
         # What counts is how many positions a device has, and how much it hands over of a block.
-        columns = width if head.split is None else width // head.split.parts
-        block_size = max(_block_size(-(-targets.size // shards)), _SMALLEST_PART // columns)
+        parts = 1 if head.split is None else head.split.parts
+        least = -(-_SMALLEST_PART * parts // width) if parts > 1 else 0
+        block_size = max(_block_size(-(-targets.size // shards)), -(-least // _LANES) * _LANES)
     setting = _Setting(block_size, head.soft_cap, head.temperature, head.split, **wanted)
     # The positions lie along one flat axis: XLA on CPU is slower at products with several axes.
     hidden, flat = hidden.reshape(-1, width), targets.ravel()

@@ -109,6 +109,10 @@ def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
             "between which the network is too slow for mesh.fsdp and mesh.tensor. Set mesh.data to "
             f"a multiple of {slices}."
         )
+    if devices[0].platform == "tpu" and max(sizes) == len(devices):
+        # In lines, along which gradients are scattered; on small slices JAX would make it a ring.
+        devices = sorted(devices, key=_place)
+        return np.array(devices, object).reshape(sizes)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
@@ -140,10 +144,15 @@ def _lines(mesh: Mesh) -> dict[str, tuple[int, ...]]:
     ends = {name: np.moveaxis(mesh.devices, i, 0) for i, name in enumerate(mesh.axis_names)}
     return {
         name: collectives.lines_of(
-            [device.coords for device in devices.reshape(len(devices), -1)[:, 0]]
+            [_place(device) for device in devices.reshape(len(devices), -1)[:, 0]]
         )
         for name, devices in ends.items()
     }
+
+
+def _place(device: Any) -> tuple[int, ...]:
+    """Of a TPU in its torus."""
+    return (*device.coords, getattr(device, "core_on_chip", 0))
 
 
 def shardings(mesh: Mesh, abstract: Any, rules: Rules = RULES) -> Any:
@@ -195,6 +204,28 @@ def spec_of(names: Sequence[str], shape: Sequence[int]) -> PartitionSpec | None:
     if mesh.empty or mesh.size == 1 or not rules:
         return None
     return _spec(mesh, names, shape, rules)
+
+
+def gathered_along() -> tuple[str | None, int]:
+    """The axis of the mesh along which products gather the parts of their weights.
+
+    It is where weights are split by their width, and rows are split, too, so that each device would
+    multiply other rows with another part.
+
+    Returns:
+      The axis, and how many parts there are; None and 1 outside of `use`, on one device, and where
+      the rules have such weights whole.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+    name = rules.get("width")
+    if mesh.empty or mesh.size == 1 or name not in names_in(rules.get("rows")):
+        return None, 1
+    return name, mesh.shape[name]
+
+
+def names_in(along: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of a mesh that an axis of an array lies along."""
+    return (along,) if isinstance(along, str) else along or ()
 
 
 def whole_everywhere(tree: Any) -> dict[str, int]:
@@ -329,8 +360,7 @@ def _spec(
 
 
 def _ways(mesh: Mesh | AbstractMesh, axis: str | tuple[str, ...] | None) -> int:
-    axes = (axis,) if isinstance(axis, str) else axis or ()
     ways = 1
-    for name in axes:
+    for name in names_in(axis):
         ways *= mesh.shape[name]
     return ways

@@ -80,6 +80,15 @@ def test_experts_and_gradients_are_those_of_one_device(float64):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), found, expected)
 
 
+def test_a_product_has_a_derivative_forward():
+    """Where nothing is scattered line by line, as on CPUs."""
+    weight, x = jnp.ones((16, 8, 2)), jnp.arange(256.0).reshape(16, 16)
+    with sharding.use(mesh_of((1, 8, 1))):
+        product = jax.jit(lambda w: multiply(x, Weight(w, ("width", "heads", "head_dim"))))
+        _, along = jax.jvp(product, (weight,), (weight,))
+    np.testing.assert_allclose(along, x @ weight.reshape(16, 16))
+
+
 @pytest.mark.parametrize("lines", [(8,), (2, 4), (4, 2), (2, 2, 2)], ids=str)
 def test_what_is_scattered_line_by_line_is_the_sum(lines):
     """Numbers that are whole, so that every order of summing gives the same."""
@@ -97,14 +106,19 @@ def test_what_is_scattered_line_by_line_is_the_sum(lines):
 def test_lines_are_those_of_the_machine(sizes):
     places = list(itertools.product(*(range(size) for size in sizes)))
     assert collectives.lines_of(places) == sizes
-    # Those of a part, and of a place that is nowhere's neighbour.
+    # Those of a part.
     assert collectives.lines_of(places[: sizes[-1]]) == (sizes[-1],)
-    assert collectives.lines_of([(0, 0), (1, 1), (0, 1), (1, 0)]) == (4,)
+    # Neighbours in another order are one line: a ring, or any.
+    for other in ([(0, 0), (1, 0), (1, 1), (0, 1)], [(0, 0), (1, 1), (0, 1), (1, 0)]):
+        assert collectives.lines_of(other) == (4,)
+    # Two cores of each chip are lines, too.
+    cores = [(*place, core) for place in places for core in range(2)]
+    assert collectives.lines_of(cores) == (*sizes, 2)
     assert collectives.lines_of([(3, 2)]) == ()
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (1, 4, 2)], ids=str)
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_weights_are_gathered_twice_and_gradients_scattered(sizes, remat):
     """The textbook of fully sharded training, and nothing else of their size."""
     shape = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "feed_forward": 256}
@@ -144,7 +158,11 @@ def test_weights_are_gathered_twice_and_gradients_scattered(sizes, remat):
                 x.size * x.times
             )
     assert sums["copies"] == (data > 1) * weights // fsdp
-    assert (sums["parts"] > 0) == (tensor > 1)
+    # A layer has two products whose parts are summed, and the gradients of five. Only where
+    # nothing is kept attention's is summed again.
     activations = 4 * 64 * 8 * 4 // (data * fsdp) * model.config.layers
-    # Two a layer forward, one of them again, and one for each product into heads or feed-forward.
-    assert sums["parts"] <= 8 * activations
+    assert sums["parts"] == (tensor > 1) * (8 if remat == "full" else 7) * activations
+    # Nothing of the weights is kept, neither whole nor in parts: what there is are one layer's,
+    # their gradients, and activations.
+    one = weights * tensor // model.config.layers
+    assert program.memory_analysis().temp_size_in_bytes < 2 * one

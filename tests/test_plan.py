@@ -182,6 +182,36 @@ ENTRY %main (x: bf16[4,32], y: bf16[8,32]) -> bf16[32,32] {
 """
 
 
+# The second fusion takes a layer's part in a fusion of its own.
+NESTED = """
+%part (p0: f32[8,16,32], i0: s32[]) -> f32[16,32] {
+  %p0 = f32[8,16,32]{2,1,0} parameter(0)
+  %i0 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,16,32]{2,1,0} dynamic-slice(%p0, %i0, %zero, %zero), dynamic_slice_sizes={1,16,32}
+  ROOT %out0 = f32[16,32]{1,0} bitcast(%slice)
+}
+
+%outer (p1: f32[8,16,32], i1: s32[]) -> f32[16,32] {
+  %p1 = f32[8,16,32]{2,1,0} parameter(0)
+  %i1 = s32[] parameter(1)
+  %inner = f32[16,32]{1,0} fusion(%p1, %i1), kind=kLoop, calls=%part
+  ROOT %out1 = f32[16,32]{1,0} negate(%inner)
+}
+
+ENTRY %main (x: f32[8,16,32], i: s32[]) -> f32[16,32] {
+  %x = f32[8,16,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = f32[16,32]{1,0} fusion(%x, %i), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_what_is_sliced_deep_in_a_fusion_moves_in_part():
+    of_part = 16 * 32 * 4
+    assert of_part * 2 <= hlo.Program(NESTED).moved() < of_part * 2 + 100
+
+
 def test_what_shares_a_channel_counts_for_itself():
     first, second = hlo.Program(SHARED_CHANNEL).collectives()
     assert (first.size, second.size) == (16 * 32 * 2, 32 * 32 * 2)

@@ -255,6 +255,28 @@ def test_any_sizes_fit_a_torus(sizes, shape):
     assert {chip.id for chip in found.flat} == {chip.id for chip in chips}
 
 
+# As `mesh_utils` orders the chips: in grids of lines, or in a ring.
+@pytest.mark.parametrize(
+    ("sizes", "shape", "kind", "lines"),
+    [
+        ((1, 256, 1), (16, 16, 1), "TPU v5 lite", (16, 16)),
+        ((8, 32, 1), (16, 16, 1), "TPU v5 lite", (16, 2)),
+        ((1, 16, 1), (2, 2, 4), "TPU v5p", (2, 2, 4)),
+        ((4, 16, 1), (4, 4, 4), "TPU v5p", (4, 4)),
+        ((1, 4, 4), (2, 2, 4), "TPU v5p", (4,)),
+        ((1, 8, 1), (2, 4, 1), "TPU v5 lite", (2, 4)),
+        ((1, 16, 1), (4, 4, 1), "TPU v6 lite", (4, 4)),
+        ((2, 8, 1), (4, 4, 1), "TPU v6 lite", (4, 2)),
+        ((1, 1, 8), (2, 2, 2), "TPU v5p", ()),
+    ],
+    ids=str,
+)
+def test_gradients_are_scattered_along_the_lines_of_a_torus(sizes, shape, kind, lines):
+    chips = torus(*shape, device_kind=kind)
+    mesh = jax.sharding.Mesh(sharding.arrange(sizes, chips), sharding.AXES)
+    assert sharding._lines(mesh)["fsdp"] == lines
+
+
 def test_only_data_lies_between_slices():
     chips = torus(2, 2, 2, slices=4)
     found = sharding.arrange((8, 2, 2), chips)

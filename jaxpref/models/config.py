@@ -11,6 +11,9 @@ from jaxtyping import Array
 
 from jaxpref.models.rotary import Rope
 
+_attended = jax.checkpoint_policies.save_only_these_names("attended")
+# Of products whose parts lie along an axis of the mesh.
+_SUMS = ("psum", "psum_invariant")
 # What the backward pass computes again instead of keeping. A weight that was gathered from all its
 # parts is never kept.
 REMAT_POLICIES: dict[str, Any] = {
@@ -19,7 +22,9 @@ REMAT_POLICIES: dict[str, Any] = {
     # Products with weights are kept, and what attention gives: the dear part to compute again.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attended"),
+        lambda primitive, *_, **params: (
+            _attended(primitive, *_, **params) or primitive.name in _SUMS
+        ),
     ),
 }
 

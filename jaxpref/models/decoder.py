@@ -22,7 +22,7 @@ from jaxpref.logprobs import LMHead
 from jaxpref.models.cache import Cache, Held, seated
 from jaxpref.models.config import REMAT_POLICIES, DecoderConfig
 from jaxpref.models.layers import Angles, Block, Norm, OfLayer, OfRows, param
-from jaxpref.models.linear import policy_of_gathered
+from jaxpref.models.linear import keeps_no_gathered
 from jaxpref.models.protocol import ScalarHead
 from jaxpref.models.vocabulary import look_up
 from jaxpref.packing import Seats, Tree
@@ -83,7 +83,10 @@ class Decoder(nn.Module):
             self.layers: Any = [Block(config) for _ in range(config.layers)]
             return
         block: Any = Block
-        policy = REMAT_POLICIES[config.remat] or policy_of_gathered(config.width)
+        policy = REMAT_POLICIES[config.remat]
+        name, parts = sharding.gathered_along()
+        if policy is None and name and (parts > 1 or config.experts):
+            policy = keeps_no_gathered
         if policy is not None:
             # Inside a scan nothing can be merged across layers, so CSE need not be prevented.
             block = nn.remat(Block, policy=policy, prevent_cse=False)

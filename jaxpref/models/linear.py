@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from jaxpref import collectives, sharding
 
-# What a weight goes through from its parts to a product.
-_GATHERING = {jax.lax.all_gather_p, jax.lax.reshape_p, jax.lax.transpose_p}
+# What a weight goes through from its parts to a product, by the names of JAX's primitives.
+_GATHERING = {"all_gather", "pvary", "reshape", "transpose"}
 
 
 class Weight(NamedTuple):
@@ -35,6 +35,10 @@ def multiply(
     def product(x: Array, value: Array) -> Array:
         return x @ value.reshape(x.shape[1], -1)
 
+    spec = sharding.spec_of(weight.axes, weight.value.shape)
+    name, parts = sharding.gathered_along()
+    if spec is None or parts == 1 or name not in spec:
+        return product(x, weight.value)
     summed, kept = weight.axes[0], weight.axes[inputs]
     return on_own_rows(product, (x,), (weight,), given=(summed,), made=kept, summed=summed)
 
@@ -48,7 +52,7 @@ def on_own_rows(
     made: str,
     summed: str,
 ) -> Float[Array, "tokens _"]:
-    """What each device makes of its own tokens with weights that are whole along `fsdp`.
+    """What each device makes of its own tokens with weights that are whole along their width.
 
     The parts of the weights are gathered, forward and backward, and their gradients are scattered.
     Left to XLA, it would hang on the mesh and on the backend what is exchanged, and on some the
@@ -63,61 +67,54 @@ def on_own_rows(
       summed: that of the axis over which the function sums: what comes out is added up over the
         parts of it.
     """
-    specs = [sharding.spec_of(weight.axes, weight.value.shape) for weight in weights]
-    first = sharding.spec_of(("rows",), rows[0].shape[:1])
-    if first is None or first[0] is None or not any(spec and "fsdp" in spec for spec in specs):
+    tokens = sharding.spec_of(("rows",), rows[0].shape[:1])
+    if tokens is None or tokens[0] is None or not rows[0].size:
         return function(*rows, *(weight.value for weight in weights))
+    name, _ = sharding.gathered_along()
+    of_rows = sharding.names_in(tokens[0])
+    specs = [
+        sharding.spec_of(weight.axes, weight.value.shape) or PartitionSpec() for weight in weights
+    ]
     # Activations are whole where the weights are gathered, and split as these are elsewhere.
     along: dict[str, Any] = {
-        name: None if axis == "fsdp" else axis
+        axis: None if part == name else part
         for weight, spec in zip(weights, specs, strict=True)
-        for name, axis in zip(weight.axes, spec or (), strict=True)
+        for axis, part in zip(weight.axes, spec, strict=True)
     }
 
     def here(*parts: Array) -> Array:
         whole = [
-            _whole(part, spec or PartitionSpec(), first[0])
+            _whole(part, spec, of_rows, name)
             for part, spec in zip(parts[len(rows) :], specs, strict=True)
         ]
         out = function(*parts[: len(rows)], *whole)
         return out if along[summed] is None else jax.lax.psum(out, along[summed])
 
-    of_rows = [PartitionSpec(first[0], along.get(name)) for name in given]
-    of_output = PartitionSpec(first[0], along.get(made))
-    mapped = jax.shard_map(here, in_specs=(*of_rows, *specs), out_specs=of_output)
+    in_specs = (*(PartitionSpec(tokens[0], along.get(axis)) for axis in given), *specs)
+    out_specs = PartitionSpec(tokens[0], along.get(made))
+    mapped = jax.shard_map(here, in_specs=in_specs, out_specs=out_specs)
     return mapped(*rows, *(weight.value for weight in weights))
 
 
-def _whole(part: Array, spec: PartitionSpec, rows: tuple[str, ...]) -> Array:
-    """The parts of a weight along `fsdp` as one."""
+def _whole(part: Array, spec: PartitionSpec, rows: tuple[str, ...], name: str | None) -> Array:
+    """The parts of a weight along an axis of the mesh as one."""
     # Said before they are gathered, so that it is the scattered gradient that is summed over what
     # has the same part for other rows.
-    part = jax.lax.pcast(part, tuple(name for name in rows if name not in spec), to="varying")
-    if "fsdp" not in spec:
+    part = jax.lax.pcast(part, tuple(each for each in rows if each not in spec), to="varying")
+    if name is None or name not in spec:
         return part
-    axis = spec.index("fsdp")
+    axis = spec.index(name)
     first = jnp.moveaxis(part, axis, 0)
-    whole = collectives.gather(first.reshape(len(first), -1), "fsdp", 0)
+    whole = collectives.gather(first.reshape(len(first), -1), name, 0)
     return jnp.moveaxis(whole.reshape(-1, *first.shape[1:]), 0, axis)
 
 
-def policy_of_gathered(width: int) -> Any:
-    """What the backward pass keeps where it computes nothing again but the gathers of weights.
+def keeps_no_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy for `jax.checkpoint`: all is kept but weights with all of their parts.
 
-    Args:
-      width: of the model.
-
-    Returns:
-      A policy for `jax.checkpoint`; None where nothing is gathered.
+    All of them together would not fit. Where it is used nothing but their gathers is computed
+    again.
     """
-    spec = sharding.spec_of(("width",), (width,))
-    if spec is None or spec[0] is None or jax.sharding.get_abstract_mesh().shape[spec[0]] == 1:
-        return None
-
-    def keeps(primitive: Any, *_: Any, **params: Any) -> bool:
-        # All weights with all of their parts together would not fit. The gather is in a function
-        # that has a gradient of its own.
-        inner = getattr(params.get("call_jaxpr"), "eqns", ())
-        return not {primitive, *(step.primitive for step in inner)} & _GATHERING
-
-    return keeps
+    # A gather may be in a function that has a gradient of its own.
+    inner = getattr(params.get("call_jaxpr"), "eqns", ())
+    return not {primitive.name, *(step.primitive.name for step in inner)} & _GATHERING

@@ -166,7 +166,7 @@ class Program:
                 continue
             if step.where.around and step.where.computation not in starts:
                 # What goes on while others compute stands in each of the fusions that do, too.
-                if _same(step) in overlapped | seen:
+                if _same(step) in overlapped or _same(step) in seen:
                     continue
                 seen.add(_same(step))
             scatters = _SCATTER in step.where.computation
@@ -229,13 +229,33 @@ class Program:
             users = [x for x in body.values() if name in x.operands]
             if number >= len(read) or not users:
                 continue
-            if all(x.opcode in _SLICES and x.operands[0] == name for x in users):
-                read[number] = min(read[number], sum(_in_memory(x.shape) for x in users))
+            if (part := self._sliced(name, body)) is not None:
+                read[number] = min(read[number], part)
             elif all(x.opcode == "dynamic-update-slice" and x.operands[0] == name for x in users):
                 # It is written in place: only what is new moves.
                 part = sum(_in_memory(body[x.operands[1]].shape) for x in users)
                 read[number], written = 0, max(written - _in_memory(users[0].shape), 0) + part
         return written + sum(read)
+
+    def _sliced(self, name: str, body: _Computation) -> int | None:
+        """Bytes of the parts that a fusion, or fusions in it, take of a value; None: all of it."""
+        total = 0
+        for user in (x for x in body.values() if name in x.operands):
+            called = user.called("calls") if user.opcode == "fusion" else None
+            if user.opcode in _SLICES and user.operands[0] == name:
+                total += _in_memory(user.shape)
+            elif called is not None and user.operands.count(name) == 1:
+                inner = self._computations[called]
+                number = str(user.operands.index(name))
+                parameter = next(
+                    x for x in inner.values() if x.opcode == "parameter" and x.given == number
+                )
+                if (part := self._sliced(parameter.name, inner)) is None:
+                    return None
+                total += part
+            else:
+                return None
+        return total
 
     def _walk(self, where: _Where) -> Iterator[_Step]:
         """All instructions, each with where it stands."""
