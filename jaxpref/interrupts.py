@@ -35,6 +35,8 @@ def interrupts(
     signal alone, but all have to stop at the same place: JAX's own handler of SIGTERM tells the
     others, and they agree. So all of them have to ask equally often.
 
+    In a child that is forked signals act as they did before.
+
     Args:
       saying: what is still done after the first signal, for whoever sent it.
       together: whether several processes work on the same steps.
@@ -46,11 +48,15 @@ def interrupts(
       Says whether to stop; once it has, it says so again.
     """
     asked = Interrupts(saying, together, leave)
+    _active.append(asked)
     try:
         yield asked
     finally:
-        asked.save_from_now_on()
-        asked.restore()
+        unsaved = asked.close()
+        _active.remove(asked)
+    # The thread that leaves may not have had its turn between the signal and the end.
+    if leave is not None and unsaved:
+        leave()
 
 
 class Interrupts:
@@ -85,17 +91,34 @@ class Interrupts:
             self._first.end()
             self._first = None
 
-    def restore(self) -> None:
-        """Gives the signals back."""
+    def close(self) -> bool:
+        """Gives the signals back; whether one came while there was nothing to save."""
+        unsaved = self._first is not None
+        self.save_from_now_on()
+        self._restore()
+        return unsaved and self._seen
+
+    def close_in_child(self) -> None:
+        """Gives the signals back in a process that was just forked, which has no other thread."""
+        if self._first is not None:
+            self._first.close_in_child()
+            self._first = None
+        self._restore()
+        # What the child does with its signals from here on stays.
+        self._before = {}
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen = True
-        self.restore()
-        if self._first is None:
-            # This is not print, since the handler may run in the middle of another write.
-            os.write(2, f"\ninterrupted: {self._saying} (once more to stop at once)\n".encode())
+        self._restore()
+        # As long as there is nothing to save, what is done next is known to the one that leaves. It
+        # may not hear of the signal, where something else has asked for the numbers of signals.
+        saying = f": {self._saying}" if self._first is None else ""
+        # This is not print, since the handler may run in the middle of another write.
+        os.write(2, f"\ninterrupted{saying} (once more to stop at once)\n".encode())
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -125,9 +148,19 @@ class _First(threading.Thread):
                 return
             self._over = True
         signal.set_wakeup_fd(self._before)
-        self._sender.close()
+        # To close it would tell the thread nothing as long as a child has it open, too.
+        self._sender.shutdown(socket.SHUT_RDWR)
         # A thread that lives while Python ends may abort JAX.
         self.join()
+        self._close()
+
+    def close_in_child(self) -> None:
+        """Leaves the socket to the parent, which would take the child's signals for its own."""
+        signal.set_wakeup_fd(self._before)
+        self._close()
+
+    def _close(self) -> None:
+        self._sender.close()
         self._signals.close()
 
     def run(self) -> None:
@@ -178,3 +211,25 @@ def _noticed() -> bool:
         # As long as there is none it is not found.
         return False
     return True
+
+
+_active: list[Interrupts] = []
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    # A child may be terminated as soon as there is one, which then has to wait for `_in_child`.
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM] if _active else [])
+
+
+def _in_parent() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _in_child() -> None:
+    for asked in reversed(_active):
+        asked.close_in_child()
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

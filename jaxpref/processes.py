@@ -37,8 +37,8 @@ _AWAY = (
     "checkpoint."
 )
 _UNSAVED = (
-    "interrupted: no step was done since the start, so there is nothing to save. The same command "
-    "starts where this one did."
+    "interrupted: there is nothing to save, since no step was done that is not saved. The same "
+    "command goes on from there."
 )
 # Seconds that the first process leaves to the others to end before it.
 _GRACE = 1.0
@@ -358,10 +358,12 @@ def leave_unsaved() -> NoReturn:
 def _end_children() -> None:
     # Those that tokenise would wait for more to do.
     for child in multiprocessing.active_children():
-        child.terminate()
+        # The main thread may close it in the meantime.
+        with suppress(ValueError):
+            child.terminate()
 
 
-_last_acts: list[Callable[[], object]] = [console.show_cursor, _end_children]
+_last_acts: list[Callable[[], object]] = []
 
 
 @contextmanager
@@ -386,9 +388,12 @@ def _exit(code: int) -> NoReturn:
 
 
 def _act_at_last() -> None:
-    for action in reversed(_last_acts):
-        # The main thread may be about to do the same.
-        with suppress(OSError):
+    # What a bucket is asked for may take all the time that there is, so it comes last.
+    first: list[Callable[[], object]] = [_end_children, console.show_cursor]
+    for action in [*first, *reversed(_last_acts)]:
+        # The main thread may be about to do the same, and a bucket fails in ways of its own; the
+        # others are to act all the same.
+        with suppress(Exception):
             action()
 
 

@@ -321,7 +321,7 @@ def test_a_signal_before_a_step_is_done_ends_all_at_once(
     outputs, codes = finish(started, timeout=15)
     assert codes == [130] * processes, outputs
     for output in outputs:
-        assert "interrupted: no step was done since the start" in output
+        assert "no step was done that is not saved" in output
         assert "Traceback" not in output
         assert "cannot go on" not in output
     assert (workdir / "run.lock").read_text() == ""
