@@ -213,7 +213,7 @@ RECORDED = """
 import sys
 from absl import app
 from jaxpref import main, recipes, train
-train.run = lambda config, folder: print(config.algorithm.name, folder, config.model.init_from)
+train.run = lambda config, folder, **_: print(config.algorithm.name, folder, config.model.init_from)
 app.run(main.main, argv=["main", *sys.argv[1:]], flags_parser=recipes.parse_flags)
 """
 
