@@ -81,8 +81,8 @@ def lines_of(places: Sequence[Sequence[int]]) -> tuple[int, ...]:
       places: coordinates of each device in its machine, in the order of an axis of the mesh.
 
     Returns:
-      One size where the order is not that of lines in a grid, such as where it is a ring: for these
-      TPUs have a scatter.
+      One size where the order is not that of lines in a grid, such as where it is a ring. How a sum
+      is scattered there is left to the compiler.
 
     >>> lines_of([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)])
     (2, 3)
@@ -158,7 +158,7 @@ def _lines_along(name: str) -> tuple[int, ...]:
     return _LINES.get().get(name, ())
 
 
-# The whole array at once: a TPU's compiler gathers along all axes of a torus together.
+# It is gathered in one go, and not line by line: TPUs gather along all axes of a torus together.
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: Array, name: str, axis: int) -> Array:
     return jax.lax.all_gather(x, name, axis=axis, tiled=True)
