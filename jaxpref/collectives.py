@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -64,8 +66,8 @@ def lines(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     """Makes known to what is traced inside which lines of devices the axes of the mesh consist of.
 
     Args:
-      sizes: of the lines that an axis consists of, outermost first: their product is its size. An
-        axis without an entry is one line.
+      sizes: of the lines that an axis consists of, outermost first: their product is its size.
+        Along an axis without an entry sums are scattered in one go.
     """
     token = _LINES.set(sizes)
     try:
@@ -120,7 +122,7 @@ def gather(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."
       name: of the mesh's axis.
       axis: of the array, along which the parts lie one after another.
     """
-    if len(_lines_along(name)) < 2:
+    if not _lines_along(name):
         return jax.lax.all_gather(x, name, axis=axis, tiled=True)
     return _gather(x, name, axis)
 
@@ -128,8 +130,8 @@ def gather(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."
 def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "..."]:
     """This device's part of the sum of what devices along an axis of the mesh have.
 
-    It is done line by line: TPUs have no scatter for all devices of a torus at once, and their
-    compiler would sum the whole array on every device, which moves twice as much.
+    On TPUs it is done line by line: they have no scatter for all devices of a torus at once, and
+    their compiler would sum the whole array on every device, which moves twice as much.
 
     Args:
       x: what this device has of the sum.
@@ -137,8 +139,12 @@ def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "...
       axis: of the array, along which it is split.
     """
     sizes = _lines_along(name)
-    if len(sizes) < 2:
+    if not sizes:
         return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    x = jnp.moveaxis(x, axis, 0)
+    # The compiler also sums the whole array if its layout in memory has that axis last, unless the
+    # parts are whole tiles. It chooses such a layout where what comes next is transposed.
+    in_order = Layout(tuple(range(x.ndim)))
     size = beyond = jax.lax.axis_size(name)
     for length in sizes:
         beyond //= length
@@ -149,9 +155,13 @@ def scatter(x: Shaped[Array, "..."], name: str, axis: int) -> Shaped[Array, "...
             for first in range(start, start + beyond)
         ]
         x = jax.lax.psum_scatter(
-            x, name, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+            with_layout_constraint(x, in_order),
+            name,
+            scatter_dimension=0,
+            axis_index_groups=groups,
+            tiled=True,
         )
-    return x
+    return jnp.moveaxis(x, 0, axis)
 
 
 def _lines_along(name: str) -> tuple[int, ...]:

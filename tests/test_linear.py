@@ -1,7 +1,10 @@
 """Products on a mesh: equal to those of one device, and what devices exchange for them."""
 
 import dataclasses
+import importlib.util
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 
@@ -100,6 +103,43 @@ def test_what_is_scattered_line_by_line_is_the_sum(lines):
             lambda x: scatter(x[0]), in_specs=P("fsdp"), out_specs=P(None, "fsdp")
         )
         np.testing.assert_array_equal(jax.jit(mapped)(x), x.sum(axis=0))
+
+
+SCATTER = """
+import sys
+from jaxpref.plan import machines
+machines.prepare(sys.argv[1])
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxpref import collectives, sharding
+from jaxpref.plan.hlo import Program
+
+devices, _ = machines.devices_of(sys.argv[1])
+data, fsdp, width = map(int, sys.argv[2:])
+mesh = sharding.make_mesh(data, fsdp, -1, devices=devices)
+x = jax.ShapeDtypeStruct((14_336, width), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+with sharding.use(mesh):
+    mapped = jax.shard_map(
+        lambda x: collectives.scatter(2 * x, "fsdp", 1),
+        in_specs=P(), out_specs=P(None, "fsdp"), check_vma=False,
+    )
+    program = jax.jit(mapped).lower(x).compile()
+print({found.kind for found in Program(program.as_text()).collectives()})
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jaxpref[tpu]")
+@pytest.mark.parametrize(
+    "case",
+    ["v5p:2x2x4 1 4 2560", "v5p:4x4x4 2 32 4096", "v6e:8x8 2 32 4096", "v5e:4x4 2 8 5120"],
+)
+def test_tpus_scatter_what_is_not_of_whole_tiles(case):
+    command = [sys.executable, "-c", SCATTER, *case.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "reduce-scatter" in done.stdout
+    assert "all-reduce" not in done.stdout
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 3), (2, 2, 4), (16, 16)], ids=str)
