@@ -13,14 +13,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import TINY
 from jax.sharding import PartitionSpec as P
 from test_train import small
 
-from jaxpref import sharding, train
+from jaxpref import models, sharding, train
 from jaxpref.errors import UserError
+from jaxpref.models import Decoder
 from jaxpref.plan import hlo, machines
-from jaxpref.plan.estimate import TooLargeError, _attention, estimate
-from jaxpref.plan.programs import bytes_of, plan_run
+from jaxpref.plan.estimate import TooLargeError, _attention, _useful, estimate
+from jaxpref.plan.programs import Program, Work, bytes_of, plan_run
 from jaxpref.plan.report import Report
 from jaxpref.plan.search import alternatives
 from jaxpref.sampling import decode, sampler
@@ -496,6 +498,21 @@ def test_what_decoding_takes():
     assert f"{update.tokens:,} tokens an update" in report.sentences()[0]
     columns = [[str(column.header) for column in table.columns] for table in report.tables()]
     assert columns == [["", *planned.sampling], ["", "look", "update"]]
+
+
+def test_of_a_mixture_a_token_needs_the_experts_that_it_goes_to():
+    """As many operations as with one network as wide as these, and those of the router."""
+    tokens, wide = 64, 24
+
+    def useful(**changes):
+        model = Decoder(dataclasses.replace(TINY, **changes))
+        params = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+        work, passes = Work(tokens, 0, tokens, None), ((params, True),)
+        return _useful(Program("update", None, (), {}, 1, work, passes), model.config)
+
+    mixture = useful(feed_forward=wide, experts=8, experts_per_token=2)
+    routers = TINY.layers * TINY.width * 8
+    assert mixture - 6 * routers * tokens == useful(feed_forward=2 * wide)
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
             sum(held.values()) + bytes_of(program.copied),
         ),
         operations=operations,
-        useful=_useful(program) / mesh.size,
+        useful=_useful(program, planned.decoder.config) / mesh.size,
         exchanged={kind: size for kind, size in exchanged.items() if size},
         moved=moved,
         tokens=program.work.tokens,
@@ -154,7 +154,7 @@ def _attention(read: hlo.Program, config: DecoderConfig, program: Program, mesh:
     return products * 2 * pairs * heads * config.head_dim
 
 
-def _useful(program: Program) -> float:
+def _useful(program: Program, config: DecoderConfig) -> float:
     """Operations that the tokens of a call need at least, over all devices."""
     total, work = 0.0, program.work
     for params, trained in program.passes:
@@ -166,5 +166,9 @@ def _useful(program: Program) -> float:
             table = name in ("embedding", "head", "score")
             if name == "embedding" and ("head" in params or "score" in params):
                 continue
-            total += (6 if trained else 2) * leaf.size * (work.scored if table else work.tokens)
+            size = leaf.size
+            if config.experts and name.endswith(("/gate", "/up", "/down")):
+                # A token goes to some of the experts.
+                size = size * config.experts_per_token // config.experts
+            total += (6 if trained else 2) * size * (work.scored if table else work.tokens)
     return total
