@@ -41,7 +41,7 @@ test-process: .venv/installed-test
 # each from an empty cache: other rounding, the same results.
 ISAS ?= SSE4_2 AVX2
 NUMERICAL := $(addprefix tests/test_,adapters.py advantages.py algorithms.py attention.py bandits.py enumerable.py \
-	frontiers.py heads.py linear.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py \
+	frontiers.py grouped.py heads.py linear.py logprobs.py models.py online.py packing.py policy_gradient.py pretrained.py \
 	rollouts.py sampling.py sharding.py splash.py trl_rollouts.py vocabulary.py)
 test-isa: .venv/installed-test
 	for isa in $(ISAS); do \

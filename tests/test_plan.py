@@ -287,6 +287,21 @@ def test_attention_of_a_kernel_is_that_of_its_rows(found):
     assert operations == 3 * 2 * 2 * (32 * 33 / 2) * 4 * 128
 
 
+GROUPED = """
+ENTRY %main (n: s32[1], x: bf16[64,32], w: bf16[8,32,16]) -> bf16[64,16] {
+  %n = s32[1]{0} parameter(0)
+  %x = bf16[64,32]{1,0} parameter(1)
+  %w = bf16[8,32,16]{2,1,0} parameter(2)
+  ROOT %y = bf16[64,16]{1,0} custom-call(%n, /*index=5*/%x, %w), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/ragged_dot_general/ragged-dot-none"}
+}
+"""
+
+
+def test_of_a_grouped_product_each_row_meets_one_weight():
+    assert hlo.Program(GROUPED).operations() == 2 * 64 * 32 * 16
+
+
 def shapes_of(tree):
     """Shapes, dtypes and places of arrays by their paths; what is no array as it is."""
     return {

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxpref.losses.inputs import in_float32
+from jaxpref.models.grouped import grouped_product
 
 
 def mix_experts(
@@ -23,7 +24,7 @@ def mix_experts(
     """The weighted outputs of each token's `per_token` most probable experts.
 
     No token is dropped: the copies of the tokens are sorted by expert, and each expert
-    multiplies its own run of rows (`jax.lax.ragged_dot`).
+    multiplies its own run of rows (see `grouped_product`).
 
     Args:
       x: inputs.
@@ -44,8 +45,9 @@ def mix_experts(
     token = order // per_token
     sizes = jnp.bincount(chosen.ravel(), length=gate.shape[0])
     rows = x[token]
-    inner = activation(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    out = jax.lax.ragged_dot(inner, down, sizes) * share.ravel()[order, None].astype(x.dtype)
+    gated = activation(grouped_product(rows, gate, sizes))
+    inner = gated * grouped_product(rows, up, sizes)
+    out = grouped_product(inner, down, sizes) * share.ravel()[order, None].astype(x.dtype)
     return jnp.zeros_like(x).at[token].add(out)
 
 

@@ -59,7 +59,8 @@ def on_own_rows(
     gradients are summed whole on every device.
 
     Args:
-      function: of arrays of tokens and the weights' values.
+      function: of arrays of tokens and the weights' values, which all vary along the same axes of
+        the mesh.
       rows: arrays of tokens.
       weights: in the dtype to compute in.
       given: the logical names of the last axes of `rows`.
@@ -71,7 +72,6 @@ def on_own_rows(
     if tokens is None or tokens[0] is None or not rows[0].size:
         return function(*rows, *(weight.value for weight in weights))
     name, _ = sharding.gathered_along()
-    of_rows = sharding.names_in(tokens[0])
     specs = [
         sharding.spec_of(weight.axes, weight.value.shape) or PartitionSpec() for weight in weights
     ]
@@ -82,25 +82,30 @@ def on_own_rows(
         for axis, part in zip(weight.axes, spec, strict=True)
     }
 
+    in_specs = (*(PartitionSpec(tokens[0], along.get(axis)) for axis in given), *specs)
+    names = [{name for part in spec for name in sharding.names_in(part)} for spec in in_specs]
+    everywhere = set().union(*names)
+
     def here(*parts: Array) -> Array:
-        whole = [
-            _whole(part, spec, of_rows, name)
-            for part, spec in zip(parts[len(rows) :], specs, strict=True)
+        # Said before weights are gathered, so that it is the scattered gradient that is summed
+        # over what has the same part for other rows.
+        varying = [
+            jax.lax.pcast(part, tuple(sorted(everywhere - its)), to="varying")
+            for part, its in zip(parts, names, strict=True)
         ]
-        out = function(*parts[: len(rows)], *whole)
+        whole = [
+            _whole(part, spec, name) for part, spec in zip(varying[len(rows) :], specs, strict=True)
+        ]
+        out = function(*varying[: len(rows)], *whole)
         return out if along[summed] is None else jax.lax.psum(out, along[summed])
 
-    in_specs = (*(PartitionSpec(tokens[0], along.get(axis)) for axis in given), *specs)
     out_specs = PartitionSpec(tokens[0], along.get(made))
     mapped = jax.shard_map(here, in_specs=in_specs, out_specs=out_specs)
     return mapped(*rows, *(weight.value for weight in weights))
 
 
-def _whole(part: Array, spec: PartitionSpec, rows: tuple[str, ...], name: str | None) -> Array:
+def _whole(part: Array, spec: PartitionSpec, name: str | None) -> Array:
     """The parts of a weight along an axis of the mesh as one."""
-    # Said before they are gathered, so that it is the scattered gradient that is summed over what
-    # has the same part for other rows.
-    part = jax.lax.pcast(part, tuple(each for each in rows if each not in spec), to="varying")
     if name is None or name not in spec:
         return part
     axis = spec.index(name)

@@ -22,6 +22,8 @@ _SCATTER = "all-reduce-scatter"
 # What is exchanged while others compute begins beside a call of this target. Several exchanges may
 # share a channel.
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
+# The kernel that TPUs have for `jax.lax.ragged_dot`.
+_GROUPED = "ragged-dot-none"
 
 # The share of an array's bytes that a device receives is 1 - 1 / devices, this many times.
 _COLLECTIVES = {
@@ -440,6 +442,8 @@ def _operations(instruction: _Instruction, computation: _Computation) -> float:
         return _of_dot(instruction, computation)
     if instruction.opcode == "convolution":
         return _of_convolution(instruction, computation)
+    if instruction.opcode == "custom-call" and instruction.source.endswith(_GROUPED):
+        return _of_groups(instruction, computation)
     return 0.0
 
 
@@ -447,6 +451,13 @@ def _of_dot(instruction: _Instruction, computation: _Computation) -> float:
     ((_, left),) = _arrays(computation[instruction.operands[0]].shape)
     summed = _between(instruction.attributes, "lhs_contracting_dims")
     inner = math.prod(left[int(axis)] for axis in summed.split(",") if axis)
+    ((_, out),) = _arrays(instruction.shape)
+    return 2.0 * math.prod(out) * inner
+
+
+def _of_groups(instruction: _Instruction, computation: _Computation) -> float:
+    """Each row times the weight of its group; the kernel is given the weights last."""
+    ((_, (_, inner)),) = _arrays(computation[instruction.operands[-2]].shape)
     ((_, out),) = _arrays(instruction.shape)
     return 2.0 * math.prod(out) * inner
 
