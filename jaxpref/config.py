@@ -8,7 +8,6 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from jaxpref.errors import UserError
 from jaxpref.knobs import DATA_FORMATS, EVALUATION_KNOBS, GROUPS, KNOBS, Knob, one_of
 from jaxpref.methods import METHODS, Method
+from jaxpref.workdir import as_path
 
 # How the names of data files end.
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -387,7 +387,7 @@ def held_out_source(config: ConfigDict) -> dict[str, Any] | None:
 
 def is_file(path: str) -> bool:
     """Whether a source is a single file, by its name."""
-    return path.endswith(DATA_SUFFIXES) and not Path(path).is_dir()
+    return path.endswith(DATA_SUFFIXES) and not as_path(path).is_dir()
 
 
 def _check_entry(entry: Any, where: str) -> None:

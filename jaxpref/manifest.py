@@ -68,7 +68,7 @@ def _describe(folder: AnyPath, names: dict[str, bool]) -> dict[str, list[int | s
         try:
             if not names[name]:
                 return [workdir.size(folder / name)]
-            with (folder / name).open("rb") as file:
+            with workdir.open_file(folder / name) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 return [file.tell(), digest]
         except FileNotFoundError:

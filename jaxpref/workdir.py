@@ -1,4 +1,4 @@
-"""Paths of workdirs, which may be folders of a disk or of a bucket, and how files get there.
+"""Paths on a disk or in a bucket, how files are read there, and how they get there whole.
 
 An object of a bucket is there when it is closed, whole; it has no rename and takes nothing more.
 What has just been written may be missing in a listing, and is found by its name.
@@ -7,6 +7,7 @@ What has just been written may be missing in a listing, and is found by its name
 import atexit
 import errno
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -15,9 +16,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from etils import epath
 
@@ -34,10 +34,14 @@ _FILES = "files.txt"
 _AGAIN, _SHARE = 30.0, 0.1
 # How many objects are asked for at a time.
 _REQUESTS = 8
+# Bytes of an object that are asked for at a time: what is read whole is in memory twice meanwhile.
+_MOST = 2**27
+# Bytes that are read ahead of lines and of other small parts.
+_AHEAD = 2**20
 
 
 def as_path(name: str | AnyPath) -> AnyPath:
-    """The path that a user gave for a workdir: a folder, or an address such as `gs://bucket/run`.
+    """The path that a user gave: of a file or a folder, or an address such as `gs://bucket/run`.
 
     Raises:
       UserError: it is an address of another kind, or what reaches buckets is not installed, or does
@@ -50,7 +54,7 @@ def as_path(name: str | AnyPath) -> AnyPath:
         return Path(name)
     if not str(name).startswith("gs://"):
         raise UserError(
-            f"{name}: is an address, and not a folder. Of addresses only gs://BUCKET/FOLDER is "
+            f"{name}: is an address, and no path of a disk. Of addresses only gs://BUCKET/PATH is "
             "known, as text; mount what is elsewhere, and give the folder that it is mounted to."
         )
     if not any(map(importlib.util.find_spec, _BACKENDS)):
@@ -127,6 +131,51 @@ def write(path: AnyPath, content: bytes | str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def open_file(path: AnyPath) -> io.BufferedReader:
+    """Opens a file to read it, from any byte on; of an object only what is read is fetched.
+
+    Returns:
+      The file, which raises an `OSError` for whatever the clients of buckets raise.
+
+    Raises:
+      OSError: it is not there, or cannot be read.
+    """
+    if isinstance(path, Path):
+        return path.open("rb")
+    with _reaching(path):
+        return io.BufferedReader(_Object(path, path.open("rb")), _AHEAD)
+
+
+class _Object(io.RawIOBase):
+    """An object of a bucket that is read."""
+
+    def __init__(self, path: AnyPath, file: Any):
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _reaching(self._path):
+            self._file.seek(offset, whence)
+            return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        with _reaching(self._path):
+            # Not all clients can read into memory that is there.
+            found = self._file.read(min(len(view), _MOST))
+        view[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read(path: AnyPath) -> bytes | None:
@@ -240,7 +289,7 @@ class GrowingObject:
         """Ends it without a flush."""
 
 
-def append(path: AnyPath) -> FileIO | GrowingObject:
+def append(path: AnyPath) -> io.FileIO | GrowingObject:
     """Opens a file to add to it, without a buffer: what is not taken now may be tried again."""
     return path.open("ab", buffering=0) if isinstance(path, Path) else GrowingObject(path)
 

@@ -245,7 +245,7 @@ def test_addresses_that_are_none_are_refused_before_anything_else(tmp_path, monk
     """Each of them would be a folder of that name here."""
     monkeypatch.chdir(tmp_path)
     for name in ("s3://bucket/run", "gs:/bucket/run", Path("gs://bucket/run")):
-        with pytest.raises(UserError, match=r"is an address, and not a folder\. .*only gs://"):
+        with pytest.raises(UserError, match=r"is an address, and no path of a disk\. .*only gs://"):
             train.run(small(), name)
     monkeypatch.setattr(workdir, "_BACKENDS", ("no_such_module",))
     same = 2 * [str(tmp_path / "run.jsonl")]

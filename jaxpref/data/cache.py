@@ -23,6 +23,7 @@ from jaxpref import config as config_lib, manifest
 from jaxpref.data.dataset import TokenizedDataset
 from jaxpref.data.records import fingerprint
 from jaxpref.errors import UserError
+from jaxpref.workdir import as_folder
 
 # The version of the files' format. It is a part of the key, so that a directory written in
 # another version is not read, and the data is tokenised anew.
@@ -75,7 +76,7 @@ def folder(config: ConfigDict, tokenizer: Any, kind: str) -> Path:
     versions = [importlib.metadata.version(name) for name in ("jaxpref", "transformers")]
     parts = [_VERSION, of_data, sources, kind, versions, _digest(tokenizer)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(data.cache) / key
+    return as_folder(data.cache, "data.cache") / key
 
 
 def read(folder: Path) -> tuple[TokenizedDataset, TokenizedDataset | None, dict[str, int]] | None:

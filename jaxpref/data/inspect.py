@@ -19,6 +19,7 @@ from jaxpref import config as config_lib
 from jaxpref.commands import OUTPUT, fail, quiet
 from jaxpref.errors import UserError
 from jaxpref.recipes import CONFIG, parse_flags
+from jaxpref.workdir import as_folder
 
 # --help shows these two as well.
 flags.declare_key_flag("config")
@@ -58,8 +59,9 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
     from jaxpref.data import statistics
     from jaxpref.terminal import console, progress
 
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output={output}: the directory {Path(output).parent} does not exist.")
+    drawn = as_folder(output, "--output")
+    if not drawn.absolute().parent.is_dir():
+        raise UserError(f"--output={output}: the directory {drawn.parent} does not exist.")
     data_lib.check(config)
     tokenizer = weights.open_run(config, Path(".")).tokenizer
     method = config_lib.method_of(config.algorithm.name)
@@ -112,7 +114,7 @@ def run(config: ConfigDict, output: str | Path, examples: int = 3) -> None:
         "exactly like an earlier one"
     )
     title = f"{len(data.train):,} examples"
-    statistics.plot_lengths(data.train, Path(output), title, borrowed=borrowed)
+    statistics.plot_lengths(data.train, drawn, title, borrowed=borrowed)
     console.print(f"lengths drawn in {output}")
 
 

@@ -1,4 +1,4 @@
-"""Raw records from local files or the hub, each with the place that it came from."""
+"""Raw records from files or the hub, each with the place that it came from."""
 
 import gzip
 import hashlib
@@ -7,22 +7,27 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from jaxpref import workdir
 from jaxpref.config import DATA_SUFFIXES, is_file
 from jaxpref.errors import UserError
+from jaxpref.workdir import AnyPath, as_path
 
 # A record and its place, as "file:line".
 Record = tuple[Mapping[str, Any], str]
+
+# What may stand before a JSON array.
+_BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
 def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterator[Record]:
     """Reads a file, a directory of files as the hub has them, or a data set of the hub.
 
     Args:
-      path: a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file; a directory; or a hub name
-        such as "Anthropic/hh-rlhf".
+      path: a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file, or a directory, either of which
+        may be in a bucket (`gs://BUCKET/PATH`); or a hub name such as "Anthropic/hh-rlhf".
       subset: a folder of the directory or the hub data set, such as "harmless-base".
       split: a split of the hub data set, or of the directory, where it is the files that are
         named after it.
@@ -36,28 +41,29 @@ def read_records(path: str, *, subset: str = "", split: str = "train") -> Iterat
         yield from _read_hub(path, subset, split)
         return
     for file in files:
-        read = _read_parquet if file.endswith(".parquet") else _read_json_lines
+        read = _read_parquet if file.suffix == ".parquet" else _read_json_lines
         yield from read(file)
 
 
 def check_source(path: str, key: str, *, subset: str = "", split: str = "train") -> None:
     """Refuses a path, given as `key`, that is no file of a known kind, directory or hub name."""
-    suffixes = ", ".join(DATA_SUFFIXES)
-    if Path(path).is_dir():
+    suffixes, place = ", ".join(DATA_SUFFIXES), as_path(path)
+    if place.is_dir():
         if not _files(path, subset, split):
-            folder = Path(path, subset)
-            present = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+            folder = place / subset
+            present = workdir.files(folder)
             raise UserError(
                 f"{path} ({key}): {folder} holds no file ({suffixes}) named after the split "
                 f"{split!r}, as in {split}.jsonl or {split}-00000-of-00001.parquet; it holds "
                 f"{', '.join(present[:8]) or 'nothing'}. Name the file itself, or the split."
             )
         return
-    if Path(path).is_file() and not path.endswith(DATA_SUFFIXES):
+    if place.is_file() and not path.endswith(DATA_SUFFIXES):
         raise UserError(f"{path} ({key}): expected a file ending in {suffixes}.")
     if is_file(path):
-        if not Path(path).is_file():
-            raise UserError(f"{path} ({key}): no such file, seen from {Path.cwd()}.")
+        if not place.is_file():
+            where = f", seen from {Path.cwd()}" if isinstance(place, Path) else " in the bucket"
+            raise UserError(f"{path} ({key}): no such file{where}.")
         if subset or split != "train":
             raise UserError(
                 f"{path} ({key}): is a single file, which has no subset and no split (got "
@@ -72,26 +78,27 @@ def check_source(path: str, key: str, *, subset: str = "", split: str = "train")
         )
 
 
-def _files(path: str, subset: str, split: str) -> list[str] | None:
+def _files(path: str, subset: str, split: str) -> list[AnyPath] | None:
     """The files that a path stands for; None for a hub name."""
-    if not Path(path).is_dir():
-        return [path] if is_file(path) else None
-    folder = Path(path, subset)
-    found = [p for p in folder.rglob("*") if is_file(p.name)]
+    place = as_path(path)
+    if not place.is_dir():
+        return [place] if is_file(path) else None
+    folder = place / subset
+    found = [PurePosixPath(name) for name in workdir.files(folder) if name.endswith(DATA_SUFFIXES)]
     # The split is a part of a file's name, or else the name of a folder that the file lies in, or
     # else the name of the folder that was given.
     named = [p for p in found if split in re.split("[-.]", p.name)]
-    inside = [p for p in found if split in p.relative_to(folder).parts[:-1]]
+    inside = [p for p in found if split in p.parts[:-1]]
     whole = found if folder.name == split else []
-    return sorted(str(p) for p in named or inside or whole)
+    return [folder / p for p in named or inside or whole]
 
 
-def _read_json_lines(path: str) -> Iterator[Record]:
-    opener = gzip.open if path.endswith(".gz") else open
+def _read_json_lines(path: AnyPath) -> Iterator[Record]:
     number = 0
     try:
-        with opener(path, "rb") as file:
-            if path.endswith(".json") and file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        with workdir.open_file(path) as stored:
+            file = gzip.GzipFile(fileobj=stored) if path.suffix == ".gz" else stored
+            if path.suffix == ".json" and file.read(64).lstrip(_BLANK)[:1] == b"[":
                 file.seek(0)
                 yield from _array(file.read(), path)
                 return
@@ -108,7 +115,7 @@ def _read_json_lines(path: str) -> Iterator[Record]:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-def _array(text: bytes, path: str) -> Iterator[Record]:
+def _array(text: bytes, path: AnyPath) -> Iterator[Record]:
     """The records of a .json file that is one JSON array."""
     try:
         records = json.loads(text, object_pairs_hook=_object)
@@ -167,14 +174,14 @@ def _check_names(names: list[str], where: str, what: str, whole: str) -> None:
         )
 
 
-def _read_parquet(path: str) -> Iterator[Record]:
+def _read_parquet(path: AnyPath) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_names(file.schema_arrow.names, path, "column", "parquet file")
+        with workdir.open_file(path) as stored, pyarrow.parquet.ParquetFile(stored) as file:
+            _check_names(file.schema_arrow.names, str(path), "column", "parquet file")
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
                     row += 1
@@ -187,15 +194,16 @@ def fingerprint(path: str, subset: str, split: str) -> str:
     """A digest of a file's content, or the hub data set's own.
 
     Raises:
-      UserError: the source cannot be read.
+      UserError: the source is missing, or cannot be read.
     """
+    check_source(path, "the data", subset=subset, split=split)
     files = _files(path, subset, split)
     if files is None:
         return _load_hub(path, subset, split)._fingerprint
     digest = hashlib.sha256()
     try:
         for name in files:
-            with Path(name).open("rb") as file:
+            with workdir.open_file(name) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error

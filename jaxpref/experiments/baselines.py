@@ -18,6 +18,7 @@ from jaxpref.evaluation import judges
 from jaxpref.experiments.points import Label
 from jaxpref.rewards import Sampled
 from jaxpref.terminal import console, listed
+from jaxpref.workdir import as_path
 
 # The seed of the generated test pairs; the data that runs train on has another one.
 _TEST = 1
@@ -129,10 +130,10 @@ class Judged:
         )
         # The address says nothing of what is there.
         of_judge = {k: v for k, v in judge.items() if k not in ("base_url", "max_requests")}
-        local = Path(self._path).exists()
+        file = as_path(self._path).exists()
         self.settings = {
             "judge": json.dumps(of_judge, sort_keys=True),
-            "test": Path(self._path).name if local else self._path,
+            "test": Path(self._path).name if file else self._path,
             **self._options,
         }
 

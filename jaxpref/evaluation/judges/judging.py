@@ -25,7 +25,7 @@ from jaxpref.evaluation.win_rates import Agreement, agreement
 from jaxpref.rewards import find
 from jaxpref.sampling import Sampling
 from jaxpref.terminal import console, listed
-from jaxpref.workdir import as_folder, is_address
+from jaxpref.workdir import as_folder, as_path, is_address
 
 
 class Reading(NamedTuple):
@@ -191,7 +191,7 @@ def _check_same(output: Path, which: Mapping[str, str]) -> None:
 
 
 def _is_policy(side: str) -> bool:
-    return not (is_file(side) or Path(side).is_file())
+    return not (is_file(side) or as_path(side).is_file())
 
 
 def _check_sides(a: str, b: str, reading: Reading) -> None:
