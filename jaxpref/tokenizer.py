@@ -3,10 +3,10 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxpref.errors import UserError
+from jaxpref.workdir import as_path, get, is_address, open_file
 
 # Templates for models that come without one. They need no token that a model may lack.
 TEMPLATES: dict[str, str] = {
@@ -62,7 +62,8 @@ def load_tokenizer(name: str, chat_template: str = "") -> Any:
     """A `transformers` tokenizer.
 
     Args:
-      name: "bytes" for ByT5's, which needs no files; a directory; or a hub name.
+      name: "bytes" for ByT5's, which needs no files; a directory, which may be in a bucket; or a
+        hub name.
       chat_template: see `read_template`; empty for the tokenizer's own.
 
     Raises:
@@ -81,10 +82,13 @@ def _load_tokenizer(name: str) -> Any:
 
     if name == "bytes":
         return transformers.ByT5Tokenizer()
+    folder = get(as_path(name))
+    if folder is None and is_address(name):
+        raise UserError(f"tokenizer.name is {name!r}, and there is no such folder in the bucket.")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder or name))
     except Exception as error:  # The hub's client raises errors of many classes.
-        where = "in that directory" if Path(name).is_dir() else "of that name on the hub"
+        where = "in that directory" if folder else "of that name on the hub"
         raise UserError(
             f"tokenizer.name is {name!r}, and no tokenizer {where} could be loaded: {error}\n"
             "Without a network, give a local directory, or 'bytes', which needs no files."
@@ -157,7 +161,8 @@ def read_template(name: str) -> str:
     if "{" in name:
         return name
     try:
-        return Path(name).read_text()
+        with open_file(as_path(name)) as file:
+            return file.read().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer.chat_template is {name!r}; it should be one of {', '.join(TEMPLATES)}, a "

@@ -24,7 +24,7 @@ from jaxpref.models.huggingface import PEFT_CONFIG, SavedAdapters
 from jaxpref.terminal import console
 from jaxpref.tokenizer import load_tokenizer
 from jaxpref.trainable import as_abstract, as_array, merge, partition, path_of, store_frozen
-from jaxpref.workdir import AnyPath, as_path
+from jaxpref.workdir import AnyPath, as_path, is_address
 
 _KEPT = "huggingface"
 # These knobs shape a model with random weights; any other model has a shape of its own.
@@ -39,12 +39,13 @@ class Source(NamedTuple):
 
     Attributes:
       workdir: the jaxpref workdir that the first weights come from, if any.
-      pretrained: the directory with the Hugging Face model's files, if any.
+      pretrained: the directory with the Hugging Face model's files, if any, which may be in a
+        bucket.
       adapters: what is merged into the weights of that directory, if anything.
     """
 
     workdir: AnyPath | None
-    pretrained: Path | None
+    pretrained: AnyPath | None
     adapters: SavedAdapters | None = None
 
     @property
@@ -228,7 +229,7 @@ def _build_model(config: ConfigDict, source: Source, tokenizer_size: int) -> Dec
     )
     if source.adapters is not None and source.adapters.scalar_head and not model.config.scalar_head:
         model = models.as_scalar(model)
-        pad = huggingface.pad_token_id(Path(source.tokenizer))
+        pad = huggingface.pad_token_id(as_path(source.tokenizer))
         model = model.clone(config=dataclasses.replace(model.config, pad_token_id=pad))
     if model.config.scalar_head:
         _refuse_scalar_head(config)
@@ -334,8 +335,13 @@ def base_of(workdir: AnyPath) -> str:
             f"cannot read. Export those first (python -m jaxpref.export --workdir={begun} "
             "--output=BASE), then give --base=BASE here."
         )
-    if (Path(begun) / PEFT_CONFIG).exists():
+    if (as_path(begun) / PEFT_CONFIG).exists():
         raise UserError(f"{workdir}: began with the adapters of {begun}, merged; {merged}")
+    if is_address(begun):
+        raise UserError(
+            f"{workdir}: its adapters belong to the model of {begun}, where peft cannot read it; "
+            "say where else it is with --base=DIR_OR_HUB_NAME."
+        )
     if Path(begun).is_dir():
         return str(Path(begun).resolve())
     if Path(begun).is_absolute() or begun.count("/") != 1:

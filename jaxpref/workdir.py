@@ -6,6 +6,7 @@ What has just been written may be missing in a listing, and is found by its name
 
 import atexit
 import errno
+import fnmatch
 import importlib.util
 import io
 import os
@@ -25,6 +26,9 @@ from jaxpref.errors import UserError
 
 # A path of a disk is pathlib's: epath's own know less, and ask for the names of users.
 AnyPath: TypeAlias = Path | epath.Path
+
+# What lies beside weights in Hugging Face's layout: configs, tokenizer files, templates.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template*")
 
 # Any of these lets epath reach a bucket.
 _BACKENDS = ("gcsfs", "tensorflow")
@@ -199,7 +203,8 @@ def names(folder: AnyPath) -> list[str]:
     """What a folder holds as a listing has it, sorted; nothing if there is no such folder."""
     try:
         with _reaching(folder):
-            return sorted(path.name for path in folder.iterdir())
+            # Google's console makes an object of a folder, which is listed as in itself.
+            return sorted(path.name for path in folder.iterdir() if path != folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -300,28 +305,38 @@ def put(local: Path, folder: AnyPath) -> None:
     for path in paths:
         write(folder / path.name, path.read_bytes())
     write(folder / _FILES, "\n".join(path.name for path in paths))
+    _copies.pop(str(folder), None)
 
 
 def get(folder: AnyPath) -> Path | None:
-    """A folder of small files on a disk: itself, or a copy that lives as long as this process.
+    """A folder on a disk: itself, or a copy of its small files that lives as long as this process.
+
+    What was copied once is not looked at again.
 
     Returns:
-      None if there is no such folder, or nothing in it.
+      None if there is no such folder, or no small file in it.
     """
     if isinstance(folder, Path):
         return folder if folder.is_dir() else None
+    if str(folder) in _copies:
+        return _copies[str(folder)]
     listed = read(folder / _FILES)
     # A folder that was copied into the bucket by other means has a listing alone.
     there = names(folder) if listed is None else listed.decode().split("\n")
+    there = [name for name in there if any(fnmatch.fnmatchcase(name, x) for x in SMALL_FILES)]
     if not there:
         return None
     local = temporary_folder()
     for name in there:
-        (local / name).write_bytes((folder / name).read_bytes())
+        with open_file(folder / name) as file:
+            (local / name).write_bytes(file.read())
+    _copies[str(folder)] = local
     return local
 
 
 _temporary: list[Path] = []
+# Copies of folders of a bucket, by their addresses.
+_copies: dict[str, Path] = {}
 
 
 def temporary_folder() -> Path:
@@ -333,5 +348,6 @@ def temporary_folder() -> Path:
 @atexit.register
 def remove_temporary_folders() -> None:
     """For a process that ends at once; otherwise Python calls it."""
+    _copies.clear()
     while _temporary:
         shutil.rmtree(_temporary.pop(), ignore_errors=True)

@@ -148,6 +148,7 @@ def use(root, late=2.0, replace=setattr):
         return {"driver": "file", "path": str(bucket.local(path))}
 
     replace(workdir, "_BACKENDS", ("etils",))
+    replace(workdir, "_copies", {})
     replace(gpath, "_PREFIX_TO_BACKEND", {**gpath._PREFIX_TO_BACKEND, "gs": bucket})
     replace(gcs_utils, "get_kvstore_for_gcs", kvstore)
     replace(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)

@@ -1,6 +1,7 @@
 """Weights are read in blocks: each byte once, by one device, wherever the parameters go."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrained
 import pytest
+import ranged
 from test_cli import ENVIRONMENT, ROOT
 from test_pretrained import rewrite
 
@@ -28,15 +30,7 @@ QUICK = {("gpt2", (1, 1, 8)), ("phi3", (2, 2, 2)), ("qwen3_moe", (1, 8, 1)), ("p
 @pytest.fixture
 def ranges(monkeypatch):
     """The first byte of each range that is read, and the byte after it; none is empty."""
-    found, fromfile = [], np.fromfile
-
-    def noted(path, dtype, *, count, offset):
-        if count:
-            found.append((offset, offset + count * dtype.itemsize))
-        return fromfile(path, dtype, count=count, offset=offset)
-
-    monkeypatch.setattr(np, "fromfile", noted)
-    return found
+    return ranged.note(monkeypatch.setattr)
 
 
 def body(directory):
@@ -101,15 +95,12 @@ import json, sys
 import jax, numpy as np
 address, number, source = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(number))
+import ranged
 from jaxpref import models, sharding
-ranges, fromfile = [], np.fromfile
-def noted(path, dtype, *, count, offset):
-    ranges.append((offset, offset + count * dtype.itemsize))
-    return fromfile(path, dtype, count=count, offset=offset)
-np.fromfile = noted
+ranges = ranged.note()
 _, params = models.from_pretrained(source, mesh=sharding.make_mesh(2, 2, 2))
 flat = np.concatenate([x.ravel() for x in jax.tree.leaves(sharding.fetch(params))])
-print(json.dumps([[x for x in ranges if x[0] < x[1]], float(flat @ np.sin(np.arange(flat.size)))]))
+print(json.dumps([ranges, float(flat @ np.sin(np.arange(flat.size)))]))
 """
 
 
@@ -122,7 +113,11 @@ def test_two_processes_share_in_reading():
     started = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, address, str(number), str(source)],
-            env={**ENVIRONMENT, "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)},
+            env={
+                **ENVIRONMENT,
+                "JAX_NUM_CPU_DEVICES": "4",
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            },
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -6,15 +6,16 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from jaxpref import workdir
 from jaxpref.errors import UserError
 from jaxpref.models.huggingface import safetensors
 from jaxpref.models.huggingface.families import FAMILIES
 from jaxpref.models.huggingface.family import Family
 from jaxpref.models.huggingface.safetensors import TensorFiles
+from jaxpref.workdir import AnyPath, as_path, is_address
 
 # This file says the name, shape and dtype of every tensor, in a copy without weights.
 _TENSORS = "tensors.json"
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template*")
 # A template in a file of its own wins over the one in the tokenizer's config, so it goes with
 # the tokenizer.
 _TOKENIZER_FILES = (
@@ -30,8 +31,8 @@ class Origin:
 
     Attributes:
       architecture: a key of `FAMILIES`.
-      directory: holds `config.json`, tokenizer files, and the weights or `tensors.json`;
-        empty for a model with random weights.
+      directory: holds `config.json`, tokenizer files, and the weights or `tensors.json`; a path
+        or an address; empty for a model with random weights.
       config: the text of `config.json`, for a model without a directory.
     """
 
@@ -51,13 +52,12 @@ class Origin:
         """
         if not self.directory:
             return {}
-        kept = Path(self.directory) / _TENSORS
-        if kept.exists():
+        directory = as_path(self.directory)
+        if (kept := workdir.read(directory / _TENSORS)) is not None:
             return {
-                name: (tuple(shape), dtype)
-                for name, (shape, dtype) in json.loads(kept.read_text()).items()
+                name: (tuple(shape), dtype) for name, (shape, dtype) in json.loads(kept).items()
             }
-        stored = TensorFiles(Path(self.directory)).stored
+        stored = TensorFiles(directory).stored
         return {name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()}
 
     def copy(self, directory: Path, *, tensors: bool) -> "Origin":
@@ -77,24 +77,27 @@ class Origin:
             return self
         if tensors:
             (directory / _TENSORS).write_text(json.dumps(self.tensors(), indent=1))
-        copy_small_files(Path(self.directory), directory)
+        copy_small_files(as_path(self.directory), directory)
         return dataclasses.replace(self, directory=str(directory))
 
 
-def locate(source: str | Path) -> Path:
-    """The local directory of a model or of adapters.
+def locate(source: str | AnyPath) -> AnyPath:
+    """The directory of a model or of adapters.
 
     Args:
-      source: a directory, or a name on the hub, of which a local copy is made if needed.
+      source: a directory, which may be in a bucket; or a name on the hub, of which a local copy is
+        made if needed.
 
     Raises:
       UserError: it is neither of these, or the hub cannot be reached.
     """
-    path = Path(source)
+    path = as_path(source)
     if path.is_dir():
         if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"{path}: is no Hugging Face model: it has no config.json.")
         return path
+    if is_address(str(source)):
+        raise UserError(f"{source}: no such folder in the bucket.")
     if path.is_absolute() or str(source).count("/") != 1 or path.exists():
         raise UserError(f"{source}: is neither a directory nor a hub name (owner/model).")
     import huggingface_hub
@@ -102,7 +105,7 @@ def locate(source: str | Path) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(
             str(source),
-            allow_patterns=[*_SMALL_FILES, "*.safetensors"],
+            allow_patterns=[*workdir.SMALL_FILES, "*.safetensors"],
             # Some repositories hold the same weights a second time, in another layout.
             ignore_patterns=["original/*", "consolidated*"],
         )
@@ -115,15 +118,31 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
-def known_stops(directory: Path) -> list[int]:
+def small_files(directory: AnyPath) -> Path:
+    """A directory of a disk with a model's files that are no weights: itself, or a copy.
+
+    Raises:
+      UserError: it is not there, or cannot be read.
+    """
+    try:
+        files = workdir.get(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read: {error.strerror or error}.") from error
+    if files is None:
+        raise UserError(f"{directory}: is no Hugging Face model: there is no such directory.")
+    return files
+
+
+def known_stops(directory: AnyPath) -> list[int]:
     """The ids at which a model's generation stops, as its files say."""
-    generation = directory / "generation_config.json"
-    said = generation if generation.exists() else directory / "config.json"
+    files = small_files(directory)
+    generation = files / "generation_config.json"
+    said = generation if generation.exists() else files / "config.json"
     ids = json.loads(said.read_text()).get("eos_token_id")
     return [i for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
 
 
-def copy_small_files(source: Path, directory: Path, *, but: Collection[str] = ()) -> None:
+def copy_small_files(source: AnyPath, directory: Path, *, but: Collection[str] = ()) -> None:
     """Copies the files of a model that are no weights: configs, tokenizer, templates.
 
     Args:
@@ -131,8 +150,9 @@ def copy_small_files(source: Path, directory: Path, *, but: Collection[str] = ()
       directory: receives the files.
       but: names of files to leave out.
     """
-    for pattern in _SMALL_FILES:
-        for path in source.glob(pattern):
+    files = small_files(source)
+    for pattern in workdir.SMALL_FILES:
+        for path in files.glob(pattern):
             if path.name not in {*_NOT_COPIED, *but} and path.parent != directory:
                 shutil.copyfile(path, directory / path.name)
 

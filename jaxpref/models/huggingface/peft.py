@@ -19,6 +19,7 @@ from jaxpref.models.config import Lora
 from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface import safetensors
 from jaxpref.models.huggingface.families import SCORE
+from jaxpref.models.huggingface.origin import small_files
 from jaxpref.models.huggingface.places import (
     Place,
     as_ours,
@@ -28,6 +29,7 @@ from jaxpref.models.huggingface.places import (
 )
 from jaxpref.models.huggingface.safetensors import TensorFiles
 from jaxpref.trainable import partition, path_of
+from jaxpref.workdir import AnyPath, as_path
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -113,16 +115,19 @@ class SavedAdapters:
       scalar_head: whether they bring the scalar head of a reward or value model.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | AnyPath):
         """Reads the config and the headers of the weights.
+
+        Args:
+          directory: a folder of a disk or of a bucket.
 
         Raises:
           UserError: the adapters are of a kind that cannot be merged exactly.
         """
-        self.directory = Path(directory)
+        self.directory = as_path(directory)
         path = self.directory / PEFT_CONFIG
         try:
-            config = json.loads(path.read_text())
+            config = json.loads((small_files(self.directory) / PEFT_CONFIG).read_text())
         except ValueError as error:
             raise UserError(f"{path}: is no JSON ({error}).") from error
         if not isinstance(config, dict):

@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,15 +16,16 @@ from jaxpref.models.config import DecoderConfig
 from jaxpref.models.decoder import Decoder
 from jaxpref.models.huggingface.families import FAMILIES, SCORE
 from jaxpref.models.huggingface.family import Reader
-from jaxpref.models.huggingface.origin import Origin, locate
+from jaxpref.models.huggingface.origin import Origin, locate, small_files
 from jaxpref.models.huggingface.places import Part, as_ours, leaves_by_path, match, places, some
 from jaxpref.models.huggingface.safetensors import TensorFiles
 from jaxpref.models.params import abstract_params
 from jaxpref.trainable import path_of
+from jaxpref.workdir import AnyPath, as_path
 
 
 def from_pretrained(
-    source: str | Path,
+    source: str | AnyPath,
     *,
     dtype: str = "float32",
     param_dtype: str | None = None,
@@ -42,7 +42,8 @@ def from_pretrained(
     The weights go tensor by tensor from the files into their places on the devices.
 
     Args:
-      source: a directory with `config.json` and safetensors files, or a hub name.
+      source: a directory with `config.json` and safetensors files, which may be in a bucket
+        (`gs://BUCKET/PATH`); or a hub name.
       dtype: of activations and products.
       param_dtype: of the parameters; by default `dtype`.
       mesh: shards the parameters over this mesh (`jaxpref.sharding.make_mesh`); by
@@ -62,7 +63,7 @@ def from_pretrained(
 
 
 def read_model(
-    directory: Path, *, max_length: int = 0, ignore: Sequence[str] = (), **numerics: Any
+    directory: AnyPath, *, max_length: int = 0, ignore: Sequence[str] = (), **numerics: Any
 ) -> Decoder:
     """The model that a directory's `config.json` describes; no weights are read.
 
@@ -76,7 +77,7 @@ def read_model(
       UserError: the family or a feature is not supported.
     """
     try:
-        raw = json.loads((directory / "config.json").read_text())
+        raw = json.loads((small_files(directory) / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{directory}/config.json: is no JSON ({error}).") from error
     classifiers = {family.classifier: name for name, family in FAMILIES.items()}
@@ -107,7 +108,7 @@ def read_model(
         raise UserError(f"{directory}/config.json: {error}") from error
 
 
-def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _with_defaults(directory: AnyPath) -> tuple[dict[str, Any], dict[str, Any]]:
     """The whole config of a model, and the defaults of its kind.
 
     Both are in the spelling of the newest transformers; what `config.json` leaves out is
@@ -116,7 +117,7 @@ def _with_defaults(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(small_files(directory))
         return config.to_dict(), type(config)().to_dict()
     except Exception as error:  # The checks in transformers raise errors of many classes.
         raise UserError(f"{directory}/config.json: transformers cannot read it: {error}") from error
@@ -137,7 +138,7 @@ def load_params(model: Decoder, abstract: Any) -> Any:
     Raises:
       UserError: tensors are missing, too many or of another shape, or a file is damaged.
     """
-    family, files = model.origin.family, TensorFiles(Path(model.origin.directory))
+    family, files = model.origin.family, TensorFiles(as_path(model.origin.directory))
     leaves = leaves_by_path(abstract)
     needed = [
         place for place in places(model, family) if all(p.path in leaves for p in place.parts)
@@ -265,16 +266,17 @@ def _laid(x: jax.Array, sharding: Sharding, spec: Sequence[Any]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
 
 
-def pad_token_id(directory: Path) -> int | None:
+def pad_token_id(directory: AnyPath) -> int | None:
     """The token that a reward model pads with, if it has one.
 
     A tokenizer in the directory wins over `config.json`: TRL gives the model the tokenizer's
     padding token, but beside adapters it saves only the tokenizer.
     """
-    if (directory / "tokenizer_config.json").exists():
+    files = small_files(directory)
+    if (files / "tokenizer_config.json").exists():
         import transformers
 
-        return transformers.AutoTokenizer.from_pretrained(directory).pad_token_id
+        return transformers.AutoTokenizer.from_pretrained(files).pad_token_id
     values, _ = _with_defaults(directory)
     return values.get("pad_token_id")
 

@@ -6,21 +6,27 @@ has no bfloat16 for NumPy, and holds a whole file in memory to write it. Here a 
 of its rows, is read by itself, and a file is written tensor by tensor.
 """
 
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpref import workdir
 from jaxpref.errors import UserError
+from jaxpref.workdir import AnyPath
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SHARD_BYTES = 5 * 10**9
+# How many headers are read at a time.
+_HEADERS = 8
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -57,22 +63,36 @@ class Stored(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of one or several safetensors files, by name and in their order."""
+    """The tensors of one or several safetensors files, by name and in their order.
 
-    def __init__(self, directory: Path, single: str = SINGLE):
+    The file that was read last stays open as long as they are used: a bucket is slow to open one.
+    """
+
+    def __init__(self, directory: AnyPath, single: str = SINGLE):
         """Reads the headers.
 
         Args:
-          directory: holds the files.
+          directory: holds the files; may be in a bucket.
           single: name of the file where there is one alone.
 
         Raises:
           UserError: there is no such file, or one is damaged or not there.
         """
         self._directory, self._single = directory, single
+        self._opened: tuple[str, io.BufferedReader] | None = None
         self.stored: dict[str, Stored] = {}
-        for name in self._files():
-            self.stored.update(_header(directory / name))
+        try:
+            with ThreadPoolExecutor(_HEADERS) as pool:
+                for found in pool.map(lambda name: _header(directory / name), self._files()):
+                    self.stored.update(found)
+        except OSError as error:
+            raise UserError(
+                f"{directory}: its weights cannot be read: {error.strerror or error}."
+            ) from error
+
+    def __del__(self) -> None:
+        """Closes the file that was read last."""
+        self._close()
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """A tensor, or a block of it, which is one range of its file.
@@ -82,7 +102,8 @@ class TensorFiles:
           rows: entries of its first axis, without gaps; rows beyond the last are left out.
 
         Raises:
-          UserError: the tensor has a dtype that jaxpref does not read (float8, for example).
+          UserError: the tensor has a dtype that jaxpref does not read (float8, for example), or
+            the file cannot be read.
         """
         stored = self.stored[name]
         dtype = _DTYPES.get(stored.dtype)
@@ -90,49 +111,68 @@ class TensorFiles:
         if dtype is None:
             raise UserError(f"{path}: {name} has dtype {stored.dtype}; only {', '.join(_DTYPES)}.")
         begin, end, _ = rows.indices(stored.shape[0])
-        size = math.prod(stored.shape[1:])
-        offset = stored.start + begin * size * dtype.itemsize
-        # Read rather than mapped: file systems over a network are quick only at that.
-        found = np.fromfile(path, dtype, count=(end - begin) * size, offset=offset)
-        return found.reshape(end - begin, *stored.shape[1:])
+        found = np.empty((end - begin, *stored.shape[1:]), dtype)
+        offset = stored.start + begin * math.prod(stored.shape[1:]) * dtype.itemsize
+        try:
+            file = self._file(stored.file)
+            file.seek(offset)
+            # Read rather than mapped: file systems over a network are quick only at that.
+            got = file.readinto(found.reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        if got < found.nbytes:
+            raise UserError(f"{path}: ends within {name}; it has been cut off since it was opened.")
+        return found
+
+    def _file(self, name: str) -> io.BufferedReader:
+        if self._opened is None or self._opened[0] != name:
+            self._close()
+            self._opened = name, workdir.open_file(self._directory / name)
+        return self._opened[1]
+
+    def _close(self) -> None:
+        if self._opened is not None:
+            self._opened[1].close()
+        self._opened = None
 
     def _files(self) -> list[str]:
-        index, single = self._directory / INDEX, self._directory / self._single
-        if index.exists():
+        present = set(workdir.names(self._directory))
+        if INDEX in present:
+            index = self._directory / INDEX
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                weight_map = json.loads(workdir.read(index) or b"")["weight_map"]
             except (json.JSONDecodeError, KeyError) as error:
                 raise UserError(
                     f"{index}: not an index of safetensors files ({error!r})."
                 ) from error
-            missing = [name for name in names if not (self._directory / name).exists()]
+            names = sorted(set(weight_map.values()))
+            missing = [name for name in names if name not in present]
             if missing:
                 raise UserError(
                     f"{self._directory}: {INDEX} names {', '.join(missing)}, which "
                     f"{'is' if len(missing) == 1 else 'are'} not there; download again."
                 )
             return names
-        if single.exists():
+        if self._single in present:
             return [self._single]
-        pickles = [*self._directory.glob("*.bin"), *self._directory.glob("*.pt")]
-        pickles += self._directory.glob("*.pth")
+        pickles = sorted(name for name in present if name.endswith((".bin", ".pt", ".pth")))
         if pickles:
             raise UserError(
-                f"{self._directory}: holds weights as {pickles[0].name}, a pickle, which can run "
+                f"{self._directory}: holds weights as {pickles[0]}, a pickle, which can run "
                 "any code when it is read. Convert it to safetensors where you trust it: load it "
                 "with transformers and save_pretrained it."
             )
         raise UserError(f"{self._directory}: holds neither {self._single} nor {INDEX}.")
 
 
-def _header(path: Path) -> dict[str, Stored]:
+def _header(path: AnyPath) -> dict[str, Stored]:
     """The tensors of a file, after its header and its size are checked against each other."""
-    size = path.stat().st_size
+    size = workdir.size(path)
 
     def damaged(why: str) -> UserError:
         return UserError(f"{path}: {why}; the file is damaged or cut off. Download it again.")
 
-    with path.open("rb") as file:
+    with workdir.open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise damaged(f"its header should have {length} bytes, but the file has {size}")
