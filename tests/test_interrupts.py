@@ -176,6 +176,7 @@ LEAVES = """
 import multiprocessing, sys, time
 from pathlib import Path
 from jaxpref import lock, processes
+from jaxpref.processes import last_acts
 
 def fail():
     raise RuntimeError
@@ -184,7 +185,7 @@ def hang():
     time.sleep(100)
 
 act, closed = sys.argv[2:]
-processes._TIDYING = 2
+last_acts._TIDYING = 2
 with lock.hold(Path(sys.argv[1])), processes.at_any_end(eval(act)):
     if closed:
         child = multiprocessing.get_context("spawn").Process()
