@@ -199,7 +199,7 @@ def memory(model: models.Decoder, params: Any, rng: np.random.Generator) -> None
     rows = sampler._begin(weights, prompts, keys, 64, range(32), 32, 512, table=table)
     bounds = jnp.asarray(32), jnp.asarray(512)
     compiled = decode.decode.lower(
-        sampler._model, settings, weights, rows, *bounds, table
+        sampler.decoder, settings, weights, rows, *bounds, table
     ).compile()
     plan = compiled.memory_analysis()
     cache = sum(x.nbytes for x in jax.tree.leaves(rows.cache.layers))

@@ -25,7 +25,7 @@ from jaxpref.plan.estimate import TooLargeError, _attention, _useful, estimate
 from jaxpref.plan.programs import Program, Work, bytes_of, plan_run
 from jaxpref.plan.report import Report
 from jaxpref.plan.search import alternatives
-from jaxpref.sampling import decode, sampler
+from jaxpref.sampling import decode, prepared
 from jaxpref.train import layout
 
 ROOT = Path(__file__).parent.parent
@@ -414,18 +414,18 @@ def test_a_plan_has_the_very_sampling_that_a_run_compiles(
     with monkeypatch.context() as patched:
         patched.setattr(sharding, "make_mesh", lambda **sizes: mesh)
         for module, name in (
-            (sampler, "_prepared_beside"),
-            (sampler, "_prepared"),
+            (prepared, "beside"),
+            (prepared, "one_layer"),
             (decode, "begin"),
             (decode, "decode"),
         ):
             patched.setattr(module, name, noted(name, getattr(module, name)))
         train.run(config, tmp_path)
     # Evaluations before the step and after it sample, too, one response to each prompt.
-    starts = [i for i, (name, _) in enumerate(given) if name == "_prepared_beside"]
+    starts = [i for i, (name, _) in enumerate(given) if name == "beside"]
     assert len(starts) == 3
     given = given[starts[1] : starts[2]]
-    prepared = [inputs for name, inputs in given if name == "_prepared"]
+    layers = [inputs for name, inputs in given if name == "one_layer"]
     begun = [inputs for name, inputs in given if name == "begin"]
     decoded = [inputs for name, inputs in given if name == "decode"]
     # A run pads prompts to the longest one that it has.
@@ -436,8 +436,8 @@ def test_a_plan_has_the_very_sampling_that_a_run_compiles(
         config.sampling.max_new_tokens
     )
     assert_same_inputs(shapes_of(programs["prepare"].inputs), given[0][1])
-    assert programs["prepare a layer"].calls == len(prepared) == config.model.layers
-    for inputs in prepared:
+    assert programs["prepare a layer"].calls == len(layers) == config.model.layers
+    for inputs in layers:
         assert_same_inputs(shapes_of(programs["prepare a layer"].inputs), inputs)
     assert_same_inputs(shapes_of(programs["read"].inputs), begun[0])
     assert_same_inputs(shapes_of(programs["decode"].inputs), decoded[-1])

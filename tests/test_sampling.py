@@ -405,7 +405,7 @@ def test_the_cache_is_written_in_place():
     )
     bounds = [jax.ShapeDtypeStruct((), jnp.int32)] * 2
     plan = (
-        decode.decode.lower(sampler._model, settings, weights, rows, *bounds, table)
+        decode.decode.lower(sampler.decoder, settings, weights, rows, *bounds, table)
         .compile()
         .memory_analysis()
     )

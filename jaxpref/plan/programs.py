@@ -24,6 +24,7 @@ from jaxpref.checkpoint import CRITIC
 from jaxpref.models import Decoder
 from jaxpref.packing import Budget, Group, PackedBatch
 from jaxpref.reference.modes import COLUMN
+from jaxpref.sampling import calls_of
 from jaxpref.train import Layout, lay_out
 from jaxpref.train.state import POLICY
 from jaxpref.trainable import as_abstract, merge, store_frozen
@@ -282,7 +283,7 @@ def _sampling(layout: Layout, policy: Any, shares: dict[str, Any]) -> tuple[list
             sharding.GENERATION_RULES,
             call.copied,
         )
-        for call in sampler.calls(policy, config.data.batch_size, longest)
+        for call in calls_of(sampler, policy, config.data.batch_size, longest)
     ]
     responses = config.data.batch_size * sampler.settings.samples
     return programs, responses * sampler.settings.max_new_tokens

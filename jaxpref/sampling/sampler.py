@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxpref import models, sharding
 from jaxpref.interrupts import StoppedError
 from jaxpref.models import Decoder
-from jaxpref.sampling import decode
+from jaxpref.sampling import decode, prepared
 from jaxpref.sampling.decode import Rows
 from jaxpref.sampling.distribution import Sampling
 
@@ -73,83 +73,18 @@ class Seating(NamedTuple):
     rooms: tuple[int, ...]
 
 
-class Call(NamedTuple):
-    """A program that sampling runs, see `Sampler.calls`.
-
-    Attributes:
-      name: of what it does.
-      function: jitted.
-      inputs: of it, those that are static among them; arrays are shapes with shardings.
-      weights: shapes of what `prepare` has given, which is there meanwhile; None before.
-      rows: the same of what is decoded; None before.
-      times: how often it is run.
-      trips: of its loop each time; None where it has none.
-      tokens: that go through the model each time, padding and empty seats among them.
-      scored: of them, those that meet the LM head.
-      length: of the prompts that it reads; 0 where it reads none.
-      copied: shapes of arrays that are there until its inputs are made of them.
-    """
-
-    name: str
-    function: Any
-    inputs: tuple[Any, ...]
-    weights: Any = None
-    rows: Any = None
-    times: int = 1
-    trips: int | None = None
-    tokens: int = 0
-    scored: int = 0
-    length: int = 0
-    copied: Any = ()
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _prepared(model: Decoder, mesh: Mesh | None, params: Any, layer: Array | int) -> Any:
-    """Of `Sampler.prepare`: the parameters of one layer, from those of all."""
-    one = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1), params)
-    _, merged = models.merge_adapters(model, {"layers": one})
-    weights = jax.tree.map(lambda x: x[0], models.dequantize(merged["layers"]))
-    return _in_place(model, mesh, {"layers_0": weights})["layers_0"]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _prepared_beside(model: Decoder, mesh: Mesh | None, params: Any) -> Any:
-    """Of `Sampler.prepare`: the parameters that belong to no layer."""
-    return _in_place(model, mesh, models.dequantize(params))
-
-
-def _in_place(model: Decoder, mesh: Mesh | None, weights: Any) -> Any:
-    """Parameters in the compute dtype, where decoding has them."""
-    dtype = jnp.dtype(model.config.dtype)
-    # Norms stay as they are: they are computed in float32.
-    weights = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, weights)
-    if mesh is None:
-        return weights
-    places = _places(_unrolled(model), mesh)
-    return jax.lax.with_sharding_constraint(weights, {name: places[name] for name in weights})
-
-
-def _unrolled(model: Decoder) -> Decoder:
-    """What decodes: no adapters, layers written out."""
-    return Decoder(models.without_adapters(model).config, unrolled=True)
-
-
-def _places(unrolled: Decoder, mesh: Mesh) -> Any:
-    """Where decoding has each of the parameters."""
-    boxed = jax.eval_shape(lambda: models.init_params(unrolled, jax.random.key(0), boxed=True))
-    return sharding.shardings(mesh, boxed, sharding.GENERATION_RULES)
-
-
-def _apart(params: Any) -> tuple[Any, Any]:
-    """The parameters of the layers, and the others."""
-    return params["layers"], {name: part for name, part in params.items() if name != "layers"}
-
-
 _rotary_table = jax.jit(models.rotary_table, static_argnums=0)
 
 
 class Sampler:
-    """Samples from one model by the same settings, again and again."""
+    """Samples from one model by the same settings, again and again.
+
+    Attributes:
+      model: the language model.
+      decoder: what decodes, see `prepared`.
+      settings: how to sample.
+      mesh: over which prompts are split; None for one device.
+    """
 
     def __init__(
         self,
@@ -177,23 +112,12 @@ class Sampler:
         if model.config.scalar_head:
             raise ValueError("a model with a scalar head gives no words to sample from.")
         self.settings = settings
-        self._mesh, self._at_once, self._prompt_length = mesh, at_once, prompt_length
-        self._given = model
-        self._model = _unrolled(model)
+        self.model, self.decoder, self.mesh = model, prepared.unrolled(model), mesh
+        self._at_once, self._prompt_length = at_once, prompt_length
 
     def prepare(self, params: Any) -> Any:
-        """The parameters as decoding takes them: adapters merged, in the compute dtype.
-
-        They are a copy, whole on every device but for what `mesh.tensor` splits: from parts along
-        their width they would be gathered anew for every token.
-        """
-        layers, beside = _apart(params)
-        weights = dict(_prepared_beside(self._given, self._mesh, beside))
-        # One after the other: what all of them are computed from would lie on every device at once.
-        for number in range(self._given.config.layers):
-            layer = _prepared(self._given, self._mesh, layers, np.int32(number))
-            weights[f"layers_{number}"] = layer
-        return weights
+        """The parameters as decoding takes them, see `prepared`."""
+        return prepared.prepare(self.model, self.mesh, params)
 
     def __call__(
         self,
@@ -243,7 +167,7 @@ class Sampler:
             yield from self._in_turn(begin, decoded, len(prompts), seating)
             return
         seats, (first, *larger) = seating.seats, seating.rooms
-        with self._in_mesh():
+        with self.in_mesh():
             rows, ended = decoded(begin(range(len(prompts)), seats, first), seats, first)
             for size in larger:
                 if ended < seats:
@@ -256,7 +180,7 @@ class Sampler:
         """Who sits where, of so many prompts, the longest of which has so many tokens."""
         if longest > (length := self._prompt_length):
             length = -(-longest // _PROMPT_STEP) * _PROMPT_STEP
-        shards = 1 if self._mesh is None else sharding.batch_shards(self._mesh)
+        shards = 1 if self.mesh is None else sharding.batch_shards(self.mesh)
         at_once = min(self._at_once or prompts, prompts)
         seats = -(-at_once // shards) * shards
         slots = _room(self.settings.max_new_tokens - 1)
@@ -270,13 +194,14 @@ class Sampler:
         rooms = tuple(sorted({first, max(_room(slots // 2), first), slots}))
         return Seating(length, seats, 0, rooms)
 
-    def _in_mesh(self) -> AbstractContextManager[None]:
-        if self._mesh is None:
+    def in_mesh(self) -> AbstractContextManager[None]:
+        """Inside, logical axes lie along the mesh as decoding has them."""
+        if self.mesh is None:
             return nullcontext()
-        return sharding.use(self._mesh, sharding.GENERATION_RULES)
+        return sharding.use(self.mesh, sharding.GENERATION_RULES)
 
     def _check(self, prompts: Sequence[np.ndarray]) -> None:
-        config = self._model.config
+        config = self.decoder.config
         # The last token of a response is not read any more.
         room = config.max_length - self.settings.max_new_tokens + 1
         for number, prompt in enumerate(prompts):
@@ -305,10 +230,10 @@ class Sampler:
         seats, few, (slots,) = seating.seats, seating.refilled, seating.rooms
         waiting = deque(range(seats, prompts))
         sitting: list[int | None] = list(range(seats))
-        with self._in_mesh():
+        with self.in_mesh():
             rows = begin(range(seats), seats, slots)
         while any(number is not None for number in sitting):
-            with self._in_mesh():
+            with self.in_mesh():
                 rows, _ = decoded(rows, few if waiting else seats)
             done = np.all(np.asarray(sharding.fetch(decode.done(rows))), axis=1).tolist()
             ended = {seat: n for seat, n in enumerate(sitting) if done[seat] and n is not None}
@@ -318,7 +243,7 @@ class Sampler:
             while waiting and len(free) >= few:
                 numbers = [waiting.popleft() for _ in range(min(few, len(waiting)))]
                 taken, free = free[:few], free[few:]
-                with self._in_mesh():
+                with self.in_mesh():
                     rows = decode.seat(
                         rows, begin(numbers, few, slots), jnp.asarray(taken, jnp.int32)
                     )
@@ -343,11 +268,11 @@ class Sampler:
         for seat, number in enumerate(numbers):
             index[seat], lengths[seat] = number, len(prompts[number])
             tokens[seat, : lengths[seat]] = prompts[number]
-        put = partial(sharding.put_rows, self._mesh) if self._mesh else jnp.asarray
+        put = partial(sharding.put_rows, self.mesh) if self.mesh else jnp.asarray
         # Where there are several processes an array of keys cannot be put on all devices itself.
         data = jax.random.key_data(keys)[index]
         return decode.begin(
-            self._model, self.settings, slots, weights, put(tokens), put(lengths), put(data), table
+            self.decoder, self.settings, slots, weights, put(tokens), put(lengths), put(data), table
         )
 
     def _decoded(
@@ -369,119 +294,21 @@ class Sampler:
                 raise StoppedError("sampling was stopped.")
             until = min(used + _ASK_AFTER, most)
             bounds = jnp.asarray(groups), jnp.asarray(until, jnp.int32)
-            rows = decode.decode(self._model, self.settings, weights, rows, *bounds, table)
+            rows = decode.decode(self.decoder, self.settings, weights, rows, *bounds, table)
             used, ended = map(int, sharding.fetch(decode.progress(rows)))
         return rows, ended
 
-    def _table(self, length: int) -> models.Angles | None:
+    def angles(self, length: int) -> models.Angles | None:
         """The rotary angles of a prompt of `length` tokens and its responses."""
-        table = self._angles(length)
-        if self._mesh is None:
-            return table
-        return jax.tree.map(partial(sharding.put_whole, self._mesh), table)
-
-    def _angles(self, length: int) -> models.Angles | None:
         positions = np.arange(length + self.settings.max_new_tokens)[None]
-        return _rotary_table(self._model.config, positions)
+        return _rotary_table(self.decoder.config, positions)
 
-    def calls(self, params: Any, prompts: int, longest: int) -> tuple[Call, ...]:
-        """What sampling compiles and runs if no response ends early; nothing is computed.
-
-        Rooms that grow are here the largest one from the first token on, and the loop runs to its
-        end, which a run leaves now and then to ask whether to stop.
-
-        Args:
-          params: shapes and shardings of the parameters, as `prepare` takes them.
-          prompts: how many there are.
-          longest: tokens of the longest one.
-        """
-        with self._in_mesh():
-            return tuple(self._calls(params, self.seating(prompts, longest), prompts))
-
-    def _calls(self, params: Any, seating: Seating, prompts: int) -> Iterator[Call]:
-        length, seats, few, rooms = seating
-        settings, new = self.settings, self.settings.max_new_tokens - 1
-        weights = self._abstract_weights(params)
-        table = jax.tree.map(self._abstract, jax.eval_shape(partial(self._angles, length)))
-
-        def given(seats: int) -> tuple[Any, ...]:
-            return weights, *self._abstract_prompts(length, seats), table
-
-        def read(name: str, seats: int, room: int, **more: Any) -> Call:
-            inputs, tokens = (self._model, settings, room, *given(seats)), seats * length
-            of_prompts = {"tokens": tokens, "scored": seats, "length": length, **more}
-            return Call(name, decode.begin, inputs, weights, **of_prompts)
-
-        in_rooms = [self._abstract_rows(room, given(seats)) for room in rooms]
-        rows = in_rooms[-1]
-        of_layers, beside = _apart(params)
-        yield Call("prepare", _prepared_beside, (self._given, self._mesh, beside))
-        # The last layer is made beside all others.
-        *others, _ = weights
-        number = jax.ShapeDtypeStruct((), np.int32)
-        yield Call(
-            "prepare a layer",
-            _prepared,
-            (self._given, self._mesh, of_layers, number),
-            {name: weights[name] for name in others},
-            times=self._given.config.layers,
-        )
-        yield read("read", seats, rooms[0])
-        rounds, waiting = 1, prompts - seats
-        if few:
-            yield read("read more", few, rooms[-1], rows=rows, times=-(-waiting // few))
-            # All end together, and seats are filled again only so many at a time.
-            rounds += -(-waiting // (seats // few * few))
-        if new:
-            bound = jax.ShapeDtypeStruct((), jnp.int32)
-            said = seats * settings.samples * new
-            yield Call(
-                "decode",
-                decode.decode,
-                (self._model, settings, weights, rows, bound, bound, table),
-                weights,
-                rows,
-                times=rounds,
-                trips=new,
-                tokens=said,
-                scored=said,
-                copied=decode.own(in_rooms[-2]) if rooms[1:] else (),
-            )
-
-    def _abstract_weights(self, params: Any) -> Any:
-        """What `prepare` gives."""
-        layers, beside = _apart(params)
-        shapes = dict(jax.eval_shape(partial(_prepared_beside, self._given, None), beside))
-        layer = jax.eval_shape(partial(_prepared, self._given, None), layers, 0)
-        shapes |= {f"layers_{number}": layer for number in range(self._given.config.layers)}
-        if self._mesh is None:
-            return shapes
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            shapes,
-            _places(self._model, self._mesh),
-        )
-
-    def _abstract_prompts(self, length: int, seats: int) -> tuple[Any, ...]:
-        """Tokens, lengths and keys as `_begin` puts them on the devices."""
-        data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-        tokens = jax.ShapeDtypeStruct((seats, length), np.int32)
-        lengths = jax.ShapeDtypeStruct((seats,), np.int32)
-        keys = jax.ShapeDtypeStruct((seats, *data.shape), data.dtype)
-        return tuple(self._abstract(x, "rows") for x in (tokens, lengths, keys))
-
-    def _abstract_rows(self, room: int, given: tuple[Any, ...]) -> Rows:
-        """What is decoded in a room of so many tokens."""
-        rows = jax.eval_shape(partial(decode.begin, self._model, self.settings, room), *given)
-        return decode.placed(rows, lambda x, names: self._abstract(x, *names))
-
-    def _abstract(self, x: Any, *names: str) -> jax.ShapeDtypeStruct:
-        """A shape in its place, by the logical names of its first axes; others are whole."""
-        if self._mesh is None:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype)
-        spec = sharding.spec_of([*names, *["length"] * x.ndim][: x.ndim], x.shape)
-        place = NamedSharding(self._mesh, spec or PartitionSpec())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    def _table(self, length: int) -> models.Angles | None:
+        """The same on the devices."""
+        table = self.angles(length)
+        if self.mesh is None:
+            return table
+        return jax.tree.map(partial(sharding.put_whole, self.mesh), table)
 
 
 def _room(tokens: int) -> int:
