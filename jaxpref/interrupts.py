@@ -65,7 +65,7 @@ class Interrupts:
     def __init__(self, saying: str, together: bool, leave: Callable[[], NoReturn] | None):
         """Takes over the signals, if this is the main thread."""
         self._saying, self._together = saying, together
-        self._asked, self._agreed, self._seen = itertools.count(), False, False
+        self._agreed, self._seen = False, False
         self._before: dict[int, Any] = {}
         self._first: _First | None = None
         try:
@@ -81,7 +81,7 @@ class Interrupts:
         """Whether to stop."""
         if not self._together:
             return self._seen
-        number = next(self._asked)
+        number = next(_asked)
         self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(number)
         return self._agreed
 
@@ -212,6 +212,10 @@ def _noticed() -> bool:
         return False
     return True
 
+
+# JAX lets processes stop at the question after the last one that any of them has asked, which may
+# be the next run's first one. So its numbers go on from there.
+_asked = itertools.count()
 
 _active: list[Interrupts] = []
 _forking = threading.local()

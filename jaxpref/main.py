@@ -58,7 +58,12 @@ def main(argv: list[str]) -> None:
         from jaxpref import train
 
         for config, folder in runs:
-            train.run(config, folder, leave=processes.leave_unsaved)
+            signalled = train.run(config, folder, leave=processes.leave_unsaved)
+            if signalled and folder != workdir:
+                raise KeyboardInterrupt(
+                    f"interrupted: the run in {folder} is complete; the same command goes on with "
+                    "the next one."
+                )
 
 
 def _check_processes() -> None:

@@ -5,6 +5,7 @@ to `P.jsonl` for each batch: how many rows it has written, and the tokens of eac
 ALTERED is "PROCESS EXAMPLE": that process reads another token in that example. SIGNALLED is
 "PROCESS SIGNAL BATCH SECONDS": that process sends itself that signal so many seconds after it has
 put that batch, counted from 1, and leaves a file `signalled`; without seconds it takes a rest then.
+SAVING is "PROCESS SIGNAL": that process does so when it first waits for a save; all take a rest.
 With STUCK the first update never begins, as if it took for ever to compile: the main thread waits
 in C, where it sees no signal, and process P leaves a file `P.stuck`.
 """
@@ -21,13 +22,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxpref import sharding
+from jaxpref import checkpoint, sharding
 from jaxpref.data import TokenizedDataset
 from jaxpref.train import layout
 
 load = importlib.import_module("jaxpref.data.load")
 put_batch, group = sharding.put_batch, TokenizedDataset.group
 tokenize = load.tokenize
+wait = checkpoint.Checkpoints.wait
 
 
 def put_and_tell(mesh, batch):
@@ -56,6 +58,16 @@ def put_and_tell(mesh, batch):
 def signal_itself(number):
     Path(os.environ["SPIED"], "signalled").touch()
     os.kill(os.getpid(), number)
+
+
+def wait_when_signalled(self):
+    checkpoint.Checkpoints.wait = wait
+    process, number = map(int, os.environ["SAVING"].split())
+    if jax.process_index() == process:
+        signal_itself(number)
+    # JAX sees a signal within a second.
+    time.sleep(3)
+    wait(self)
 
 
 def update_that_is_stuck(*args, **options):
@@ -89,6 +101,8 @@ if __name__ == "__main__":
     if "SPIED" in os.environ:
         sharding.put_batch = put_and_tell
         load.tokenize = tokenize_and_tell
+    if "SAVING" in os.environ:
+        checkpoint.Checkpoints.wait = wait_when_signalled
     if "STUCK" in os.environ:
         layout.make_update = update_that_is_stuck
     if "ALTERED" in os.environ:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxpref.interrupts import interrupts
 
@@ -112,6 +113,21 @@ def test_a_signal_of_another_kind_stops_nothing():
             assert not interrupted()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_processes_that_go_on_with_another_run_count_on(monkeypatch):
+    """JAX may let all of them stop at a question that only the next run asks."""
+    asked = []
+
+    def ask(number):
+        asked.append(number)
+        return False
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", ask)
+    for _ in range(2):
+        with interrupts("saving", together=True) as interrupted:
+            assert not any(interrupted() for _ in range(2))
+    assert [number - asked[0] for number in asked] == [0, 1, 2, 3]
 
 
 def test_another_thread_leaves_the_signals_alone():

@@ -329,6 +329,52 @@ def test_a_signal_before_a_step_is_done_ends_all_at_once(
     check_that_it_goes_on(workdir, uninterrupted)
 
 
+STAGES = """
+from pathlib import Path
+from configs import quickstart
+
+def get_config():
+    return quickstart.get_config("dpo")
+
+def get_stages(config, workdir):
+    return [(config.copy_and_resolve_references(), str(Path(workdir).with_name("first")))]
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [
+        (1, signal.SIGINT),
+        (2, signal.SIGTERM),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
+def test_after_a_signal_in_its_last_save_a_run_is_complete_and_no_other_begins(
+    processes, number, tmp_path
+):
+    """Where there is no other one the command is done; one process alone goes on here."""
+    recipe = tmp_path / "stages.py"
+    recipe.write_text(STAGES)
+    expected = f"the run in {tmp_path / 'first'} is complete; the same command goes on with the"
+    for count, run, code in ((processes, "first", 130), (1, "second", 0)):
+        started = start(
+            tmp_path / "second",
+            *("--config.train.steps=1", "--config.data.eval_fraction=0"),
+            *("--config.eval.win_rate_prompts=0", "--config.sampling.max_new_tokens=0"),
+            recipe=recipe,
+            processes=count,
+            environment={"SPIED": str(tmp_path), "SAVING": f"{count - 1} {number}"},
+        )
+        outputs, codes = finish(started)
+        (tmp_path / "signalled").unlink()
+        assert codes == [code] * count, outputs
+        assert all((expected in output) == bool(code) for output in outputs), outputs
+        assert checkpoint.latest_step(tmp_path / run) == 1
+        assert (tmp_path / "second").exists() == (run == "second")
+
+
 def merged(lines):
     """All measurements of each step, but for those of speed."""
     found = {}

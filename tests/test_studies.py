@@ -1,12 +1,13 @@
 """Experiments that train: their runs, what policies say, and what is made of it."""
 
 import json
+import signal
 
 import numpy as np
 import pytest
 from judge_server import serving
 
-from jaxpref import config as config_lib
+from jaxpref import checkpoint, config as config_lib
 from jaxpref.data import synthetic
 from jaxpref.errors import UserError
 from jaxpref.evaluation.ngrams import NaiveBayes
@@ -102,6 +103,21 @@ def test_a_policy_agrees_with_itself(tmp_path):
     assert again.sampled.responses == answers.sampled.responses
     other = policy.answers(prompts, sampling, seed=1)
     assert other.sampled.responses != answers.sampled.responses
+
+
+def test_a_signal_while_a_policy_is_saved_stops_the_job(tmp_path, monkeypatch):
+    """Which trains no more when it is done again."""
+    runs, wait = Runs(tmp_path), checkpoint.Checkpoints.wait
+
+    def signalled(self):
+        signal.raise_signal(signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", signalled)
+    config = small("sft", train__steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train("sft", config)
+    assert checkpoint.latest_step(runs.train("sft", config)) == 1
 
 
 @pytest.mark.long

@@ -59,6 +59,7 @@ class Runs:
 
         Raises:
           UserError: the run has more steps already, or cannot be trained.
+          KeyboardInterrupt: interrupted; the state was saved.
         """
         folder, steps = self.folder(name, config), config.train.steps
         # A run of epochs knows its steps only once its data is there, so what is done is written.
@@ -66,8 +67,10 @@ class Runs:
         if done.exists() and done.read_text() == str(steps):
             return folder
         console.print(f"{folder.name}: {config.algorithm.name}")
-        train.run(config, folder)
+        signalled = train.run(config, folder)
         done.write_text(str(steps))
+        if signalled:
+            raise KeyboardInterrupt
         return folder
 
 

@@ -37,7 +37,7 @@ def run(
     workdir: str | AnyPath,
     *,
     leave: Callable[[], NoReturn] | None = None,
-) -> None:
+) -> bool:
     """Trains as the config says; run again, it resumes from the last checkpoint.
 
     Args:
@@ -46,6 +46,9 @@ def run(
         or an address such as `gs://bucket/run`.
       leave: ends the process, or all processes, on a signal before the first step is done, when
         there is nothing to save. None: the signal waits until that step is done and saved.
+
+    Returns:
+      Whether to stop what comes after this run, which is complete: a signal came as it was saved.
 
     Raises:
       UserError: something the user gave cannot be used, or the run cannot go on.
@@ -69,8 +72,9 @@ def run(
                 sharding.use(training.mesh),
                 processes.watched(_AT_FIRST * config.train.hang_seconds),
             ):
-                _loop(config, workdir, checkpoints, training, leave)
+                signalled = _loop(config, workdir, checkpoints, training, leave)
         _report(workdir, config)
+    return signalled
 
 
 def _loop(
@@ -79,7 +83,7 @@ def _loop(
     checkpoints: checkpoint.Checkpoints,
     training: Training,
     leave: Callable[[], NoReturn] | None,
-) -> None:
+) -> bool:
     state, frozen, reference = training.state, training.frozen, training.reference
     start, steps = training.start, training.steps
     with (
@@ -148,6 +152,8 @@ def _loop(
                 raise KeyboardInterrupt(
                     f"interrupted after step {step}, which is saved; the same command resumes."
                 )
+    # Only now, since from here on a signal acts as usual again.
+    return interrupted()
 
 
 def _interrupts(
