@@ -35,7 +35,7 @@ def interrupts(
     signal alone, but all have to stop at the same place: JAX's own handler of SIGTERM tells the
     others, and they agree. So all of them have to ask equally often.
 
-    In a child that is forked signals act as they did before.
+    In a child that is forked signals act as they did before; SIGTERM as before JAX had it, too.
 
     Args:
       saying: what is still done after the first signal, for whoever sent it.
@@ -106,6 +106,10 @@ class Interrupts:
         self._restore()
         # What the child does with its signals from here on stays.
         self._before = {}
+        if self._together:
+            # JAX's handler tells a thread that a child does not have. Python does not know of it,
+            # and still has the one before.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

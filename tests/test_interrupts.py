@@ -1,6 +1,7 @@
 """Signals: what they stop, and when."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -147,20 +148,25 @@ ROOT = Path(__file__).parent.parent
 
 # Here and not in the tests' own process, in whose threads JAX works.
 FORKS = """
-import multiprocessing, os, signal, threading, time, warnings
+import multiprocessing, os, signal, sys, threading, time, warnings
+import jax
 from jaxpref.interrupts import interrupts
 
 warnings.simplefilter("ignore")
 left = threading.Event()
+together = len(sys.argv) > 1
+if together:
+    # JAX takes over SIGTERM.
+    jax.distributed.initialize(sys.argv[1], 1, 0)
 fork = multiprocessing.get_context("fork")
-with interrupts("saving", leave=left.set) as interrupted:
+with interrupts("saving", together=together, leave=left.set) as interrupted:
     for seconds in [0] * 20 + [0.2]:
         child = fork.Process(target=time.sleep, args=(20,))
         child.start()
         time.sleep(seconds)
         child.terminate()
         child.join(5)
-        print(child.exitcode, end=" ")
+        print(child.exitcode, end=" ", flush=True)
     print(left.wait(0.5), signal.pthread_sigmask(signal.SIG_BLOCK, []))
     wakes = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakes)
@@ -181,9 +187,13 @@ def run(script, *arguments):
     )
 
 
-def test_a_signal_to_a_forked_child_is_its_own():
+@pytest.mark.parametrize("together", [False, True])
+def test_a_signal_to_a_forked_child_is_its_own(together):
     """It ends the child, at whatever time, and the parent neither leaves nor waits for a child."""
-    found = run(FORKS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    found = run(FORKS, *([address] if together else []))
     assert found.stdout == "-15 " * 21 + "False set()\n", found.stderr
     assert found.returncode == 0
 
