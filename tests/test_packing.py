@@ -443,6 +443,25 @@ def test_one_shape_of_micro_batches_serves_any_batch(
         assert len(plans) <= shape.micro_batches
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data(), st.sampled_from([(1, 3), (2, 2), (4, 4), (4, 8)]), st.integers(1, 20))
+def test_groups_that_fit_a_row_need_no_micro_batch_to_spare(data, shape, batch_size):
+    """Rows of which each shard has one, or which may be scored whole, hold one group at least."""
+    shards, rows = shape
+    length = 64
+    alignment = data.draw(st.sampled_from([packing.Alignment(), packing.Alignment(8, 2)]))
+    pairs = st.tuples(st.integers(1, 30), st.tuples(st.integers(1, 16), st.integers(1, 16)))
+    groups = data.draw(st.lists(pairs, min_size=batch_size, max_size=batch_size))
+    prompts = np.array([prompt for prompt, _ in groups])
+    responses = np.array([of_group for _, of_group in groups])
+    scored_length = 32 if rows == shards else length
+    budget = packing.Budget(length, scored_length, shards, alignment)
+    found = packing.fixed_shape(prompts, responses, budget, batch_size=batch_size, rows=rows)
+    assert found.micro_batches <= -(-batch_size // rows)
+    plans = packing.plan_micro_batches(prompts.tolist(), responses.tolist(), budget, rows)
+    assert len(plans) <= found.micro_batches
+
+
 def test_a_shape_follows_from_the_average_batch_and_the_largest_group():
     prompts, responses = np.full(100, 16), np.full((100, 2), 24)
     shape = packing.fixed_shape(prompts, responses, Budget(64, 48), batch_size=512)

@@ -287,6 +287,30 @@ def test_attention_of_a_kernel_is_that_of_its_rows(found):
     assert operations == 3 * 2 * 2 * (32 * 33 / 2) * 4 * 128
 
 
+SLICES = """
+ENTRY %main (x: f32[64,32]) -> f32[64,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %a = token[] after-all()
+  %s = (f32[64,32]{1,0}, u32[], token[]) send(%x, %a), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r = (f32[64,32]{1,0}, u32[], token[]) recv(%a), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %p = (f32[8,32]{1,0}, u32[], token[]) recv(%a), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="REDUCE_SCATTER"}
+  %d = (f32[64,32]{1,0}, token[]) recv-done(%r), channel_id=2, is_host_transfer=true
+  ROOT %y = f32[64,32]{1,0} get-tuple-element(%d), index=0
+}
+"""
+
+
+def test_what_slices_exchange():
+    summed, scattered = hlo.Program(SLICES).collectives()
+    assert (summed.kind, summed.devices, summed.slices) == ("all-reduce", 4, True)
+    assert summed.received == 2 * 3 / 4 * 4 * 64 * 32
+    assert (scattered.kind, scattered.devices) == ("reduce-scatter", 2)
+    assert scattered.received == 4 * 8 * 32
+
+
 GROUPED = """
 ENTRY %main (n: s32[1], x: bf16[64,32], w: bf16[8,32,16]) -> bf16[64,16] {
   %n = s32[1]{0} parameter(0)
@@ -328,11 +352,14 @@ def assert_same_inputs(ours, theirs):
             assert ours[where][2].is_equivalent_to(place, len(shape)), where
 
 
+FULL = {"data__row_length": 128, "data__scored_length": 128}
 METHODS = [
     ("dpo", {}),
     ("dpo", {"reference__mode": "precomputed"}),
     ("dpo", {"model__lora__rank": 2, "reference__mode": "adapter", "model__frozen_dtype": "nf4"}),
     ("dpo", {"reference__mode": "synced", "data__rows": 8}),
+    # A row a device, which holds a pair at least.
+    ("dpo", {"data__rows": 4, "data__batch_size": 4, **FULL}),
     ("sft", {}),
     ("kto", {}),
     ("reward", {}),
@@ -371,11 +398,15 @@ def test_a_plan_has_the_very_updates_that_a_run_compiles(method, changes, tmp_pa
     monkeypatch.setattr(sharding, "make_mesh", lambda **sizes: mesh)
     train.run(config, tmp_path)
     planned = plan_run(config, mesh)
+    plans = [planned]
+    if changes.items() >= FULL.items():
+        plans.append(plan_run(config, mesh, rows=1))
     assert len(given) == 1 + (method == "ppo")
     for role, inputs in given.items():
         name = "update" if role == "policy" else "critic's update"
-        (program,) = (p for p in planned.programs if p.name == name)
-        assert_same_inputs(shapes_of(program.inputs), inputs)
+        for plan in plans:
+            (program,) = (p for p in plan.programs if p.name == name)
+            assert_same_inputs(shapes_of(program.inputs), inputs)
     assert 0 < planned.fill <= 1
 
 
@@ -539,11 +570,27 @@ def found():
     return Report(planned, (estimate(planned, planned.programs[0], mesh, CHIP),), CHIP, 8)
 
 
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_activations_are_what_layers_keep(remat):
+    """With `full` that is the input of each; the values are in float32."""
+    layers, width, length, rows = 3, 32, 128, 2
+    shape = {"layers": layers, "width": width, "feed_forward": 4 * width, "remat": remat}
+    changes = {f"model__{name}": value for name, value in shape.items()}
+    mesh = sharding.make_mesh(2, 2, 1, devices=jax.devices()[:4])
+    planned = plan_run(small(data__row_length=length, **changes), mesh, rows)
+    kept = estimate(planned, planned.programs[0], mesh, None).activations
+    inputs = layers * rows * length * width * 4
+    # And without, at least queries, keys, values, and twice the wider part.
+    assert kept == inputs if remat == "full" else kept > 11 * inputs
+
+
 def test_full_rows_in_place_of_the_data(found):
     (program,) = found.planned.programs
     batch = program.inputs[-1]
     assert batch.tokens.shape == (1, 16, 128)
-    assert batch.lengths.shape == (1, 8, 2)
+    # A pair a row.
+    assert batch.lengths.shape == (1, 16, 2)
+    assert found.planned.examples == 16
     assert found.estimates[0].tokens == 2048
 
 
@@ -579,12 +626,19 @@ def test_a_mesh_leaves_tpus_enough_columns():
 
 def test_alternatives_are_other_configs():
     config = small(mesh__data=1, mesh__fsdp=8, model__remat="full")
-    found = dict(alternatives(config, 8))
+    found = {flags: other for flags, other, _ in alternatives(config, 8, of_data=16)}
+    assert [found[f"--config.data.rows={rows}"].data.rows for rows in (8, 32)] == [8, 32]
     assert "--config.model.remat=dots" in found
     assert "--config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=2" in found
     assert "--config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.tensor=1" not in found
     assert found["--config.reference.mode=precomputed"].reference.mode == "precomputed"
     assert config.reference.mode == "live"
+    # A device has a row at least, and rows that are given take the place of the data's.
+    flags = [flags for flags, _, _ in alternatives(config, 8, of_data=8)]
+    assert "--config.data.rows=16" in flags
+    assert "--config.data.rows=4" not in flags
+    given = {flags: rows for flags, _, rows in alternatives(config, 8, rows=2)}
+    assert (given["--rows=1"], given["--rows=4"], given["--config.model.remat=dots"]) == (1, 4, 2)
 
 
 @pytest.mark.parametrize(

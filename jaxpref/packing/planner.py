@@ -178,7 +178,8 @@ def fixed_shape(
       scored_lengths: those of the responses' tokens that are scored; None: all.
 
     Returns:
-      The rows, and as many micro-batches as the longest groups need, with one to spare.
+      The rows, and as many micro-batches as the longest groups need, with one to spare where other
+      groups might need one more.
 
     Raises:
       ValueError: see `plan_micro_batches`.
@@ -213,7 +214,17 @@ def fixed_shape(
     longest = np.resize(np.argsort(-tokens, kind="stable")[:batch_size], batch_size)
     prompts, responses, of_scored = of(longest)
     plans = plan_micro_batches(prompts, responses, budget, rows, of_scored)
-    return Shape(rows, len(plans) + 1)
+    # There are never more than if each group had a row to itself, as long as any rows can be dealt
+    # out to the shards.
+    of_prompts, of_responses = (
+        -(-x // multiple) * multiple
+        for x, multiple in zip((prompt_lengths, response_lengths), budget.aligned, strict=True)
+    )
+    places = of_prompts + of_responses.sum(1)
+    alone = (places <= budget.row_length).all() and (scored <= budget.scored_length).all()
+    dealt = rows == budget.shards or budget.scored_length == budget.row_length
+    most = -(-batch_size // rows) if alone and dealt else len(plans) + 1
+    return Shape(rows, min(len(plans) + 1, most))
 
 
 def plan_padded(

@@ -31,7 +31,9 @@ _ROWS = flags.DEFINE_integer(
     "rows", 0, "Full rows a device, in place of those that the data need; 0: these.", lower_bound=0
 )
 _SEARCH = flags.DEFINE_bool(
-    "search", False, "Compile other meshes, remat, references and adapters, too, and compare them."
+    "search",
+    False,
+    "Compile other rows, meshes, remat, references and adapters, too, and compare them.",
 )
 
 
@@ -58,15 +60,15 @@ def _plan(config: Any) -> bool:
     from jaxpref import sharding
     from jaxpref.plan.estimate import TooLargeError, estimate
     from jaxpref.plan.programs import plan_run
-    from jaxpref.plan.report import Report
+    from jaxpref.plan.report import Report, size
     from jaxpref.plan.search import alternatives
     from jaxpref.terminal import console
 
     devices, chip = machines.devices_of(str(_TOPOLOGY.value), _SLICES.value)
 
-    def report_of(config: Any) -> Report:
+    def report_of(config: Any, rows: int) -> Report:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        planned = plan_run(config, mesh, _ROWS.value)
+        planned = plan_run(config, mesh, rows)
         found = []
         for program in planned.programs:
             with console.status(f"compiling {program.name}"):
@@ -78,9 +80,9 @@ def _plan(config: Any) -> bool:
         return f"does not fit, {error.name}{size}"
 
     results: dict[str, Any] = {}
-    fits = False
+    fits, of_data = False, int(config.data.rows)
     try:
-        report = report_of(config)
+        report = report_of(config, _ROWS.value)
     except TooLargeError as error:
         console.print(tell(error))
         results["given"] = {"fits": False, "program": error.name, "needed": error.needed}
@@ -89,7 +91,7 @@ def _plan(config: Any) -> bool:
             console.print(table)
         for sentence in report.sentences():
             console.print(sentence)
-        fits = report.fits is not False
+        fits, of_data = report.fits is not False, report.planned.rows
         results["given"] = report.as_dict()
         if report.fits is not None:
             assert chip is not None
@@ -100,15 +102,15 @@ def _plan(config: Any) -> bool:
             )
     if not fits and not _SEARCH.value:
         console.print(
-            "With --search others are compiled, too: model.remat=full, mesh.fsdp and mesh.tensor, "
-            "reference.mode=precomputed, adapters; and fewer rows a device (--rows, data.rows) "
-            "before more micro-batches."
+            "With --search others are compiled, too: fewer rows of a micro-batch (data.rows), "
+            "model.remat=full, mesh.fsdp and mesh.tensor, reference.mode=precomputed, adapters."
         )
     if _SEARCH.value:
-        for changes, other in alternatives(config, len(devices)):
+        others = alternatives(config, len(devices), rows=_ROWS.value, of_data=of_data)
+        for changes, other, rows in others:
             try:
                 config_lib.check(other)
-                found = report_of(other)
+                found = report_of(other, rows)
             except TooLargeError as error:
                 console.print(f"{changes}: {tell(error)}")
                 results[changes] = {"fits": False, "program": error.name, "needed": error.needed}
@@ -119,7 +121,7 @@ def _plan(config: Any) -> bool:
             results[changes] = found.as_dict()
             speed = f", {found.seconds:.3f} s a step or more" if found.seconds else ""
             word = {True: "fits", False: "does not fit", None: "takes"}[found.fits]
-            console.print(f"{changes}: {word}, {found.peak / 1e9:.1f} GB{speed}")
+            console.print(f"{changes}: {word}, {size(found.peak)}{speed}")
     if OUTPUT.value:
         Path(OUTPUT.value).write_text(json.dumps(results, indent=2) + "\n")
     return fits

@@ -27,20 +27,24 @@ class Estimate(NamedTuple):
       calls: how often a step runs it.
       compiling: seconds, here.
       held: bytes that are there before and after, by what they are.
-      peak: bytes at most, the held ones among them.
+      activations: bytes of what layers keep for the backward pass.
+      peak: bytes at most, the held ones and the activations among them.
       operations: floating-point operations, attention's with all pairs of a causal row.
       useful: of them, what the tokens need at least: products with the parameters, without those
         that are computed again, and without attention.
-      exchanged: bytes received from other devices, by the kind of exchange.
+      exchanged: bytes received from other devices, by the kind of exchange; what other slices send
+        is a kind of its own.
       moved: bytes between the chip and its memory, about.
       tokens: that go through a model, over all devices, padding among them.
-      seconds: the least that operations, memory and links take; {} for a chip that is not known.
+      seconds: the least that operations, memory, links, and the network between slices take; {} for
+        a chip that is not known.
     """
 
     name: str
     calls: int
     compiling: float
     held: dict[str, int]
+    activations: int
     peak: int
     operations: float
     useful: float
@@ -88,8 +92,11 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
     compiling = time.monotonic() - began
     read = hlo.Program(compiled.as_text(), program.work.trips)
     exchanged: dict[str, float] = {}
+    between = 0.0
     for found in read.collectives():
-        exchanged[found.kind] = exchanged.get(found.kind, 0.0) + found.received
+        kind = f"{found.kind} of slices" if found.slices else found.kind
+        exchanged[kind] = exchanged.get(kind, 0.0) + found.received
+        between += found.received if found.slices else 0.0
     held = {name: bytes_of(tree) for name, tree in program.held.items()}
     operations = read.operations() + _attention(read, planned.decoder.config, program, mesh)
     moved = read.moved()
@@ -98,13 +105,16 @@ def estimate(planned: Planned, program: Program, mesh: Mesh, chip: Chip | None) 
         seconds = {
             "compute": operations / chip.operations,
             "memory": moved / chip.bandwidth,
-            "links": sum(exchanged.values()) / chip.links,
+            "links": (sum(exchanged.values()) - between) / chip.links,
         }
+        if between:
+            seconds["network"] = between / chip.network
     return Estimate(
         name=program.name,
         calls=program.calls,
         compiling=compiling,
         held={name: size for name, size in held.items() if size},
+        activations=_activations(read, planned.decoder.config, program),
         peak=max(
             _peak(compiled, program, sum(held.values())),
             sum(held.values()) + bytes_of(program.copied),
@@ -132,6 +142,18 @@ def _needed(message: str, held: int) -> int | None:
         return 0
     needed = int(float(found[2]) * _UNITS[found[3]])
     return needed if found[1] == "Used " else needed + held
+
+
+def _activations(read: hlo.Program, config: DecoderConfig, program: Program) -> int:
+    """What the scan over the layers keeps of each, which is none of their parameters."""
+    if not any(trained for _, trained in program.passes):
+        return 0
+    parts = {
+        leaf.sharding.shard_shape(leaf.shape)
+        for tree in program.held.values()
+        for leaf in jax.tree.leaves(tree)
+    }
+    return read.carried(config.layers, parts)
 
 
 def _peak(compiled: Any, program: Program, held: int) -> int:

@@ -6,7 +6,7 @@ trips of the loops that it is in.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Bytes of an element, by the name that HLO gives its type.
@@ -22,6 +22,8 @@ _SCATTER = "all-reduce-scatter"
 # What is exchanged while others compute begins beside a call of this target. Several exchanges may
 # share a channel.
 _STARTS = 'custom_call_target="AsyncCollectiveStart"'
+# What several slices exchange goes over the hosts' network.
+_BETWEEN_SLICES = "_xla_megascale_transfer_type"
 # The kernel that TPUs have for `jax.lax.ragged_dot`.
 _GROUPED = "ragged-dot-none"
 
@@ -57,6 +59,7 @@ class Collective(NamedTuple):
       devices: that take part in it together.
       source: where it comes from, as JAX names it.
       loops: names of the loops that it is in, the outermost first.
+      slices: whether it is between slices of TPUs, whose devices of one place take part in it.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Collective(NamedTuple):
     devices: int
     source: str
     loops: tuple[str, ...]
+    slices: bool = False
 
     @property
     def received(self) -> float:
@@ -164,6 +168,11 @@ class Program:
         found: list[Collective] = []
         seen: set[tuple[Any, ...]] = set()
         for step in steps:
+            if _BETWEEN_SLICES in step.instruction.attributes:
+                # What is sent is received, too.
+                if step.instruction.opcode == "recv":
+                    found.append(_between_slices(step.instruction, step.where))
+                continue
             if _kind(step.instruction.opcode) is None:
                 continue
             if step.where.around and step.where.computation not in starts:
@@ -192,6 +201,30 @@ class Program:
             step.where.times
             for step in self._walk(_Where(self._entry, 1, (), ""))
             if step.instruction.opcode == "custom-call" and name in step.instruction.source
+        )
+
+    def carried(self, count: int, besides: Collection[tuple[int, ...]]) -> int:
+        """Bytes of the arrays with so many parts that a loop carries, at most.
+
+        Args:
+          count: of the parts, which lie along the first axis.
+          besides: sizes of arrays that do not count.
+        """
+        loops = (
+            _arrays(step.instruction.shape)
+            for step in self._walk(_Where(self._entry, 1, (), ""))
+            if step.instruction.opcode == "while"
+        )
+        return max(
+            (
+                sum(
+                    _bytes(dtype, sizes)
+                    for dtype, sizes in arrays
+                    if len(sizes) > 1 and sizes[0] == count and sizes not in besides
+                )
+                for arrays in loops
+            ),
+            default=0,
         )
 
     def moved(self) -> float:
@@ -417,6 +450,23 @@ def _collective(instruction: _Instruction, where: _Where, *, scatters: bool) -> 
         size = max(sizes)
     kind = "reduce-scatter" if scatters else kind
     return Collective(kind, size, where.times, devices, instruction.source, where.loops)
+
+
+def _between_slices(instruction: _Instruction, where: _Where) -> Collective:
+    said = dict(re.findall(r'_xla_megascale_(\w+)="([^"]*)"', instruction.attributes))
+    kind = said["transfer_type"].lower().replace("_", "-")
+    if kind not in _COLLECTIVES:
+        kind = "collective-permute"
+    # Slices and devices, as in {1,2}x{0:3}.
+    slices = _count(said["target"].partition("x")[0])
+    size = _bytes(*_arrays(instruction.shape)[0]) * (slices if kind == "reduce-scatter" else 1)
+    return Collective(kind, size, where.times, slices, instruction.source, where.loops, True)
+
+
+def _count(ranges: str) -> int:
+    """How many numbers there are in {0,2:4}."""
+    parts = [part.split(":") for part in ranges.strip("{}").split(",")]
+    return sum(int(part[-1]) - int(part[0]) + 1 for part in parts)
 
 
 def _group_size(instruction: _Instruction) -> int:

@@ -18,6 +18,7 @@ class Chip(NamedTuple):
       memory: bytes.
       bandwidth: bytes a second between the chip and its memory.
       links: bytes a second that it receives along one axis of the torus, from both sides.
+      network: bytes a second that it receives from other slices; 0 where that is not known.
     """
 
     name: str
@@ -25,17 +26,19 @@ class Chip(NamedTuple):
     memory: float
     bandwidth: float
     links: float
+    network: float = 0.0
 
 
 # From the pages of Cloud TPU on each generation (docs.cloud.google.com/tpu/docs, read 2026-11). An
 # axis has two links, each of which is a quarter (v5e, v6e) or a sixth (v4, v5p) of what a chip has.
+# Eight chips share the network of a host with two cards of 100 Gbit/s (v5e), or four of 200 (v6e).
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 32e9, 1228e9, 100e9),
-        Chip("v5e", 197e12, 16e9, 819e9, 100e9),
-        Chip("v5p", 459e12, 95e9, 2765e9, 200e9),
-        Chip("v6e", 918e12, 32e9, 1640e9, 200e9),
+        Chip("v5e", 197e12, 16e9, 819e9, 100e9, 3.125e9),
+        Chip("v5p", 459e12, 95e9, 2765e9, 200e9, 6.25e9),
+        Chip("v6e", 918e12, 32e9, 1640e9, 200e9, 12.5e9),
     )
 }
 
@@ -94,6 +97,11 @@ def devices_of(topology: str, slices: int = 1) -> tuple[Sequence[Any], Chip | No
         raise UserError(
             f"--topology={topology}: the compiler for TPUs is not installed, which needs no TPU: "
             "pip install 'jaxpref[tpu]'."
+        )
+    if slices > 1 and not CHIPS[name].network:
+        raise UserError(
+            f"--slices={slices}: how fast the network between slices of {name} is has not been "
+            "published; plan for one slice, or for another kind of TPU."
         )
     from jax.experimental import topologies
 

@@ -84,11 +84,12 @@ class Planned(NamedTuple):
     Attributes:
       layout: its shapes.
       programs: what it compiles.
-      examples: of a step, such as pairs; 0 where rows are full of nothing.
+      examples: of a step, such as pairs.
       fill: share of the batch's tokens that are no padding.
       data: what the batch was made from.
       sampling: names of those of the programs that sample.
       sampled: tokens that a step samples, if no response ends early.
+      rows: of a micro-batch, over all devices; 0 where a batch is taken whole.
     """
 
     layout: Layout
@@ -98,6 +99,7 @@ class Planned(NamedTuple):
     data: str
     sampling: tuple[str, ...] = ()
     sampled: int = 0
+    rows: int = 0
 
     @property
     def decoder(self) -> Decoder:
@@ -111,7 +113,8 @@ def plan_run(config: ConfigDict, mesh: Mesh, rows: int = 0) -> Planned:
     Args:
       config: a checked config.
       mesh: of devices that need not be here.
-      rows: full rows a device, of one micro-batch, in place of those that the data need; 0: these.
+      rows: full rows a device, in place of what the data need; 0: this. A step then has as many
+        examples, one of which fills a row.
 
     Raises:
       UserError: the run could not begin.
@@ -147,6 +150,7 @@ def plan_run(config: ConfigDict, mesh: Mesh, rows: int = 0) -> Planned:
     given = data_lib.stream_of(of, data, "train", mesh, training=True).batch(0)
     batch = sharding.abstract_batch(mesh, _as_given(config, given, mesh, rows))
     update, policy = layout.policy_update(mode), merge(layout.state.policy, stored)
+    examples = batch.lengths.shape[1] if rows else config.data.batch_size
     passes: tuple[tuple[Any, bool], ...] = ((policy, True),)
     if layout.algorithm.reference_logps is not None and config.reference.mode in _ASKED:
         passes += ((layout.state.reference if mode.moves else merge(stored, held), False),)
@@ -155,8 +159,9 @@ def plan_run(config: ConfigDict, mesh: Mesh, rows: int = 0) -> Planned:
     held_then = {**shares, "batch": batch}
     program = Program("update", update, inputs, held_then, 1, _work(batch, count), passes)
     what = f"{rows} full row{'s' * (rows > 1)} a device" if rows else "the first batch of the data"
-    examples = 0 if rows else config.data.batch_size
-    return Planned(layout, (program,), examples, fill, what)
+    whole = config_lib.method_of(config.algorithm.name).compares_examples and not config.data.rows
+    of_data = 0 if rows or whole else batch.tokens.shape[1]
+    return Planned(layout, (program,), examples, fill, what, rows=of_data)
 
 
 def _small(config: ConfigDict) -> ConfigDict:
@@ -178,7 +183,8 @@ def _as_given(config: ConfigDict, batch: PackedBatch, mesh: Mesh, rows: int) -> 
         return batch
     length = config.data.row_length or config.data.max_length
     scored = config.data.scored_length or length
-    count, groups = rows * sharding.batch_shards(mesh), config.data.batch_size
+    # As large as it may be with a single micro-batch, see `packing.fixed_shape`.
+    count = rows * sharding.batch_shards(mesh)
 
     def of_rows(name: str, x: Any) -> jax.ShapeDtypeStruct:
         width = length if name in ("tokens", "positions", "group", "branch") else scored
@@ -188,7 +194,7 @@ def _as_given(config: ConfigDict, batch: PackedBatch, mesh: Mesh, rows: int) -> 
         name: of_rows(name, getattr(batch, name)) for name in sharding.ROW_FIELDS
     }
     tables: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct((1, groups, *x.shape[2:]), x.dtype)
+        name: jax.ShapeDtypeStruct((1, count, *x.shape[2:]), x.dtype)
         for name, x in {"lengths": batch.lengths, **extras}.items()
     }
     return dataclasses.replace(
@@ -248,7 +254,8 @@ def _online(
         )
     examples = config.data.batch_size * config.sampling.samples
     what, named = "the longest prompts and responses", tuple(program.name for program in sampling)
-    return Planned(layout, tuple(programs), examples, fill, what, named, sampled)
+    of_data = 0 if rows else packed.tokens.shape[1]
+    return Planned(layout, tuple(programs), examples, fill, what, named, sampled, of_data)
 
 
 def _sampling(layout: Layout, policy: Any, shares: dict[str, Any]) -> tuple[list[Program], int]:

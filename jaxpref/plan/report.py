@@ -1,7 +1,7 @@
 """A plan as tables, and as JSON."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -57,6 +57,16 @@ class Report(NamedTuple):
         useful = sum(e.calls * e.useful for e in self.estimates)
         return useful / (self.seconds * self.chip.operations)
 
+    @property
+    def _tokens(self) -> int:
+        """Of an update."""
+        return sum(e.tokens for e in self.estimates if e.name == "update")
+
+    def speed(self, of: Literal["examples", "tokens"]) -> float:
+        """So many a second, at most; 0 where it is not known."""
+        count = self.planned.examples if of == "examples" else self._tokens
+        return count / self.seconds if self.seconds else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON: bytes, seconds and operations are of a device."""
         return {
@@ -67,6 +77,7 @@ class Report(NamedTuple):
             "batch": self.planned.data,
             "examples": self.planned.examples,
             "fill": self.planned.fill,
+            "compilations": len(self.estimates),
             "programs": [
                 {**estimate._asdict(), "bound": estimate.bound} for estimate in self.estimates
             ],
@@ -74,13 +85,15 @@ class Report(NamedTuple):
             "fits": self.fits,
             "step_seconds": self.seconds,
             "sampling_seconds": self.sampling_seconds,
+            "examples_a_second": self.speed("examples"),
+            "tokens_a_second": self.speed("tokens"),
             "sampled_tokens": self.planned.sampled,
             "utilisation": self.utilisation,
         }
 
     def tables(self) -> list[Table]:
         """What a person reads, a column a program: what samples is a table of its own."""
-        of = "" if self.chip is None else f" ({self.chip.name} has {_size(self.chip.memory)})"
+        of = "" if self.chip is None else f" ({self.chip.name} has {size(self.chip.memory)})"
         title = f"What a device holds and does{of}"
         samples = [e for e in self.estimates if e.name in self.planned.sampling]
         if not samples:
@@ -97,15 +110,18 @@ class Report(NamedTuple):
         for e in estimates:
             table.add_column(e.name, justify="right")
         for name in dict.fromkeys(name for e in estimates for name in e.held):
-            table.add_row(name, *(_size(e.held.get(name, 0)) for e in estimates))
-        table.add_row("the rest", *(_size(e.peak - sum(e.held.values())) for e in estimates))
-        table.add_row("memory at most", *(_size(e.peak) for e in estimates), end_section=True)
+            table.add_row(name, *(size(e.held.get(name, 0)) for e in estimates))
+        if any(e.activations for e in estimates):
+            table.add_row("activations", *(size(e.activations) for e in estimates))
+        rest = (e.peak - sum(e.held.values()) - e.activations for e in estimates)
+        table.add_row("the rest", *map(size, rest))
+        table.add_row("memory at most", *(size(e.peak) for e in estimates), end_section=True)
         table.add_row("times a step", *(str(e.calls) for e in estimates))
         table.add_row("compiled in", *(f"{e.compiling:.0f} s" for e in estimates))
         table.add_row("tokens", *(f"{e.tokens:,}" for e in estimates))
         table.add_row("operations", *(f"{e.operations / 1e12:.3g} T" for e in estimates))
         for kind in dict.fromkeys(kind for e in estimates for kind in e.exchanged):
-            table.add_row(kind, *(_size(e.exchanged.get(kind, 0)) for e in estimates))
+            table.add_row(kind, *(size(e.exchanged.get(kind, 0)) for e in estimates))
         for name in dict.fromkeys(name for e in estimates for name in e.seconds):
             cells = (
                 Text(f"{e.seconds[name] * 1e3:,.0f} ms", style="bold" if name == e.bound else "")
@@ -117,13 +133,15 @@ class Report(NamedTuple):
     def sentences(self) -> list[str]:
         """What follows of it."""
         lines = []
-        tokens = sum(e.tokens for e in self.estimates if e.name == "update")
-        mesh = " x ".join(f"{n} {size}" for n, size in self.planned.layout.mesh.shape.items())
-        examples = self.planned.examples
-        of_examples = f"{examples:,} examples a step, " if examples else ""
+        mesh = " x ".join(
+            f"{name} {count}" for name, count in self.planned.layout.mesh.shape.items()
+        )
+        tokens = self._tokens
         lines.append(
-            f"{self.devices} devices, mesh {mesh}; {of_examples}{tokens:,} tokens an update, of "
-            f"which {self.planned.fill:.0%} are no padding ({self.planned.data})"
+            f"{self.devices} devices, mesh {mesh}; {self.planned.examples:,} examples a step, "
+            f"{tokens:,} tokens an update, of which {self.planned.fill:.0%} are no padding "
+            f"({self.planned.data}); {len(self.estimates)} compilation"
+            f"{'s' * (len(self.estimates) > 1)} for all steps, beside those of evaluations"
         )
         if self.chip is not None:
             bounds = ", ".join(
@@ -133,8 +151,8 @@ class Report(NamedTuple):
             longest = " if no response ends early" if self.planned.sampling else ""
             lines.append(
                 f"a step takes {self.seconds:.3f} s or more{longest} (bound: {bounds}): at most "
-                f"{f'{examples / self.seconds:,.1f} examples and ' if examples else ''}"
-                f"{tokens / self.seconds:,.0f} tokens a second, {self.utilisation:.0%} of the "
+                f"{self.speed('examples'):,.1f} examples and {self.speed('tokens'):,.0f} tokens a "
+                f"second, {self.utilisation:.0%} of the "
                 "chips' operations"
             )
         if self.planned.sampling:
@@ -156,6 +174,6 @@ def _seconds(estimates: Iterable[Estimate]) -> float:
     return sum(e.calls * max(e.seconds.values(), default=0.0) for e in estimates)
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Bytes, to be read."""
     return f"{count / 1e9:,.2f} GB" if count >= _SMALLEST_IN_GB else f"{count / 1e6:,.2f} MB"

@@ -1,24 +1,46 @@
 """What may be changed where a run does not fit a machine, or could be faster on it."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from jaxpref import config as config_lib
 
 
-def alternatives(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]]:
+class Alternative(NamedTuple):
+    """Another way to do a run.
+
+    Attributes:
+      flags: that make it so.
+      config: with them.
+      rows: full rows a device, in place of those that the data need; 0: these.
+    """
+
+    flags: str
+    config: ConfigDict
+    rows: int
+
+
+def alternatives(
+    config: ConfigDict, devices: int, *, rows: int = 0, of_data: int = 0
+) -> Iterator[Alternative]:
     """Other configs for the same run, those that change least of it first.
 
     Args:
       config: checked.
       devices: how many there are.
+      rows: full rows a device that it is planned for; 0: those of the data.
+      of_data: rows of a micro-batch of the data, over all devices; 0: not known.
 
     Yields:
-      The flags that make it so, and the config. Adapters, the last one, change what is trained.
+      One after the other. Adapters, the last one, change what is trained.
     """
-    for changes in _changes(config, devices):
+    if rows:
+        for other in (rows // 2, 2 * rows):
+            if other:
+                yield Alternative(f"--rows={other}", config, other)
+    for changes in _changes(config, devices, of_data):
         other = config.copy_and_resolve_references()
         for name, value in changes.items():
             group, _, knob = name.rpartition(".")
@@ -26,10 +48,16 @@ def alternatives(config: ConfigDict, devices: int) -> Iterator[tuple[str, Config
             for step in group.split("."):
                 part = part[step]
             part[knob] = value
-        yield " ".join(f"--config.{name}={value}" for name, value in changes.items()), other
+        flags = " ".join(f"--config.{name}={value}" for name, value in changes.items())
+        yield Alternative(flags, other, rows)
 
 
-def _changes(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+def _changes(config: ConfigDict, devices: int, of_data: int) -> Iterator[dict[str, Any]]:
+    shards = devices // max(config.mesh.tensor, 1)
+    for other in (of_data // 2, 2 * of_data):
+        # A method that takes a batch whole has no micro-batches.
+        if other >= shards and other % shards == 0:
+            yield {"data.rows": other}
     for remat in ("none", "dots", "full"):
         if remat != config.model.remat:
             yield {"model.remat": remat}
