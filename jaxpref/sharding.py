@@ -8,7 +8,7 @@ logically (`width`, `heads`, `rows`), and `RULES` is the one place that maps the
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -228,22 +228,27 @@ def names_in(along: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (along,) if isinstance(along, str) else along or ()
 
 
-def whole_everywhere(tree: Any) -> dict[str, int]:
+def not_split(trained: Mapping[str, Any], **others: Any) -> list[str]:
     """What every device holds whole, though the mesh could split it.
 
     Args:
-      tree: nested dictionaries of arrays, or of their shapes, with shardings.
+      trained: by role, nested dictionaries of arrays, or of their shapes, with shardings.
+      **others: what is held beside that, by its name.
 
     Returns:
-      The bytes of each array above a megabyte, by its path.
+      A sentence for each array above a megabyte.
     """
-    found = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        size = leaf.size * leaf.dtype.itemsize
-        split = leaf.sharding.mesh.shape["fsdp"] * leaf.sharding.mesh.shape["tensor"] > 1
-        if split and size > _LARGE and leaf.sharding.is_fully_replicated:
-            found[path_of(path)] = size
-    return found
+    sentences = []
+    for name, tree in {**trained, **others}.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            size = leaf.size * leaf.dtype.itemsize
+            split = leaf.sharding.mesh.shape["fsdp"] * leaf.sharding.mesh.shape["tensor"] > 1
+            if split and size > _LARGE and leaf.sharding.is_fully_replicated:
+                sentences.append(
+                    f"not split: {name} {path_of(path)}, {size / 1e6:.1f} MB on every device, "
+                    "because the mesh divides none of its axes"
+                )
+    return sentences
 
 
 def put_batch(mesh: Mesh, batch: PackedBatch) -> PackedBatch:

@@ -193,11 +193,13 @@ def test_what_is_large_and_not_split_is_told():
         nn.meta.unbox({"layers": boxes}),
         sharding.shardings(mesh, {"layers": boxes}),
     )
-    assert sharding.whole_everywhere(placed) == {"layers/odd": 4 * 1025 * 1025}
+    (said,) = sharding.not_split({"policy": placed})
+    assert said.startswith("not split: policy layers/odd, 4.2 MB on every device")
+    assert sharding.not_split({}, frozen=placed) == [said.replace("policy", "frozen")]
     # Where only rows are split it is as it should be.
     alone = sharding.shardings(mesh_of((8, 1, 1)), boxes["odd"])
     leaf = jax.ShapeDtypeStruct((1025, 1025), jnp.float32, sharding=alone)
-    assert not sharding.whole_everywhere({"odd": leaf})
+    assert not sharding.not_split({"policy": {"odd": leaf}})
 
 
 def test_rows_are_split_and_tables_whole():

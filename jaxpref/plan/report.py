@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from jaxpref import sharding
 from jaxpref.plan.estimate import Estimate
 from jaxpref.plan.machines import Chip
 from jaxpref.plan.programs import Planned
@@ -155,6 +156,7 @@ class Report(NamedTuple):
                 f"second, {self.utilisation:.0%} of the "
                 "chips' operations"
             )
+        lines += sharding.not_split(self.planned.layout.state.params)
         if self.planned.sampling:
             sampled = self.planned.sampled
             speed = (

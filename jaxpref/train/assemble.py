@@ -301,12 +301,8 @@ def _describe(begun: Begun, abstract_frozen: Any, budget: Budget) -> None:
     axes = " x ".join(f"{name} {size}" for name, size in begun.mesh.shape.items())
     counts = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in data.counts.items())
     console.print(f"model: {parameters / 1e6:.1f}M parameters; mesh: {axes} ({jax.devices()[0]})")
-    for parts in (state.policy, abstract_frozen):
-        for path, size in sharding.whole_everywhere(parts).items():
-            console.print(
-                f"not split: {path}, {size / 1e6:.1f} MB on every device, because the mesh divides "
-                "none of its axes"
-            )
+    for sentence in sharding.not_split(state.params, frozen=abstract_frozen):
+        console.print(sentence)
     if trained < parameters:
         console.print(
             f"trained: {trained:,} of {parameters:,} parameters, with "

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 import jax
@@ -60,7 +61,7 @@ def run(
     # Where several processes train, the first one alone speaks and writes what is not an array.
     console.quiet = jax.process_index() > 0
     run_of = identity.describe(config)
-    processes.agree({**run_of, "--workdir": str(workdir), "version of jax": jax.__version__})
+    processes.agree({**run_of, "--workdir": str(workdir), **_versions()})
     with lock.hold(workdir) as owned:
         identity.check_same(workdir, run_of, begun=checkpoint.latest_step(workdir) is not None)
         knobs = config.train
@@ -75,6 +76,17 @@ def run(
                 signalled = _loop(config, workdir, checkpoints, training, leave)
         _report(workdir, config)
     return signalled
+
+
+def _versions() -> dict[str, str]:
+    """Of what a run computes, reads and writes with."""
+    found = {}
+    for name in ("jaxpref", "jax", "jaxlib", "libtpu", "optax", "orbax-checkpoint", "tokenizers"):
+        try:
+            found[f"version of {name}"] = version(name)
+        except PackageNotFoundError:
+            found[f"version of {name}"] = "none"
+    return found
 
 
 def _loop(
