@@ -384,6 +384,18 @@ def merged(lines):
     return found
 
 
+def put_parts(folder, processes):
+    """What all processes have told of a batch, for one batch after the other."""
+    return zip(*put_in(folder, processes), strict=True)
+
+
+def tokens_of(parts):
+    """The lengths of a batch's responses, and all of its tokens, whatever rows they lie in."""
+    rows = {row: tokens for part in parts for row, tokens in part["rows"].items()}
+    tokens = np.sort(np.ravel([np.ravel(of_row) for of_row in rows.values()]))
+    return np.sum(parts[0]["lengths"], axis=0).tolist(), tokens[tokens > 0].tolist()
+
+
 @pytest.mark.long
 def test_what_four_processes_have_saved_any_number_resumes_on_any_mesh(tmp_path):
     """With the same batches, the same frozen weights, the same reference."""
@@ -408,8 +420,7 @@ def test_what_four_processes_have_saved_any_number_resumes_on_any_mesh(tmp_path)
         )
         outputs, codes = finish(made, timeout=300)
         assert codes == [0] * processes, outputs
-        batches = [batch["lengths"] for batch in put_in(spied, processes)[0]]
-        return merged(lines_of(folder)), [np.sum(lengths, axis=0).tolist() for lengths in batches]
+        return merged(lines_of(folder)), [tokens_of(parts) for parts in put_parts(spied, processes)]
 
     go_on("saved", 2, 4, (2, 2, 1))
     found = {}
