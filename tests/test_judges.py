@@ -339,8 +339,9 @@ def test_a_policy_is_sampled_first_and_once(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation.generation.Sampler, "as_they_end", sampled_again)
     assert evaluation.judge_files(*args, reading=reading, seed=3) == found
+    another = tmp_path / "another.jsonl"
     with pytest.raises(UserError, match="nothing is sampled; leave"):
-        evaluation.judge_files(b, b, LONGER, output, reading=Reading(prompts=b))
+        evaluation.judge_files(b, b, LONGER, another, reading=Reading(prompts=b))
 
 
 class Typed:
