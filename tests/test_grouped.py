@@ -9,7 +9,7 @@ from jaxpref.models.grouped import grouped_product
 from jaxpref.plan.hlo import Program
 
 # Rows of each group: blocks that are full, begun or empty, groups without rows at both ends, one
-# row in all, a group with all of them, and a last block that is not full by far.
+# row in all, a group with all of them, and a last block that is not full by far; no rows.
 SIZES = [
     (128, 256, 128),
     (0, 300, 1, 0, 211, 0),
@@ -18,6 +18,7 @@ SIZES = [
     (0, 0, 5, 0),
     (0, 1500),
     (300, 5),
+    (0, 0),
 ]
 
 

@@ -28,6 +28,8 @@ def grouped_product(
       weights: of the groups.
       sizes: how many rows each group has; together all.
     """
+    if not len(rows):
+        return jnp.zeros_like(rows, shape=(0, weights.shape[2]))
     return _grouped(rows, weights, sizes)
 
 
