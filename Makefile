@@ -34,7 +34,7 @@ test: .venv/installed-test
 
 # Runs in processes of their own, which are killed, interrupted, or train together.
 test-process: .venv/installed-test
-	$(BIN)/python -m pytest -n 2 --dist load -m "process and not long" tests/test_cli.py tests/test_processes.py tests/test_plan.py \
+	$(BIN)/python -m pytest -n 2 --dist load -m "process and not long" tests/test_cli.py tests/test_processes.py tests/test_faults.py tests/test_plan.py \
 		tests/test_endpoint_judges.py tests/test_reading.py tests/test_workdirs.py
 
 # What compares numbers, as compiled for CPUs with other instructions than this one's may have,

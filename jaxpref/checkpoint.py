@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 
 from jaxpref import config as config_lib, identity, manifest, processes, workdir as workdir_lib
 from jaxpref.errors import UserError
+from jaxpref.joint import Failure, Joint
 from jaxpref.terminal import console
 from jaxpref.trainable import as_abstract, merge, partition, store_frozen
 from jaxpref.workdir import AnyPath
@@ -46,9 +47,10 @@ _ASIDE = "damaged.txt"
 POLICY = "policy"
 # The role whose values a policy gradient subtracts.
 CRITIC = "critic"
-# An error that means that there is no room left has one of these in its text, whichever library
-# raised it.
-_NO_ROOM = ("No space left on device", "Disk quota exceeded", "RESOURCE_EXHAUSTED")
+# An error that means that there is no room left on the disk has one of these in its text, whichever
+# library raised it. The codes of XLA and of buckets say no more than that something is exhausted:
+# the memory of a device, or a rate of requests.
+_NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 class Best(NamedTuple):
@@ -100,8 +102,7 @@ class Checkpoints:
         self._noted: Best | None = None
 
     def _open(self) -> int:
-        for folder in _begun(self._workdir):
-            workdir_lib.remove(folder)
+        self._clear()
         good = -1
         if latest_step(self._workdir) is not None:
             good, damaged = _good_step(self._workdir)
@@ -166,39 +167,57 @@ class Checkpoints:
         Where the disk is full that is told, and the run goes on: the next save tries again.
         """
         self._settle()
-        self._failed = None
+        failed_before, self._failed = self._failed is not None, None
         args = ocp.args.Composite(
             params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave(rest)
         )
         size = sum(x.nbytes for x in jax.tree.leaves((params, rest)))
         best = self._noted if self._noted is not None and self._noted.step == step else None
 
-        def full() -> bool:
+        def full() -> str:
             self._owned()
-            return _is_full(self._workdir, size / 2)
+            if failed_before:
+                # Of several writes of a process one may go on for a while after another one failed.
+                self._clear()
+            # What Orbax writes is compressed, not to half.
+            if _is_full(self._workdir, size / 2):
+                return os.strerror(errno.ENOSPC)
+            try:
+                # Orbax makes it anew. If that failed, the other processes would wait for minutes.
+                workdir_lib.make(_until_complete(self._place(step)))
+            except OSError as error:
+                if not _without_room(str(error)):
+                    raise
+                return str(error)
+            return ""
 
-        # Each save has a checkpointer of its own: one that has failed is of no more use.
-        checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        try:
-            # A save is tried only where it may fit; what Orbax writes is compressed, not to half.
-            if processes.in_first(full):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            checkpointer.save(_begin(self._place(step)), args=args, force=True)
-        except Exception as error:
-            self._fail(step, error)
+        # A save is tried only where it may fit.
+        if reason := processes.in_first(full):
+            self._fail(step, Failure(0, reason, None))
             return
-        self._saving = self._pool.submit(self._finish, step, checkpointer, best)
+        # Each save has a checkpointer of its own: one that has failed is of no more use.
+        joint = Joint()
+        checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(),
+            async_options=ocp.options.AsyncOptions(barrier_sync_fn=joint.barrier),
+        )
+        # Nothing is written here, so that no disk is found full in one process alone.
+        checkpointer.save(_begin(self._place(step)), args=args, force=True)
+        self._saving = self._pool.submit(self._finish, step, checkpointer, joint, best)
 
-    def _finish(self, step: int, checkpointer: ocp.AsyncCheckpointer, best: Best | None) -> None:
+    def _finish(
+        self, step: int, checkpointer: ocp.AsyncCheckpointer, joint: Joint, best: Best | None
+    ) -> None:
         """Waits until all is written, then puts it in its place; in a thread of its own."""
-        try:
-            checkpointer.close()
-            if jax.process_index() == 0:
-                self._owned()
-                _complete(self._place(step))
-                _list_step(self._folder, step)
-        except Exception as error:
-            self._fail(step, error)
+
+        def complete() -> None:
+            self._owned()
+            _complete(self._place(step))
+            _list_step(self._folder, step)
+
+        failure = joint.do(checkpointer.close, complete, stop=checkpointer.cancel)
+        if failure is not None:
+            self._fail(step, failure)
             return
         self.latest = step
         if best is not None:
@@ -216,19 +235,28 @@ class Checkpoints:
             reason = error.strerror or error
             console.print(f"{self._folder}: old checkpoints cannot be removed now ({reason})")
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, step: int, failure: Failure) -> None:
         """Notes that a save has failed for want of room; raises any other error."""
-        if not any(words in str(error) for words in _NO_ROOM):
-            raise error
+        full = _without_room(failure.reason)
+        where = f"process {failure.process}: " if jax.process_count() > 1 else ""
+        if not full:
+            raise failure.error or UserError(
+                f"{self._folder}: the checkpoint of step {step} cannot be saved "
+                f"({where}{failure.reason})."
+            )
         self._forget(step)
-        for folder in _begun(self._workdir):
-            workdir_lib.remove(folder)
+        if jax.process_index() == 0:
+            self._clear()
         last = "there is none before" if self.latest is None else f"the last is of {self.latest}"
         self._failed = UserError(
-            f"{self._folder}: the disk is full, so the checkpoint of step {step} is not saved "
-            f"({last}). Make room; the same command goes on from the last one."
+            f"{self._folder}: the disk is full ({where}{full}), so the checkpoint of step {step} "
+            f"is not saved ({last}). Make room; the same command goes on from the last one."
         )
         console.print(f"{self._failed} This run tries again when it next saves.")
+
+    def _clear(self) -> None:
+        for folder in _begun(self._workdir):
+            workdir_lib.remove(folder)
 
     def _settle(self) -> None:
         saving, self._saving = self._saving, None
@@ -352,6 +380,11 @@ def _remove(place: AnyPath) -> None:
     else:
         manifest.remove(place)
     workdir_lib.remove(place)
+
+
+def _without_room(reason: str) -> str:
+    """Which of `_NO_ROOM` the text of an error has; empty if it is another one."""
+    return next((words for words in _NO_ROOM if words in reason), "")
 
 
 def _is_full(workdir: AnyPath, size: float) -> bool:
@@ -502,9 +535,11 @@ def _save(folder: AnyPath, params: Any) -> None:
         if jax.process_index() == 0:
             _complete(folder)
     except Exception as error:
-        if not any(words in str(error) for words in _NO_ROOM):
+        if not (full := _without_room(str(error))):
             raise
-        raise UserError(f"{folder}: the disk is full. Make room, then run it again.") from error
+        raise UserError(
+            f"{folder}: the disk is full ({full}). Make room, then run it again."
+        ) from error
 
 
 def _restore(folder: AnyPath, params: Any, what: str) -> Any:

@@ -358,15 +358,28 @@ def test_a_full_disk_is_told_and_the_next_save_tries_again(tmp_path, monkeypatch
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
 
 
-def test_an_error_that_is_no_full_disk_is_raised(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        # Of a device's memory, and of a bucket's rate of requests.
+        ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes."),
+        ValueError("RESOURCE_EXHAUSTED: HTTP response code: 429"),
+    ],
+)
+def test_an_error_that_is_no_full_disk_is_raised(error, tmp_path, monkeypatch):
     def broken(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise error
 
     monkeypatch.setattr(checkpoint.manifest, "write", broken)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, PARAMS, REST)
-        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        with pytest.raises(type(error)) as raised:
             checkpoints.wait()
+    assert raised.value is error
+    with pytest.raises(type(error)) as raised:
+        checkpoint.save_frozen(tmp_path, PARAMS)
+    assert raised.value is error
 
 
 def test_a_full_disk_anywhere_else_is_a_sentence():
