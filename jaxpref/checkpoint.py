@@ -271,6 +271,7 @@ class Checkpoints:
         args = ocp.args.Composite(
             params=ocp.args.StandardRestore(params), rest=ocp.args.StandardRestore(rest)
         )
+        _require_seen(self._place(step))
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(self._place(step), args=args)
         return restored["params"], restored["rest"]
@@ -391,6 +392,15 @@ def _is_full(workdir: AnyPath, size: float) -> bool:
     return isinstance(workdir, Path) and shutil.disk_usage(workdir).free < size
 
 
+def _require_seen(folder: AnyPath) -> None:
+    """Refuses to go on where a process does not see what the first one has found whole.
+
+    The others would wait for it, to read together.
+    """
+    if not manifest.exists(folder):
+        raise workdir_lib.not_shared(folder)
+
+
 def read_best(workdir: AnyPath) -> Best | None:
     """Which checkpoint an evaluation has found the best, if a run was told to keep that one."""
     try:
@@ -434,10 +444,17 @@ def restore_params(workdir: AnyPath, params: Any, which: str = "") -> tuple[Any,
     Raises:
       UserError: there is no checkpoint, or none that is whole.
     """
-    folder, run = workdir_lib.absolute(workdir / _CHECKPOINTS), identity.read(workdir)
-    if latest_step(workdir) is None or run is None:
-        raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
-    step = _named_step(workdir, which) if which else _good_step(workdir)[0]
+    folder = workdir_lib.absolute(workdir / _CHECKPOINTS)
+
+    def find() -> int:
+        if latest_step(workdir) is None or identity.read(workdir) is None:
+            raise UserError(f"{workdir}: holds no complete checkpoint ({folder}).")
+        return _named_step(workdir, which) if which else _good_step(workdir)[0]
+
+    step = processes.in_first(find)
+    _require_seen(folder / str(step))
+    if (run := identity.read(workdir)) is None:
+        raise workdir_lib.not_shared(workdir)
     config = config_lib.from_flat(run)
     trained, frozen = partition(params, config_lib.trainable(config))
     frozen = store_frozen(frozen, config.model.frozen_dtype, convert=as_abstract)
@@ -457,9 +474,10 @@ def restore_moving_reference(workdir: AnyPath, params: Any) -> Any:
     Raises:
       UserError: no checkpoint is whole.
     """
-    step, _ = _good_step(workdir)
-    folder = workdir_lib.absolute(workdir / _CHECKPOINTS / str(step) / "rest")
-    return _restore_part(folder, {"reference": params})["reference"]
+    step = processes.in_first(lambda: _good_step(workdir)[0])
+    folder = workdir_lib.absolute(workdir / _CHECKPOINTS / str(step))
+    _require_seen(folder)
+    return _restore_part(folder / "rest", {"reference": params})["reference"]
 
 
 def _restore_part(folder: AnyPath, wanted: Any) -> Any:
@@ -545,15 +563,21 @@ def _save(folder: AnyPath, params: Any) -> None:
 def _restore(folder: AnyPath, params: Any, what: str) -> Any:
     if not jax.tree.leaves(params):
         return params
-    if not manifest.exists(folder) and not folder.is_dir():
-        raise UserError(
-            f"{folder}: the {what} of this run cannot be found, so it cannot be resumed; put the "
-            "folder back, or start again in another --workdir."
-        )
-    if damaged := manifest.damage(folder):
-        raise UserError(
-            f"{folder}: the {what} of this run are damaged ({damaged}); put a copy of the folder "
-            "back, or start again in another --workdir."
-        )
+
+    def check() -> None:
+        if not manifest.exists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{folder}: the {what} of this run cannot be found, so it cannot be resumed; put "
+                "the folder back, or start again in another --workdir."
+            )
+        if damaged := manifest.damage(folder):
+            raise UserError(
+                f"{folder}: the {what} of this run are damaged ({damaged}); put a copy of the "
+                "folder back, or start again in another --workdir."
+            )
+
+    # One reads all of it for the digests, and each of the others what is on its own devices.
+    processes.in_first(check)
+    _require_seen(folder)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(workdir_lib.absolute(folder), params)

@@ -119,6 +119,14 @@ def absolute(path: AnyPath) -> AnyPath:
     return path.absolute() if isinstance(path, Path) else path
 
 
+def not_shared(path: AnyPath) -> UserError:
+    """For a process that sees something else here than the first one of its run."""
+    return UserError(
+        f"{path}: is not the same for all processes of this run. Give them a folder or a bucket "
+        "that they share."
+    )
+
+
 def make(folder: AnyPath) -> None:
     """Makes a folder if it is not there; a bucket has none, and a mistyped one is not made."""
     if isinstance(folder, Path):

@@ -284,6 +284,42 @@ def test_frozen_parameters_and_reference_are_compared_with_what_was_written(what
         read(tmp_path, PARAMS)
 
 
+def test_one_process_compares_digests_and_the_others_follow(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    identity.write(tmp_path, identity.describe(small()))
+    for folder in ("frozen", "reference"):
+        getattr(checkpoint, f"save_{folder}")(tmp_path, PARAMS)
+
+    def restore_all():
+        return [
+            checkpoint.restore_frozen(tmp_path, PARAMS),
+            checkpoint.restore_reference(tmp_path, PARAMS),
+            checkpoint.restore_moving_reference(tmp_path, {}),
+            checkpoint.restore_params(tmp_path, {}),
+        ]
+
+    answers, compared, damage = [], [], manifest.damage
+
+    def in_first(action):
+        answers.append(action())
+        return answers[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.processes, "in_first", in_first)
+        patch.setattr(manifest, "damage", lambda folder: compared.append(folder) or damage(folder))
+        first = restore_all()
+    assert [folder.name for folder in compared] == ["frozen", "reference", "2", "2"]
+    given = iter(answers)
+    # From here on as in another process.
+    monkeypatch.setattr(checkpoint.processes, "in_first", lambda action: next(given))
+    monkeypatch.setattr(manifest, "damage", lambda folder: pytest.fail(f"{folder} is read"))
+    jax.tree.map(np.testing.assert_array_equal, restore_all(), first)
+    shutil.rmtree(tmp_path / "frozen")
+    given = iter(answers)
+    with pytest.raises(UserError, match="frozen: is not the same for all processes of this run"):
+        checkpoint.restore_frozen(tmp_path, PARAMS)
+
+
 def test_a_changed_run_json_is_refused(tmp_path):
     identity.write(tmp_path, {"model.lora.alpha": 16.0})
     assert identity.read(tmp_path) == {"model.lora.alpha": 16.0}
