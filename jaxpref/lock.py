@@ -39,11 +39,15 @@ def hold(workdir: AnyPath) -> Iterator[Callable[[], None]]:
       of life for a while.
 
     Raises:
-      UserError: another run is training there, or it cannot be written.
+      UserError: another run is training there, it cannot be written, or this process does not
+        see what the first one has written.
     """
     held: list[_Held] = []
     processes.in_first(lambda: held.append(_take(workdir)))
     if not held:
+        # It would wait for what the first process makes, when all of them save.
+        if workdir_lib.read(workdir / _LOCK) is None:
+            raise workdir_lib.not_shared(workdir)
         yield lambda: None
         return
     with processes.at_any_end(held[0].release):

@@ -519,6 +519,62 @@ def test_a_process_that_cannot_go_on_ends_all(case, message, tmp_path):
     assert not any("Traceback" in output or "step 1" in output for output in outputs)
 
 
+@pytest.fixture(scope="module")
+def begun_apart(tmp_path_factory):
+    """A run whose reference's log-probs are precomputed, and its flags."""
+    flags = ["--config.train.steps=1", "--config.reference.mode=precomputed"]
+    workdir = tmp_path_factory.mktemp("apart") / "run"
+    outputs, codes = finish(start(workdir, *flags, devices=1))
+    assert codes == [0], outputs
+    return flags, workdir
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("file", "seen_by"),
+    [
+        ("run.lock", 0),
+        ("checkpoints", 0),
+        ("checkpoints", 1),
+        ("reference_logps.npz", 0),
+        pytest.param("reference_logps.npz", 1, marks=pytest.mark.long),
+    ],
+)
+def test_a_workdir_that_processes_do_not_share_is_named(file, seen_by, begun_apart, tmp_path):
+    """Where one of them finds what another does not find, neither waits for the other."""
+    flags, workdir = begun_apart
+    folders = [tmp_path / "first", tmp_path / "second"]
+    first, second = (folder / "run" for folder in folders)
+    for folder in (first, second):
+        (folder / "checkpoints").mkdir(parents=True)
+    # All else is the same for both.
+    (second / "run.lock").symlink_to(first / "run.lock")
+    if file == "run.lock":
+        (second / "run.lock").unlink()
+    elif file == "checkpoints":
+        shutil.copytree(
+            workdir,
+            (first, second)[seen_by],
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("run.lock"),
+        )
+    else:
+        (second / "checkpoints").rmdir()
+        (second / "checkpoints").symlink_to(first / "checkpoints")
+        shutil.copy(workdir / file, (first, second)[seen_by])
+    started = start("run", *flags, processes=2, folders=folders)
+    outputs, codes = finish(started, timeout=120)
+    if (file, seen_by) == ("reference_logps.npz", 1):
+        # The first one has found none, so they compute it.
+        assert codes == [0, 0], outputs
+        return
+    assert codes == [2, 2], outputs
+    name = f"run/{file}" if file == "reference_logps.npz" else "run"
+    told = f"{name}: is not the same for all processes of this run. Give them a folder"
+    assert all(told in output for output in outputs), outputs
+    assert not any("Traceback" in output for output in outputs), outputs
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

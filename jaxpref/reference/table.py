@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxpref import sharding, workdir as workdir_lib
+from jaxpref import processes, sharding, workdir as workdir_lib
 from jaxpref.errors import UserError
 from jaxpref.packing import PackedBatch
 from jaxpref.workdir import AnyPath
@@ -125,8 +125,11 @@ def stored_digest(workdir: AnyPath) -> str | None:
 def _read(workdir: AnyPath) -> dict[str, np.ndarray] | None:
     path = workdir / _TABLE
     content = workdir_lib.read(path)
-    if content is None:
+    # All together compute what is not there, so the first one says whether it is.
+    if not processes.in_first(lambda: content is not None):
         return None
+    if content is None:
+        raise workdir_lib.not_shared(path)
     try:
         # The format has a check sum of each array, which is compared as it is read.
         with np.load(io.BytesIO(content)) as stored:

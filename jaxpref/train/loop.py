@@ -63,7 +63,11 @@ def run(
     run_of = identity.describe(config)
     processes.agree({**run_of, "--workdir": str(workdir), **_versions()})
     with lock.hold(workdir) as owned:
-        identity.check_same(workdir, run_of, begun=checkpoint.latest_step(workdir) is not None)
+        begun = checkpoint.latest_step(workdir) is not None
+        # What goes on and what begins would wait for each other.
+        if processes.in_first(lambda: begun) != begun:
+            raise workdir_lib.not_shared(workdir)
+        identity.check_same(workdir, run_of, begun=begun)
         knobs = config.train
         best = {"best_metric": knobs.best_metric, "best_mode": knobs.best_mode}
         with checkpoint.Checkpoints(workdir, knobs.keep, owned, **best) as checkpoints:
