@@ -1,5 +1,7 @@
 import dataclasses
 import itertools
+import math
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -489,6 +491,26 @@ def test_what_no_micro_batch_holds_is_refused():
         packing.plan_micro_batches([5], [[4]], budget, 2)
     with pytest.raises(ValueError, match="3 rows cannot be dealt out evenly to 2 shards"):
         packing.plan_micro_batches([1], [[1]], budget._replace(shards=2), 3)
+
+
+@pytest.mark.parametrize("shards", [1, 16, 256])
+def test_thousands_of_pairs_are_planned_at_once(shards):
+    """A tenth of the bound is usual; planning that is quadratic somewhere takes several of it."""
+    rng = np.random.default_rng(0)
+    prompts, responses = rng.integers(50, 300, 4_096), rng.integers(50, 400, (4_096, 2))
+    budget = Budget(2_048, 1_616, shards)
+    shape = packing.fixed_shape(prompts, responses, budget, batch_size=4_096)
+    of_lists = prompts.tolist(), responses.tolist(), budget
+    for plan in (
+        lambda: packing.plan_tree(*of_lists),
+        lambda: packing.plan_micro_batches(*of_lists, shape.rows),
+        lambda: packing.fixed_shape(prompts, responses, budget, batch_size=4_096),
+    ):
+        assert min(timeit.repeat(plan, number=1, repeat=3)) < 0.5
+    plans = packing.plan_micro_batches(*of_lists, shape.rows)
+    # All micro-batches but the last are all but full of tokens.
+    full = (prompts.sum() + responses.sum()) / (shape.rows * budget.row_length)
+    assert len(plans) <= math.ceil(full / 0.97)
 
 
 @settings(max_examples=25, deadline=None)

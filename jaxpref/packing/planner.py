@@ -2,9 +2,10 @@
 
 import bisect
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -84,19 +85,20 @@ def plan_tree(
     Raises:
       ValueError: a prompt with one response is longer than a row.
     """
-    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths, budget)
+    groups = _sized(prompt_lengths, response_lengths, scored_lengths, budget)
+    pieces = _longest_first([piece for group in groups for piece in group.pieces])
     # The rows of a shard share a table of scored tokens, so that these alone close no row.
-    rows = _filled(lengths, budget.row_length, None)
-    total = round_rows(len(rows), budget.shards)
-    while (dealt := _dealt(rows, lengths.scored, budget, total)) is None:
+    rows = _filled(pieces, budget.row_length, math.inf)
+    total = round_rows(len(rows.parts), budget.shards)
+    while (dealt := _dealt(rows.scored, budget, total)) is None:
         # Where few rows share a table, fuller and emptier ones do not even out. Rows that are
         # closed by their scored tokens may still be few enough.
-        table = total // budget.shards * budget.scored_length
-        closed = _filled(lengths, budget.row_length, table)
-        if (dealt := _dealt(closed, lengths.scored, budget, total)) is not None:
+        closed = _filled(pieces, budget.row_length, total // budget.shards * budget.scored_length)
+        if (dealt := _dealt(closed.scored, budget, total)) is not None:
+            rows = closed
             break
         total = round_rows(total + 1, budget.shards)
-    return dealt
+    return dealt.laid_out(rows.parts, total // budget.shards)
 
 
 def plan_micro_batches(
@@ -127,33 +129,28 @@ def plan_micro_batches(
     """
     if rows % budget.shards:
         raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
-    lengths = _Lengths.of(prompt_lengths, response_lengths, scored_lengths, budget)
     # A row with more scored tokens than the table of its shard would find no place.
     table = rows // budget.shards * budget.scored_length
-    parts = _split_all(lengths, budget.row_length, table)
-    # The prompt is in each of the rows that a group is split over.
-    sizes = [np.sum([lengths.of_part(part) for part in of_group], axis=0) for of_group in parts]
-    most = rows * budget.row_length, rows * budget.scored_length
-    opened: list[_Filling] = []
-    found: list[Plan] = []
-    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group][0]):
-        for number, filling in enumerate([*opened, _Filling.empty()]):
-            if (filling.held + sizes[group] > most).any():
-                continue
-            # Groups come longest first, so that each is added to what was placed before it.
-            tried = filling.copy()
-            _best_fit(parts[group], lengths, budget.row_length, table, tried)
-            dealt = _dealt(tried.rows, lengths.scored, budget, rows)
-            if dealt is not None:
-                opened[number : number + 1], found[number : number + 1] = [tried], [dealt]
-                break
-        else:
+    sized = _sized(prompt_lengths, response_lengths, scored_lengths, budget, table)
+    left, found = _longest_first(sized), list[Plan]()
+    pieces, most = [0] * len(left), 1
+    for group in reversed(left):
+        pieces[group.group] = most = max(most, len(group.pieces))
+    while left:
+        # First fit asks each group in turn which is the first micro-batch with room for it. To ask
+        # each micro-batch in turn which groups it has room for comes to the same.
+        filling = _MicroBatch(budget, rows)
+        refused = filling.fill(left, pieces)
+        if len(refused) == len(left):
+            longest = left[0].group
             raise ValueError(
-                f"group {group}, with a prompt of {prompt_lengths[group]} tokens and responses of "
-                f"{list(response_lengths[group])}, does not fit a micro-batch of {rows} rows with "
-                f"{budget.row_length} tokens and {budget.scored_length} scored ones each. Give it "
-                "more rows (data.rows), or make them longer (data.row_length)."
+                f"group {longest}, with a prompt of {prompt_lengths[longest]} tokens and responses "
+                f"of {list(response_lengths[longest])}, does not fit a micro-batch of {rows} rows "
+                f"with {budget.row_length} tokens and {budget.scored_length} scored ones each. "
+                "Give it more rows (data.rows), or make them longer (data.row_length)."
             )
+        found.append(filling.plan())
+        left = refused
     return found
 
 
@@ -188,13 +185,17 @@ def fixed_shape(
     tokens = prompt_lengths + response_lengths.sum(1)
     scored = scored_lengths.sum(1)
 
+    there = response_lengths > 0
+
     def of(groups: np.ndarray) -> tuple[list[int], Lengths, Lengths]:
-        here = response_lengths[groups] > 0
-        return (
-            prompt_lengths[groups].tolist(),
-            [x[y].tolist() for x, y in zip(response_lengths[groups], here, strict=True)],
-            [x[y].tolist() for x, y in zip(scored_lengths[groups], here, strict=True)],
-        )
+        here = there[groups].tolist()
+
+        def present(table: np.ndarray) -> Lengths:
+            return [
+                list(itertools.compress(*x)) for x in zip(table[groups].tolist(), here, strict=True)
+            ]
+
+        return prompt_lengths[groups].tolist(), present(response_lengths), present(scored_lengths)
 
     given = rows
     if not given:
@@ -202,10 +203,24 @@ def fixed_shape(
         average = batch_size * share / budget.shards
         least = min(_LEAST_TOKENS / budget.row_length, 1.1 * average)
         rows = math.ceil(max(average / 8, least)) * budget.shards
-    # One shard has room for all others: each of their responses has a row, if need be.
-    wanted = np.maximum((response_lengths > 0).sum(1), -(-scored // budget.scored_length))
+    # How many rows a shard surely suffice for a group: where it has no more pieces than there are
+    # shards, as many as the table of its largest piece takes. Else one shard has room for all of
+    # it: each of its responses has a row, if need be.
+    aligned = budget.aligned
+    laid = -(-prompt_lengths // aligned.prompt) * aligned.prompt
+    laid += (-(-response_lengths // aligned.response) * aligned.response).sum(1)
+    whole = laid <= budget.row_length
+    pieces = np.where(whole, 1, there.sum(1))
+    # A piece that is not the whole group lacks one of its responses.
+    largest = scored - np.where(whole, 0, np.where(there, scored_lengths, scored[:, None]).min(1))
+    alone = np.maximum(pieces, -(-scored // budget.scored_length))
+    wanted = np.where(pieces > budget.shards, alone, -(-largest // budget.scored_length))
     too_long = prompt_lengths + response_lengths.max(1) > budget.row_length
-    for group in np.flatnonzero(too_long | (wanted > rows // budget.shards)):
+    wanted = np.where(too_long, np.iinfo(wanted.dtype).max, wanted)
+    # Those that want most come first: where they need more rows, these suffice for most others.
+    for group in np.argsort(-wanted, kind="stable"):
+        if wanted[group] <= rows // budget.shards:
+            break
         prompts, responses, of_scored = of(np.array([group]))
         if given:
             plan_micro_batches(prompts, responses, budget, rows, of_scored)
@@ -266,159 +281,333 @@ def scored_budget(
     return min(-(-int(1.1 * share * row_length + 1) // 16) * 16, row_length)
 
 
-class _Lengths(NamedTuple):
-    """Tokens of each group: of its prompt, of its responses, and those of these that are scored."""
-
-    prompts: Sequence[int]
-    responses: Lengths
-    scored: Lengths
-    aligned: Alignment
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[int], responses: Lengths, scored: Lengths | None, budget: Budget
-    ) -> "_Lengths":
-        """Where nothing else is said, all tokens of responses are scored."""
-        return cls(prompts, responses, responses if scored is None else scored, budget.aligned)
-
-    def of_part(self, part: Part) -> tuple[int, int]:
-        """Tokens that a part takes of a row, and scored ones."""
-        group, chosen = part
-        responses, scored = self.responses[group], self.scored[group]
-        if self.aligned == Alignment() or len(chosen) < 2:
-            tokens = self.prompts[group] + sum(responses[k] for k in chosen)
-        else:
-            of_part = [responses[k] for k in chosen]
-            tokens = self.aligned.places(self.prompts[group], of_part)[1][-1] + of_part[-1]
-        return tokens, sum(scored[k] for k in chosen)
-
-
-class _Filling(NamedTuple):
-    """Rows that are being filled.
+class _Piece(NamedTuple):
+    """A part, with what it takes of a row.
 
     Attributes:
-      rows: the parts of each.
-      free: tokens that each has room for, with the row's number and the scored tokens that it has
-        room for; sorted.
-      held: tokens and scored tokens in all of them.
+      part: the part.
+      tokens: how many it has.
+      taken: how many it takes, up to where another group may follow.
+      scored: those that are scored.
     """
 
-    rows: Plan
-    free: list[tuple[int, int, float]]
-    held: Int[np.ndarray, " two"]
-
-    @classmethod
-    def empty(cls) -> "_Filling":
-        """No rows."""
-        return cls([], [], np.zeros(2, int))
-
-    def copy(self) -> "_Filling":
-        """Another that can be filled further, while this one stays."""
-        return _Filling([list(row) for row in self.rows], list(self.free), self.held.copy())
+    part: Part
+    tokens: int
+    taken: int
+    scored: int
 
 
-def _filled(lengths: _Lengths, row_length: int, scored_length: int | None) -> Plan:
-    """All groups in as few rows as best-fit decreasing finds; one that fits a row stays whole."""
-    filling = _Filling.empty()
-    parts = _split_all(lengths, row_length, None)
-    every = [part for group in parts for part in group]
-    _best_fit(every, lengths, row_length, scored_length, filling)
-    return filling.rows
+class _Sized(NamedTuple):
+    """A group in pieces that fit rows, longest first, with what they take together.
 
-
-def _split_all(lengths: _Lengths, row_length: int, scored_length: int | None) -> list[list[Part]]:
-    """The parts of each group, none of which is too long for a row."""
-    most = math.inf if scored_length is None else scored_length
-    return [_split(group, lengths, row_length, most) for group in range(len(lengths.prompts))]
-
-
-def _split(group: int, lengths: _Lengths, row_length: int, scored_length: float) -> list[Part]:
-    """The group whole if it fits a row, else in parts that do, first fit decreasing."""
-    prompt, responses = lengths.prompts[group], lengths.responses[group]
-
-    def fits(chosen: Sequence[int]) -> bool:
-        tokens, scored = lengths.of_part(Part(group, tuple(chosen)))
-        return tokens <= row_length and scored <= scored_length
-
-    if fits(range(len(responses))):
-        return [Part(group, tuple(range(len(responses))))]
-    parts: list[list[int]] = []
-    for k in sorted(range(len(responses)), key=lambda k: -responses[k]):
-        _check_fits(group, k, prompt, responses[k], row_length)
-        for part in parts:
-            if fits([*part, k]):
-                part.append(k)
-                break
-        else:
-            parts.append([k])
-    return [Part(group, tuple(sorted(part))) for part in parts]
-
-
-def _best_fit(
-    parts: Sequence[Part],
-    lengths: _Lengths,
-    row_length: int,
-    scored_length: int | None,
-    into: _Filling,
-) -> None:
-    """Adds parts to rows, longest first, each to the fullest one that has room for it.
-
-    A row has at most `scored_length` scored tokens, unless a single response has more; None: any.
+    The prompt is in each of them.
     """
-    most = math.inf if scored_length is None else scored_length
-    sizes = {part: lengths.of_part(part) for part in parts}
-    for part in sorted(parts, key=lambda part: -sizes[part][0]):
-        tokens, scored = sizes[part]
-        # Another group may follow from there on.
-        tokens = min(lengths.aligned.after(tokens), row_length)
-        place = bisect.bisect_left(into.free, (tokens,))
-        while place < len(into.free) and into.free[place][2] < scored:
-            place += 1
-        if place < len(into.free):
-            room, row, of_scored = into.free.pop(place)
+
+    group: int
+    pieces: list[_Piece]
+    tokens: int
+    scored: int
+
+
+_S = TypeVar("_S", _Piece, _Sized)
+
+
+def _longest_first(sized: Iterable[_S]) -> list[_S]:
+    """These in the order in which they find the fullest rows."""
+    return sorted(sized, key=lambda one: -one.tokens)
+
+
+def _sized(
+    prompts: Sequence[int],
+    responses: Lengths,
+    scored: Lengths | None,
+    budget: Budget,
+    scored_length: float = math.inf,
+) -> list[_Sized]:
+    """The groups, each whole if it fits a row, else in parts that do, first fit decreasing.
+
+    Args:
+      prompts: tokens of each group's prompt.
+      responses: tokens of each group's responses.
+      scored: those of the responses' tokens that are scored; None: all.
+      budget: the shape of a row.
+      scored_length: what a row may have of them, unless a single response has more.
+    """
+    row_length, aligned = budget.row_length, budget.aligned
+    plain = aligned == Alignment()
+
+    def piece_of(group: int, chosen: tuple[int, ...]) -> _Piece:
+        of_part, of_scored = responses[group], scored_lengths[group]
+        if len(chosen) < len(of_part):
+            of_part, of_scored = [of_part[k] for k in chosen], [of_scored[k] for k in chosen]
+        tokens = taken = prompts[group] + sum(of_part)
+        if not plain:
+            if len(chosen) > 1:
+                tokens = aligned.places(prompts[group], of_part)[1][-1] + of_part[-1]
+            taken = min(aligned.after(tokens), row_length)
+        return _Piece(Part(group, chosen), tokens, taken, sum(of_scored))
+
+    def fits(piece: _Piece) -> bool:
+        return piece.tokens <= row_length and piece.scored <= scored_length
+
+    def split(group: int) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        for k in sorted(range(len(responses[group])), key=lambda k: -responses[group][k]):
+            _check_fits(group, k, prompts[group], responses[group][k], row_length)
+            for number, piece in enumerate(pieces):
+                longer = piece_of(group, tuple(sorted([*piece.part.responses, k])))
+                if fits(longer):
+                    pieces[number] = longer
+                    break
+            else:
+                pieces.append(piece_of(group, (k,)))
+        return pieces
+
+    scored_lengths = responses if scored is None else scored
+    groups = []
+    for group, of_group in enumerate(responses):
+        whole = piece_of(group, tuple(range(len(of_group))))
+        if fits(whole):
+            groups.append(_Sized(group, [whole], whole.tokens, whole.scored))
         else:
-            room, row, of_scored = row_length, len(into.rows), most
-            into.rows.append([])
-        into.rows[row].append(part)
-        bisect.insort(into.free, (room - tokens, row, of_scored - scored))
-        into.held[:] += tokens, scored
+            pieces = split(group)
+            tokens, of_scored = sum([x.tokens for x in pieces]), sum([x.scored for x in pieces])
+            groups.append(_Sized(group, _longest_first(pieces), tokens, of_scored))
+    return groups
 
 
-def _scored(rows: Plan, scored_lengths: Lengths) -> list[int]:
-    """The scored tokens of each row."""
-    return [sum(scored_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
+class _Rows:
+    """Rows that are being filled, by best fit.
+
+    Attributes:
+      parts: of each row.
+      scored: tokens of each row.
+    """
+
+    def __init__(self, row_length: int, scored_length: float):
+        """No rows yet.
+
+        Args:
+          row_length: tokens a row.
+          scored_length: scored tokens a row, unless a single response has more.
+        """
+        self._row_length, self._scored_length = row_length, scored_length
+        self.parts: Plan = []
+        self.scored: list[int] = []
+        # Tokens that each row has room for, with its number; sorted.
+        self._free: list[tuple[int, int]] = []
+
+    @property
+    def most_room(self) -> int:
+        """Tokens that the emptiest row has room for."""
+        return self._free[-1][0]
+
+    def fullest(self, piece: _Piece, but: Sequence[tuple[int, int]] = ()) -> tuple[int, int]:
+        """The fullest row that has room for a piece, or else a new one, with that room before it.
+
+        Args:
+          piece: the piece.
+          but: what was found for others, which are not added yet.
+        """
+        scored, most = self.scored, self._scored_length - piece.scored
+        fuller = bisect.bisect_left(self._free, (piece.taken,))
+        for place in itertools.islice(self._free, fuller, None):
+            if scored[place[1]] <= most and place not in but:
+                return place
+        opened = len(scored)
+        return self._row_length, opened + sum(row >= opened for _, row in but)
+
+    def add(self, piece: _Piece, room: int, row: int) -> None:
+        """Adds a piece to what `fullest` found for it."""
+        if row < len(self.parts):
+            del self._free[bisect.bisect_left(self._free, (room, row))]
+        else:
+            self.parts.append([])
+            self.scored.append(0)
+        self.parts[row].append(piece.part)
+        self.scored[row] += piece.scored
+        bisect.insort(self._free, (room - piece.taken, row))
+
+
+def _filled(pieces: Iterable[_Piece], row_length: int, scored_length: float) -> _Rows:
+    """Pieces, longest first, in as few rows as best fit finds."""
+    rows = _Rows(row_length, scored_length)
+    for piece in pieces:
+        rows.add(piece, *rows.fullest(piece))
+    return rows
+
+
+class _Dealt(NamedTuple):
+    """Rows that are dealt out to shards.
+
+    Attributes:
+      shards: of each row.
+      loads: scored tokens of each shard.
+      held: how many rows it holds.
+    """
+
+    shards: list[int]
+    loads: list[int]
+    held: list[int]
+
+    def laid_out(self, rows: Plan, per_shard: int) -> Plan:
+        """The rows of each shard after another, with empty ones where it has too few."""
+        plan: Plan = [[] for _ in range(per_shard * len(self.held))]
+        ends = list(range(0, len(plan), per_shard))
+        for row, shard in zip(rows, self.shards, strict=True):
+            plan[ends[shard]] = row
+            ends[shard] += 1
+        return plan
+
+
+def _dealt(scored: Sequence[int], budget: Budget, total: int) -> _Dealt | None:
+    """Deals rows to shards, most scored tokens first; None if a shard's table would overflow."""
+    if len(scored) > total:
+        return None
+    per_shard = total // budget.shards
+    dealt = _Dealt([0] * len(scored), [0] * budget.shards, [0] * budget.shards)
+    # The shards that have room for a row, by the scored tokens that they hold.
+    with_room = [(0, shard) for shard in range(budget.shards)]
+    for row in sorted(range(len(scored)), key=scored.__getitem__, reverse=True):
+        load, shard = with_room[0]
+        load += scored[row]
+        if load > per_shard * budget.scored_length:
+            return None
+        dealt.shards[row], dealt.loads[shard] = shard, load
+        dealt.held[shard] += 1
+        if dealt.held[shard] < per_shard:
+            heapq.heapreplace(with_room, (load, shard))
+        else:
+            heapq.heappop(with_room)
+    return dealt
+
+
+class _MicroBatch:
+    """A micro-batch that is being filled.
+
+    To deal out its rows for each group anew would take most of the time. So each row keeps a shard
+    while the tables have room, and only if one overflows are all rows dealt out again.
+    """
+
+    def __init__(self, budget: Budget, rows: int):
+        """An empty one.
+
+        Args:
+          budget: the shape of a row.
+          rows: over all shards.
+        """
+        self._budget, self._total, self._per_shard = budget, rows, rows // budget.shards
+        self._table = self._per_shard * budget.scored_length
+        # A row with more scored tokens than the table of its shard would find no place.
+        self._rows = _Rows(budget.row_length, self._table)
+        self._dealt = _Dealt([], [0] * budget.shards, [0] * budget.shards)
+        # Tokens that there is room for, and scored ones.
+        self._room, self._scored_room = rows * budget.row_length, rows * budget.scored_length
+        # The fewest scored tokens of a group that could not be dealt out. Those with as many would
+        # be tried in vain, but for rare ones in rows that lie better.
+        self._refused: float = math.inf
+
+    def fill(self, groups: Sequence[_Sized], pieces: Sequence[int]) -> list[_Sized]:
+        """Adds the groups that there is room for.
+
+        Args:
+          groups: longest first.
+          pieces: for each group by its number, the most pieces that it or a shorter one is in.
+
+        Returns:
+          The other groups.
+        """
+        refused: list[_Sized] = []
+        at, most = 0, self._room
+        while at < len(groups):
+            group = groups[at]
+            if group.tokens > most:
+                shorter = bisect.bisect_left(groups, -most, at, key=lambda group: -group.tokens)
+                refused += groups[at:shorter]
+                at = shorter
+            elif self._add(group):
+                at += 1
+            else:
+                refused.append(group)
+                at += 1
+                continue
+            if at < len(groups):
+                most = self._most(pieces[groups[at].group])
+        return refused
+
+    def _most(self, pieces: int) -> int:
+        """As many tokens as a group in so many pieces may have, though it may find no room."""
+        if len(self._rows.parts) < self._total:
+            return self._room
+        return min(self._room, pieces * self._rows.most_room)
+
+    def plan(self) -> Plan:
+        """Its rows, those with most scored tokens dealt out first if they can be."""
+        dealt = _dealt(self._rows.scored, self._budget, self._total) or self._dealt
+        return dealt.laid_out(self._rows.parts, self._per_shard)
+
+    def _add(self, group: _Sized) -> bool:
+        """Adds a group if there is room for it."""
+        if group.scored > self._scored_room:
+            return False
+        rows, found = self._rows, list[tuple[int, int]]()
+        for piece in group.pieces:
+            found.append(rows.fullest(piece, found))
+            if found[-1][1] >= self._total:
+                return False
+        if not self._deal_out(group, [row for _, row in found]):
+            return False
+        for piece, (room, row) in zip(group.pieces, found, strict=True):
+            rows.add(piece, room, row)
+            self._room -= piece.taken
+        self._scored_room -= group.scored
+        return True
+
+    def _deal_out(self, group: _Sized, chosen: Sequence[int]) -> bool:
+        """Whether the shards have room for a group in these rows, which they hold if they have."""
+        shards, loads, held = self._dealt
+        before, fits = len(shards), True
+        for piece, row in zip(group.pieces, chosen, strict=True):
+            if row == len(shards):
+                shards.append(self._emptiest())
+                held[shards[row]] += 1
+            loads[shards[row]] += piece.scored
+            fits = fits and loads[shards[row]] <= self._table
+        if fits:
+            return True
+        if group.scored < self._refused:
+            scored = self._rows.scored + [0] * (len(shards) - before)
+            for piece, row in zip(group.pieces, chosen, strict=True):
+                scored[row] += piece.scored
+            dealt = _dealt(scored, self._budget, self._total)
+            if dealt is not None:
+                self._dealt = dealt
+                return True
+            self._refused = group.scored
+        for piece, row in zip(group.pieces, chosen, strict=True):
+            loads[shards[row]] -= piece.scored
+        for shard in shards[before:]:
+            held[shard] -= 1
+        del shards[before:]
+        return False
+
+    def _emptiest(self) -> int:
+        """The shard that has fewest scored tokens of those with room for a row."""
+        loads, held = self._dealt.loads, self._dealt.held
+        emptiest = loads.index(min(loads))
+        if held[emptiest] < self._per_shard:
+            return emptiest
+        with_room = (shard for shard, rows in enumerate(held) if rows < self._per_shard)
+        return min(with_room, key=loads.__getitem__)
 
 
 def _deal(rows: Plan, scored_lengths: Lengths, budget: Budget) -> Plan:
     """Deals rows to shards, with as many empty ones as it takes that no table overflows."""
+    scored = [sum(scored_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
     total = round_rows(len(rows), budget.shards)
-    while (dealt := _dealt(rows, scored_lengths, budget, total)) is None:
+    while (dealt := _dealt(scored, budget, total)) is None:
         total = round_rows(total + 1, budget.shards)
-    return dealt
-
-
-def _dealt(rows: Plan, scored_lengths: Lengths, budget: Budget, total: int) -> Plan | None:
-    """Deals rows to shards, most scored tokens first; None if a shard's table would overflow."""
-    if len(rows) > total:
-        return None
-    scored = _scored(rows, scored_lengths)
-    order = sorted(range(len(rows)), key=lambda row: -scored[row])
-    per_shard = total // budget.shards
-    shards: list[list[int]] = [[] for _ in range(budget.shards)]
-    # The shards that have room for a row, by the scored tokens that they hold.
-    loads = [(0, shard) for shard in range(budget.shards)]
-    for row in order:
-        load, shard = heapq.heappop(loads)
-        if load + scored[row] > per_shard * budget.scored_length:
-            return None
-        shards[shard].append(row)
-        if len(shards[shard]) < per_shard:
-            heapq.heappush(loads, (load + scored[row], shard))
-    return [
-        row
-        for shard in shards
-        for row in [*(rows[i] for i in sorted(shard)), *([] for _ in range(per_shard - len(shard)))]
-    ]
+    return dealt.laid_out(rows, total // budget.shards)
 
 
 def _check_fits(group: int, k: int, prompt: int, response: int, row_length: int) -> None:
