@@ -278,7 +278,8 @@ KNOBS: dict[str, Knob] = {
     "data.row_length": Knob(0, "tokens in a row of the batch; 0: data.max_length", at_least=0),
     "data.scored_length": Knob(
         0,
-        "scored tokens in a row of the batch; 0: what the data's share of responses calls for",
+        "scored tokens in a row of the batch; 0: what the data's share of responses calls for, or "
+        "its longest responses, where a device has few rows",
         at_least=0,
     ),
     "data.rows": Knob(

@@ -115,7 +115,11 @@ def test_every_token_is_laid_once_and_every_response_token_scored_once(
     # A prompt is laid again only for a group that one row cannot hold.
     assert set(laid) == set(prompt_ids) | set(response_ids)
     if planner is packing.plan_tree:
-        fits = [p + sum(rs) <= row_length for p, rs in lengths]
+        table = rows // shards * scored_length
+        fits = [
+            prompt + sum(responses) <= row_length and sum(group.scored_lengths) <= table
+            for (prompt, responses), group in zip(lengths, groups, strict=True)
+        ]
         once = [int(i) for g, whole in zip(groups, fits, strict=True) for i in g.prompt if whole]
         assert sorted(i for i in laid if i in set(once)) == sorted(once)
     assert (batch.tokens[batch.group == 0] == 0).all()
@@ -316,6 +320,56 @@ def test_one_row_a_shard_does_not_double_the_rows():
     assert sum(scored) == np.sum(responses)
 
 
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("shards", [8, 64])
+def test_few_rows_a_shard_have_tables_for_the_longest_responses(shards, cut):
+    """Else one group of long responses would give every batch twice the rows."""
+    rng = np.random.default_rng(0)
+    prompts = np.clip(rng.lognormal(5.5, 1.2, 2_048), 1, 512).astype(int)
+    responses = np.clip(rng.lognormal(4, 1, (2_048, 2)), 1, 512).astype(int)
+    row_length, tokens = 1_024, prompts + responses.sum(1)
+    batch_size = math.ceil(0.8 * shards * row_length / tokens.mean())
+    settings = {"batch_size": batch_size, "shards": shards, "cut": cut}
+    share = packing.scored_budget(prompts, responses, row_length)
+    scored = packing.scored_budget(prompts, responses, row_length, **settings)
+    assert share < responses.max() <= scored
+
+    def rows(scored):
+        budget = Budget(row_length, scored, shards)
+        return packing.fixed_shape(prompts, responses, budget, batch_size=batch_size).rows
+
+    assert rows(share) > rows(scored) == rows(row_length)
+    # Eight rows a shard hold any response by their share of the data, and so in smaller tables.
+    settings["batch_size"] *= 64 if cut else 8
+    assert packing.scored_budget(prompts, responses, row_length, **settings) == share
+
+
+def test_few_rows_of_one_shard_have_a_table_for_the_longest_group():
+    prompts, responses = np.full(100, 16), np.full((100, 2), 24)
+    prompts[7], responses[7] = 8, 500
+
+    def chosen(row_length):
+        scored = packing.scored_budget(prompts, responses, row_length, batch_size=10)
+        budget = Budget(row_length, scored)
+        return scored, packing.fixed_shape(prompts, responses, budget, batch_size=10).rows
+
+    # 1,000 scored tokens; without this group, rows of 1,024 have tables for 880.
+    assert chosen(1_024) == (1_008, 1)
+    # Where the group takes two rows in any case, their tables have room for it.
+    share = packing.scored_budget(prompts, responses, 768)
+    assert chosen(768) == (share, 2)
+
+
+def test_a_group_over_the_table_of_a_shard_is_split_over_two():
+    groups = groups_of([(1, [5, 6]), (9, [1, 1])])
+    batch = pack(groups, row_length=20, scored_length=8, shards=2)
+    assert batch.tokens.shape[0] == 2
+    shape = packing.fixed_shape(
+        np.array([1, 9]), np.array([[5, 6], [1, 1]]), Budget(20, 8, 2), batch_size=2
+    )
+    assert shape.rows == 2
+
+
 def test_scored_tokens_over_the_budget_take_more_rows_not_an_error():
     groups = groups_of([(1, [9]), (1, [9])])
     batch = pack(groups, row_length=20, scored_length=6)
@@ -491,6 +545,18 @@ def test_what_no_micro_batch_holds_is_refused():
         packing.plan_micro_batches([5], [[4]], budget, 2)
     with pytest.raises(ValueError, match="3 rows cannot be dealt out evenly to 2 shards"):
         packing.plan_micro_batches([1], [[1]], budget._replace(shards=2), 3)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6])
+def test_small_tables_are_filled(share):
+    """Groups that no shard has room for leave nothing behind, and smaller ones still come in."""
+    rng = np.random.default_rng(0)
+    prompts, responses = rng.integers(50, 300, 1_024), rng.integers(50, 400, (1_024, 2))
+    scored = int(share * 2_048)
+    plans = packing.plan_micro_batches(
+        prompts.tolist(), responses.tolist(), Budget(2_048, scored, shards=4), 16
+    )
+    assert len(plans) <= 1.08 * responses.sum() / (16 * scored)
 
 
 @pytest.mark.parametrize("shards", [1, 16, 256])

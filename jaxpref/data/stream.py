@@ -152,8 +152,7 @@ def _shape_of(config: ConfigDict, data: Data, budget: Budget) -> Shape | None:
 
     None for methods that want a batch in one, or whose responses are yet to be sampled.
     """
-    method = config_lib.method_of(config.algorithm.name)
-    if method.samples or (method.compares_examples and not config.data.rows):
+    if not _is_cut(config):
         return None
     sides = [data.train] if data.held_out is None else [data.train, data.held_out]
     responses = max(side.responses for side in sides)
@@ -174,14 +173,27 @@ def _shape_of(config: ConfigDict, data: Data, budget: Budget) -> Shape | None:
         raise UserError(f"data.rows is {config.data.rows}: {error}") from error
 
 
+def _is_cut(config: ConfigDict) -> bool:
+    """Whether batches are cut into micro-batches."""
+    method = config_lib.method_of(config.algorithm.name)
+    return not (method.samples or (method.compares_examples and not config.data.rows))
+
+
 def budget_of(config: ConfigDict, dataset: TokenizedDataset, mesh: Mesh) -> Budget:
     """The shape of a row that a config asks for, with room for what this data scores of it."""
     row_length = config.data.row_length or config.data.max_length
+    shards, own = sharding.batch_shards(mesh), sharding.own_shards(mesh)
     scored_length = config.data.scored_length or packing.scored_budget(
-        dataset.prompt_lengths, dataset.response_lengths, row_length, dataset.scored_lengths
+        dataset.prompt_lengths,
+        dataset.response_lengths,
+        row_length,
+        dataset.scored_lengths,
+        batch_size=config.data.batch_size,
+        rows=config.data.rows,
+        shards=shards,
+        cut=_is_cut(config),
     )
     aligned = models.alignment(config, mesh)
-    shards, own = sharding.batch_shards(mesh), sharding.own_shards(mesh)
     return Budget(row_length, scored_length, shards, aligned, own)
 
 

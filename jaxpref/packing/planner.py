@@ -85,15 +85,16 @@ def plan_tree(
     Raises:
       ValueError: a prompt with one response is longer than a row.
     """
-    groups = _sized(prompt_lengths, response_lengths, scored_lengths, budget)
-    pieces = _longest_first([piece for group in groups for piece in group.pieces])
+    of_groups = prompt_lengths, response_lengths, scored_lengths
     # The rows of a shard share a table of scored tokens, so that these alone close no row.
-    rows = _filled(pieces, budget.row_length, math.inf)
+    rows = _filled(_sized(*of_groups, budget), budget.row_length)
     total = round_rows(len(rows.parts), budget.shards)
     while (dealt := _dealt(rows.scored, budget, total)) is None:
         # Where few rows share a table, fuller and emptier ones do not even out. Rows that are
-        # closed by their scored tokens may still be few enough.
-        closed = _filled(pieces, budget.row_length, total // budget.shards * budget.scored_length)
+        # closed by their scored tokens, and groups that are split by theirs, may still need no
+        # more.
+        table = total // budget.shards * budget.scored_length
+        closed = _filled(_sized(*of_groups, budget, table), budget.row_length, table)
         if (dealt := _dealt(closed.scored, budget, total)) is not None:
             rows = closed
             break
@@ -129,7 +130,6 @@ def plan_micro_batches(
     """
     if rows % budget.shards:
         raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
-    # A row with more scored tokens than the table of its shard would find no place.
     table = rows // budget.shards * budget.scored_length
     sized = _sized(prompt_lengths, response_lengths, scored_lengths, budget, table)
     left, found = _longest_first(sized), list[Plan]()
@@ -201,31 +201,27 @@ def fixed_shape(
     if not given:
         share = max(tokens.mean() / budget.row_length, scored.mean() / budget.scored_length)
         average = batch_size * share / budget.shards
-        least = min(_LEAST_TOKENS / budget.row_length, 1.1 * average)
-        rows = math.ceil(max(average / 8, least)) * budget.shards
-    # How many rows a shard surely suffice for a group: where it has no more pieces than there are
-    # shards, as many as the table of its largest piece takes. Else one shard has room for all of
-    # it: each of its responses has a row, if need be.
+        rows = _rows_a_shard(average, budget.row_length) * budget.shards
+    # How many rows a shard surely suffice: where shards are as many as responses, each may have a
+    # shard of its own. Else one shard has room for all of them, whole or each in a row of its own.
     aligned = budget.aligned
     laid = -(-prompt_lengths // aligned.prompt) * aligned.prompt
     laid += (-(-response_lengths // aligned.response) * aligned.response).sum(1)
-    whole = laid <= budget.row_length
-    pieces = np.where(whole, 1, there.sum(1))
-    # A piece that is not the whole group lacks one of its responses.
-    largest = scored - np.where(whole, 0, np.where(there, scored_lengths, scored[:, None]).min(1))
-    alone = np.maximum(pieces, -(-scored // budget.scored_length))
-    wanted = np.where(pieces > budget.shards, alone, -(-largest // budget.scored_length))
+    alone = np.where(laid <= budget.row_length, 1, there.sum(1))
+    alone = np.where(there.sum(1) > budget.shards, alone, 1)
+    in_one = _in_one_table(response_lengths, scored_lengths, budget.shards)
+    wanted = np.maximum(alone, -(-in_one // budget.scored_length))
     too_long = prompt_lengths + response_lengths.max(1) > budget.row_length
     wanted = np.where(too_long, np.iinfo(wanted.dtype).max, wanted)
     # Those that want most come first: where they need more rows, these suffice for most others.
     for group in np.argsort(-wanted, kind="stable"):
         if wanted[group] <= rows // budget.shards:
             break
-        prompts, responses, of_scored = of(np.array([group]))
+        one = of(np.array([group]))
         if given:
-            plan_micro_batches(prompts, responses, budget, rows, of_scored)
-        else:
-            rows = max(rows, len(plan_tree(prompts, responses, budget, of_scored)))
+            plan_micro_batches(*one[:2], budget, rows, one[2])
+        while not _holds(rows, *one, budget):
+            rows += budget.shards
     longest = np.resize(np.argsort(-tokens, kind="stable")[:batch_size], batch_size)
     prompts, responses, of_scored = of(longest)
     plans = plan_micro_batches(prompts, responses, budget, rows, of_scored)
@@ -273,12 +269,66 @@ def scored_budget(
     response_lengths: Int[np.ndarray, "groups responses"],
     row_length: int,
     scored_lengths: Int[np.ndarray, "groups responses"] | None = None,
+    *,
+    batch_size: int = 0,
+    rows: int = 0,
+    shards: int = 1,
+    cut: bool = True,
 ) -> int:
-    """Scored tokens a row that keep the table full: the data's own share, and a tenth more."""
+    """Scored tokens a row: the data's own share, and a tenth more, which keeps tables full.
+
+    Where the few rows of a shard would have no room for what has to be in one table, it is as much
+    as that takes: with more rows instead every batch would have these, and larger tables too.
+
+    Args:
+      prompt_lengths: tokens of each group's prompt.
+      response_lengths: tokens of each group's responses; 0 where there is none.
+      row_length: tokens a row.
+      scored_lengths: those of the responses' tokens that are scored; None: all.
+      batch_size: groups a batch; 0: so many that all tables have room.
+      rows: of a micro-batch, over all shards; 0: as `fixed_shape` chooses them.
+      shards: that rows are dealt out to.
+      cut: whether a batch is cut into micro-batches.
+    """
     tokens = int(prompt_lengths.sum()) + int(response_lengths.sum())
     scored = response_lengths if scored_lengths is None else scored_lengths
     share = int(scored.sum()) / max(tokens, 1)
-    return min(-(-int(1.1 * share * row_length + 1) // 16) * 16, row_length)
+    length = int(1.1 * share * row_length + 1)
+    if batch_size and len(scored):
+        average = batch_size * tokens / len(scored) / row_length / shards
+        of_shard = _rows_a_shard(average, row_length) if cut else math.ceil(average)
+        # A group that fits no row may be in as many as it has responses, in one shard if need be.
+        count = (response_lengths > 0).sum(1)
+        split = (prompt_lengths + response_lengths.sum(1) > row_length) & (count > shards)
+        of_shard = rows // shards or max(of_shard, int(np.where(split, count, 1).max()))
+        in_one = int(_in_one_table(response_lengths, scored, shards).max())
+        length = max(length, -(-in_one // of_shard))
+    return min(-(-length // 16) * 16, row_length)
+
+
+def _rows_a_shard(average: float, row_length: int) -> int:
+    """The rows of a micro-batch for a batch that needs so many rows a shard on average."""
+    least = min(_LEAST_TOKENS / row_length, 1.1 * average)
+    return math.ceil(max(average / 8, least))
+
+
+def _in_one_table(
+    response_lengths: Int[np.ndarray, "groups responses"],
+    scored_lengths: Int[np.ndarray, "groups responses"],
+    shards: int,
+) -> Int[np.ndarray, " groups"]:
+    """The scored tokens of each group that have to be in the table of one shard."""
+    apart = (response_lengths > 0).sum(1) <= shards
+    return np.where(apart, scored_lengths.max(1), scored_lengths.sum(1))
+
+
+def _holds(
+    rows: int, prompts: Sequence[int], responses: Lengths, scored: Lengths, budget: Budget
+) -> bool:
+    """Whether an empty micro-batch of so many rows has room for one group."""
+    filling = _MicroBatch(budget, rows)
+    groups = _sized(prompts, responses, scored, budget, filling.table)
+    return not filling.fill(groups, [len(groups[0].pieces)])
 
 
 class _Piece(NamedTuple):
@@ -429,10 +479,10 @@ class _Rows:
         bisect.insort(self._free, (room - piece.taken, row))
 
 
-def _filled(pieces: Iterable[_Piece], row_length: int, scored_length: float) -> _Rows:
-    """Pieces, longest first, in as few rows as best fit finds."""
+def _filled(groups: Iterable[_Sized], row_length: int, scored_length: float = math.inf) -> _Rows:
+    """Groups in as few rows as best fit finds, the longest pieces first."""
     rows = _Rows(row_length, scored_length)
-    for piece in pieces:
+    for piece in _longest_first([piece for group in groups for piece in group.pieces]):
         rows.add(piece, *rows.fullest(piece))
     return rows
 
@@ -487,6 +537,9 @@ class _MicroBatch:
 
     To deal out its rows for each group anew would take most of the time. So each row keeps a shard
     while the tables have room, and only if one overflows are all rows dealt out again.
+
+    Attributes:
+      table: the scored tokens that a shard has room for.
     """
 
     def __init__(self, budget: Budget, rows: int):
@@ -497,9 +550,9 @@ class _MicroBatch:
           rows: over all shards.
         """
         self._budget, self._total, self._per_shard = budget, rows, rows // budget.shards
-        self._table = self._per_shard * budget.scored_length
+        self.table = self._per_shard * budget.scored_length
         # A row with more scored tokens than the table of its shard would find no place.
-        self._rows = _Rows(budget.row_length, self._table)
+        self._rows = _Rows(budget.row_length, self.table)
         self._dealt = _Dealt([], [0] * budget.shards, [0] * budget.shards)
         # Tokens that there is room for, and scored ones.
         self._room, self._scored_room = rows * budget.row_length, rows * budget.scored_length
@@ -565,31 +618,27 @@ class _MicroBatch:
 
     def _deal_out(self, group: _Sized, chosen: Sequence[int]) -> bool:
         """Whether the shards have room for a group in these rows, which they hold if they have."""
+        before = _Dealt(*map(list, self._dealt))
         shards, loads, held = self._dealt
-        before, fits = len(shards), True
+        fits = True
         for piece, row in zip(group.pieces, chosen, strict=True):
             if row == len(shards):
                 shards.append(self._emptiest())
                 held[shards[row]] += 1
             loads[shards[row]] += piece.scored
-            fits = fits and loads[shards[row]] <= self._table
+            fits = fits and loads[shards[row]] <= self.table
         if fits:
             return True
+        dealt = None
         if group.scored < self._refused:
-            scored = self._rows.scored + [0] * (len(shards) - before)
+            scored = self._rows.scored + [0] * (len(shards) - len(before.shards))
             for piece, row in zip(group.pieces, chosen, strict=True):
                 scored[row] += piece.scored
             dealt = _dealt(scored, self._budget, self._total)
-            if dealt is not None:
-                self._dealt = dealt
-                return True
-            self._refused = group.scored
-        for piece, row in zip(group.pieces, chosen, strict=True):
-            loads[shards[row]] -= piece.scored
-        for shard in shards[before:]:
-            held[shard] -= 1
-        del shards[before:]
-        return False
+            if dealt is None:
+                self._refused = group.scored
+        self._dealt = dealt or before
+        return dealt is not None
 
     def _emptiest(self) -> int:
         """The shard that has fewest scored tokens of those with room for a row."""
