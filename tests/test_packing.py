@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import math
+import time
 import timeit
 
 import jax
@@ -572,7 +573,8 @@ def test_thousands_of_pairs_are_planned_at_once(shards):
         lambda: packing.plan_micro_batches(*of_lists, shape.rows),
         lambda: packing.fixed_shape(prompts, responses, budget, batch_size=4_096),
     ):
-        assert min(timeit.repeat(plan, number=1, repeat=3)) < 0.5
+        # Of the processor: others may be busy on it.
+        assert min(timeit.repeat(plan, timer=time.process_time, number=1, repeat=3)) < 0.5
     plans = packing.plan_micro_batches(*of_lists, shape.rows)
     # All micro-batches but the last are all but full of tokens.
     full = (prompts.sum() + responses.sum()) / (shape.rows * budget.row_length)

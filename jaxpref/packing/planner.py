@@ -227,14 +227,9 @@ def fixed_shape(
     plans = plan_micro_batches(prompts, responses, budget, rows, of_scored)
     # There are never more than if each group had a row to itself, as long as any rows can be dealt
     # out to the shards.
-    of_prompts, of_responses = (
-        -(-x // multiple) * multiple
-        for x, multiple in zip((prompt_lengths, response_lengths), budget.aligned, strict=True)
-    )
-    places = of_prompts + of_responses.sum(1)
-    alone = (places <= budget.row_length).all() and (scored <= budget.scored_length).all()
+    fit = (laid <= budget.row_length).all() and (scored <= budget.scored_length).all()
     dealt = rows == budget.shards or budget.scored_length == budget.row_length
-    most = -(-batch_size // rows) if alone and dealt else len(plans) + 1
+    most = -(-batch_size // rows) if fit and dealt else len(plans) + 1
     return Shape(rows, min(len(plans) + 1, most))
 
 
