@@ -9,13 +9,14 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 
-# Seconds after which one that waits for another process looks whether the work has failed.
+from jaxpref.processes import service
+
+# Seconds after which one that works looks whether the work has failed.
 _ASKED = 1.0
 _WORK = "jaxpref/joint"
 _numbers = itertools.count()
@@ -59,7 +60,8 @@ class Joint:
           part: may wait for the others in `barrier`.
           finish: what remains.
           stop: ends a part early, from another thread, since the work has failed. What a part
-            waits for may have been the part of the one that has failed.
+            waits for may have been the part of the one that has failed; what does not heed `stop`
+            ends in its own time.
 
         Returns:
           None if all is done; else the same failure in all processes, whose parts have ended.
@@ -73,7 +75,7 @@ class Joint:
                 error = self._try(finish)
             if not self._alone and self._number:
                 # By now all have read how the last piece has ended.
-                self._client().key_value_delete(f"{_WORK}/{self._number - 1}/")
+                service.client().key_value_delete(f"{_WORK}/{self._number - 1}/")
         self._meet("end", heed=False)
         return self._failure(error)
 
@@ -111,18 +113,24 @@ class Joint:
             action()
         except Exception as error:
             if not self._alone:
-                told = json.dumps([jax.process_index(), str(error)])
-                # Another one may have failed before.
-                with suppress(jax.errors.JaxRuntimeError):
-                    self._client().key_value_set(self._key("failure"), told)
+                self._tell(error)
             return error
         return None
+
+    def _tell(self, error: Exception) -> None:
+        told = json.dumps([jax.process_index(), str(error)])
+        try:
+            service.client().key_value_set(self._key("failure"), told)
+        except jax.errors.JaxRuntimeError as untold:
+            # Another one may have failed before. What nobody hears of would count as done.
+            if "ALREADY_EXISTS" not in str(untold):
+                raise
 
     def _failure(self, error: Exception | None) -> Failure | None:
         if self._alone:
             return None if error is None else Failure(0, str(error), error)
         try:
-            told = self._client().key_value_try_get(self._key("failure"))
+            told = service.client().key_value_try_get(self._key("failure"))
         except jax.errors.JaxRuntimeError as missing:
             if "NOT_FOUND" in str(missing):
                 return None
@@ -134,26 +142,23 @@ class Joint:
         if self._alone:
             return
         if jax.process_index():
-            self._client().key_value_set(self._key(f"{key}/{jax.process_index()}"), "")
+            service.client().key_value_set(self._key(f"{key}/{jax.process_index()}"), "")
             self._await(f"{key}/0", heed)
             return
         for process in range(1, jax.process_count()):
             self._await(f"{key}/{process}", heed)
-        self._client().key_value_set(self._key(f"{key}/0"), "")
+        service.client().key_value_set(self._key(f"{key}/0"), "")
 
     def _await(self, key: str, heed: bool) -> None:
         while True:
             try:
-                self._client().blocking_key_value_get(self._key(key), int(1000 * _ASKED))
+                service.ask(self._key(key))
                 return
             except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
+                if not service.is_late(error):
                     raise
             if heed and (failure := self._failure(None)) is not None:
                 raise _FailedElsewhereError(f"process {failure.process}: {failure.reason}")
 
     def _key(self, name: str) -> str:
         return f"{_WORK}/{self._number}/{name}"
-
-    def _client(self) -> Any:
-        return ocp.multihost.get_jax_distributed_client()

@@ -1,5 +1,6 @@
 """The tokenizer of a run: how it is loaded, its chat template, its special tokens."""
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -82,9 +83,14 @@ def _load_tokenizer(name: str) -> Any:
 
     if name == "bytes":
         return transformers.ByT5Tokenizer()
-    folder = get(as_path(name))
+    try:
+        folder = get(as_path(name))
+    except OSError as error:
+        raise UserError(f"tokenizer.name is {name!r}, which cannot be read: {error}.") from error
     if folder is None and is_address(name):
-        raise UserError(f"tokenizer.name is {name!r}, and there is no such folder in the bucket.")
+        raise UserError(
+            f"tokenizer.name is {name!r}, and there is no such folder with files in the bucket."
+        )
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder or name))
     except Exception as error:  # The hub's client raises errors of many classes.
@@ -162,7 +168,7 @@ def read_template(name: str) -> str:
         return name
     try:
         with open_file(as_path(name)) as file:
-            return file.read().decode()
+            return io.TextIOWrapper(file, encoding="utf-8").read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer.chat_template is {name!r}; it should be one of {', '.join(TEMPLATES)}, a "

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxpref import checkpoint, sharding
+from jaxpref import checkpoint, interrupts, sharding
 from jaxpref.data import TokenizedDataset
 from jaxpref.train import layout
 
@@ -65,8 +65,10 @@ def wait_when_signalled(self):
     process, number = map(int, os.environ["SAVING"].split())
     if jax.process_index() == process:
         signal_itself(number)
-    # JAX sees a signal within a second.
-    time.sleep(3)
+    # JAX looks for a signal once a second, and then processes agree.
+    while jax.process_count() > 1 and not interrupts._noticed():
+        time.sleep(0.1)
+    time.sleep(2)
     wait(self)
 
 

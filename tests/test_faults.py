@@ -12,7 +12,7 @@ from test_processes import finish, start
 pytestmark = pytest.mark.process
 
 
-def in_small_disk(folder, *command, timeout=60):
+def in_small_disk(folder, *command, timeout=240):
     """Runs a command where it may mount a disk of its own, which nobody else sees."""
     unshare = ["unshare", "--map-root-user", "--mount"]
     mount = [*unshare, "mount", "-t", "tmpfs", "tmpfs", str(folder)]

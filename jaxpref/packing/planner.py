@@ -220,6 +220,7 @@ def fixed_shape(
         one = of(np.array([group]))
         if given:
             plan_micro_batches(*one[:2], budget, rows, one[2])
+            continue
         while not _holds(rows, *one, budget):
             rows += budget.shards
     longest = np.resize(np.argsort(-tokens, kind="stable")[:batch_size], batch_size)

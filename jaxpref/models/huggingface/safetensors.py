@@ -146,7 +146,13 @@ class TensorFiles:
                     f"{index}: not an index of safetensors files ({error!r})."
                 ) from error
             names = sorted(set(weight_map.values()))
-            missing = [name for name in names if name not in present]
+            missing = [
+                name
+                for name in names
+                if name not in present
+                # A listing does not show what lies deeper.
+                and not ("/" in name and (self._directory / name).exists())
+            ]
             if missing:
                 raise UserError(
                     f"{self._directory}: {INDEX} names {', '.join(missing)}, which "
