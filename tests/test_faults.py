@@ -29,7 +29,9 @@ def in_small_disk(folder, *command, timeout=240):
     )
 
 
-@pytest.mark.parametrize(("processes", "failing"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "failing"), [(1, 0), (2, 1), pytest.param(2, 0, marks=pytest.mark.long)]
+)
 def test_a_disk_that_is_full_fails_a_save_in_all_processes_and_no_later_one(
     processes, failing, tmp_path
 ):
@@ -66,7 +68,7 @@ def two_checkpoints(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["flipped", pytest.param("truncated", marks=pytest.mark.long)])
 def test_a_run_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(
     damage, two_checkpoints, tmp_path
 ):

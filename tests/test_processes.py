@@ -345,8 +345,8 @@ def get_stages(config, workdir):
 @pytest.mark.parametrize(
     ("processes", "number"),
     [
-        (1, signal.SIGINT),
         (2, signal.SIGTERM),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.long),
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
         pytest.param(2, signal.SIGINT, marks=pytest.mark.long),
     ],
