@@ -167,8 +167,8 @@ def read_template(name: str) -> str:
     if "{" in name:
         return name
     try:
-        with open_file(as_path(name)) as file:
-            return io.TextIOWrapper(file, encoding="utf-8").read()
+        with io.TextIOWrapper(open_file(as_path(name)), encoding="utf-8") as file:
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer.chat_template is {name!r}; it should be one of {', '.join(TEMPLATES)}, a "

@@ -24,7 +24,7 @@ from jaxpref.data.examples import Example, hold_out
 from jaxpref.data.read import read_examples
 from jaxpref.data.tokenize import Limits, tokenize
 from jaxpref.errors import UserError
-from jaxpref.tokenizer import TEMPLATES, begins_with_bos, load_tokenizer
+from jaxpref.tokenizer import TEMPLATES, begins_with_bos, load_tokenizer, read_template
 
 # How texts fall apart before tokens are merged. GPT-2 leaves one of several spaces or line
 # breaks to the word that follows, so that what is one token at the end of a prompt is two
@@ -590,3 +590,9 @@ def test_bad_conversations_are_errors_that_say_where(tmp_path, case):
     record, message = BAD_RECORDS[case]
     with pytest.raises(UserError, match=rf"x.jsonl:1: .*{message}"):
         read_examples(write(tmp_path / "x.jsonl", record), "explicit")
+
+
+def test_line_ends_of_a_template_are_those_of_text(tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_bytes(b"{{ messages }}\r\nb")
+    assert read_template(str(path)) == "{{ messages }}\nb"
