@@ -39,12 +39,9 @@ from jaxpref.packing.batch import (
     response_sums,
     sum_by_response,
 )
+from jaxpref.packing.filling import Budget, Lengths, Part, Plan
 from jaxpref.packing.micro_batches import map_micro_batches, sum_micro_batches
 from jaxpref.packing.planner import (
-    Budget,
-    Lengths,
-    Part,
-    Plan,
     Planner,
     Shape,
     fixed_shape,

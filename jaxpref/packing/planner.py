@@ -1,37 +1,28 @@
 """Which group goes into which row, by lengths alone."""
 
-import bisect
-import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxpref.packing.tree import Alignment
+from jaxpref.packing.filling import (
+    Budget,
+    Lengths,
+    MicroBatch,
+    Part,
+    Plan,
+    best_fit,
+    check_fits,
+    deal_out,
+    in_pieces,
+    longest_first,
+)
 
 # Fewer at a time leave a device idle.
 _LEAST_TOKENS = 2_048
-
-
-class Budget(NamedTuple):
-    """The fixed shape of a row, and how rows are dealt out.
-
-    Attributes:
-      row_length: tokens a row.
-      scored_length: scored tokens a row; the rows of a shard pool theirs.
-      shards: rows come in multiples of this.
-      aligned: where prompts end and responses start.
-      own: the shards whose rows this process writes; None: all. Plans do not depend on it.
-    """
-
-    row_length: int
-    scored_length: int
-    shards: int = 1
-    aligned: Alignment = Alignment()
-    own: tuple[int, ...] | None = None
 
 
 class Shape(NamedTuple):
@@ -44,19 +35,6 @@ class Shape(NamedTuple):
 
     rows: int
     micro_batches: int
-
-
-class Part(NamedTuple):
-    """A group's prompt with some of its responses, which go into one row together."""
-
-    group: int
-    responses: tuple[int, ...]
-
-
-# Rows, each a list of the parts it holds. There is a multiple of `shards` of them,
-# and some may be empty.
-Plan = list[list[Part]]
-Lengths = Sequence[Sequence[int]]
 
 
 # A function of prompt lengths, response lengths, the budget, and the scored tokens of each
@@ -87,15 +65,15 @@ def plan_tree(
     """
     of_groups = prompt_lengths, response_lengths, scored_lengths
     # The rows of a shard share a table of scored tokens, so that these alone close no row.
-    rows = _filled(_sized(*of_groups, budget), budget.row_length)
+    rows = best_fit(in_pieces(*of_groups, budget), budget.row_length)
     total = round_rows(len(rows.parts), budget.shards)
-    while (dealt := _dealt(rows.scored, budget, total)) is None:
+    while (dealt := deal_out(rows.scored, budget, total)) is None:
         # Where few rows share a table, fuller and emptier ones do not even out. Rows that are
         # closed by their scored tokens, and groups that are split by theirs, may still need no
         # more.
         table = total // budget.shards * budget.scored_length
-        closed = _filled(_sized(*of_groups, budget, table), budget.row_length, table)
-        if (dealt := _dealt(closed.scored, budget, total)) is not None:
+        closed = best_fit(in_pieces(*of_groups, budget, table), budget.row_length, table)
+        if (dealt := deal_out(closed.scored, budget, total)) is not None:
             rows = closed
             break
         total = round_rows(total + 1, budget.shards)
@@ -131,15 +109,15 @@ def plan_micro_batches(
     if rows % budget.shards:
         raise ValueError(f"{rows} rows cannot be dealt out evenly to {budget.shards} shards.")
     table = rows // budget.shards * budget.scored_length
-    sized = _sized(prompt_lengths, response_lengths, scored_lengths, budget, table)
-    left, found = _longest_first(sized), list[Plan]()
+    sized = in_pieces(prompt_lengths, response_lengths, scored_lengths, budget, table)
+    left, found = longest_first(sized), list[Plan]()
     pieces, most = [0] * len(left), 1
     for group in reversed(left):
         pieces[group.group] = most = max(most, len(group.pieces))
     while left:
         # First fit asks each group in turn which is the first micro-batch with room for it. To ask
         # each micro-batch in turn which groups it has room for comes to the same.
-        filling = _MicroBatch(budget, rows)
+        filling = MicroBatch(budget, rows)
         refused = filling.fill(left, pieces)
         if len(refused) == len(left):
             longest = left[0].group
@@ -244,7 +222,7 @@ def plan_padded(
     rows = []
     for group, (prompt, responses) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
         for k, length in enumerate(responses):
-            _check_fits(group, k, prompt, length, budget.row_length)
+            check_fits(group, k, prompt, length, budget.row_length)
             rows.append([Part(group, (k,))])
     return _deal(rows, scored_lengths or response_lengths, budget)
 
@@ -322,342 +300,15 @@ def _holds(
     rows: int, prompts: Sequence[int], responses: Lengths, scored: Lengths, budget: Budget
 ) -> bool:
     """Whether an empty micro-batch of so many rows has room for one group."""
-    filling = _MicroBatch(budget, rows)
-    groups = _sized(prompts, responses, scored, budget, filling.table)
+    filling = MicroBatch(budget, rows)
+    groups = in_pieces(prompts, responses, scored, budget, filling.table)
     return not filling.fill(groups, [len(groups[0].pieces)])
-
-
-class _Piece(NamedTuple):
-    """A part, with what it takes of a row.
-
-    Attributes:
-      part: the part.
-      tokens: how many it has.
-      taken: how many it takes, up to where another group may follow.
-      scored: those that are scored.
-    """
-
-    part: Part
-    tokens: int
-    taken: int
-    scored: int
-
-
-class _Sized(NamedTuple):
-    """A group in pieces that fit rows, longest first, with what they take together.
-
-    The prompt is in each of them.
-    """
-
-    group: int
-    pieces: list[_Piece]
-    tokens: int
-    scored: int
-
-
-_S = TypeVar("_S", _Piece, _Sized)
-
-
-def _longest_first(sized: Iterable[_S]) -> list[_S]:
-    """These in the order in which they find the fullest rows."""
-    return sorted(sized, key=lambda one: -one.tokens)
-
-
-def _sized(
-    prompts: Sequence[int],
-    responses: Lengths,
-    scored: Lengths | None,
-    budget: Budget,
-    scored_length: float = math.inf,
-) -> list[_Sized]:
-    """The groups, each whole if it fits a row, else in parts that do, first fit decreasing.
-
-    Args:
-      prompts: tokens of each group's prompt.
-      responses: tokens of each group's responses.
-      scored: those of the responses' tokens that are scored; None: all.
-      budget: the shape of a row.
-      scored_length: what a row may have of them, unless a single response has more.
-    """
-    row_length, aligned = budget.row_length, budget.aligned
-    plain = aligned == Alignment()
-
-    def piece_of(group: int, chosen: tuple[int, ...]) -> _Piece:
-        of_part, of_scored = responses[group], scored_lengths[group]
-        if len(chosen) < len(of_part):
-            of_part, of_scored = [of_part[k] for k in chosen], [of_scored[k] for k in chosen]
-        tokens = taken = prompts[group] + sum(of_part)
-        if not plain:
-            if len(chosen) > 1:
-                tokens = aligned.places(prompts[group], of_part)[1][-1] + of_part[-1]
-            taken = min(aligned.after(tokens), row_length)
-        return _Piece(Part(group, chosen), tokens, taken, sum(of_scored))
-
-    def fits(piece: _Piece) -> bool:
-        return piece.tokens <= row_length and piece.scored <= scored_length
-
-    def split(group: int) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        for k in sorted(range(len(responses[group])), key=lambda k: -responses[group][k]):
-            _check_fits(group, k, prompts[group], responses[group][k], row_length)
-            for number, piece in enumerate(pieces):
-                longer = piece_of(group, tuple(sorted([*piece.part.responses, k])))
-                if fits(longer):
-                    pieces[number] = longer
-                    break
-            else:
-                pieces.append(piece_of(group, (k,)))
-        return pieces
-
-    scored_lengths = responses if scored is None else scored
-    groups = []
-    for group, of_group in enumerate(responses):
-        whole = piece_of(group, tuple(range(len(of_group))))
-        if fits(whole):
-            groups.append(_Sized(group, [whole], whole.tokens, whole.scored))
-        else:
-            pieces = split(group)
-            tokens, of_scored = sum([x.tokens for x in pieces]), sum([x.scored for x in pieces])
-            groups.append(_Sized(group, _longest_first(pieces), tokens, of_scored))
-    return groups
-
-
-class _Rows:
-    """Rows that are being filled, by best fit.
-
-    Attributes:
-      parts: of each row.
-      scored: tokens of each row.
-    """
-
-    def __init__(self, row_length: int, scored_length: float):
-        """No rows yet.
-
-        Args:
-          row_length: tokens a row.
-          scored_length: scored tokens a row, unless a single response has more.
-        """
-        self._row_length, self._scored_length = row_length, scored_length
-        self.parts: Plan = []
-        self.scored: list[int] = []
-        # Tokens that each row has room for, with its number; sorted.
-        self._free: list[tuple[int, int]] = []
-
-    @property
-    def most_room(self) -> int:
-        """Tokens that the emptiest row has room for."""
-        return self._free[-1][0]
-
-    def fullest(self, piece: _Piece, but: Sequence[tuple[int, int]] = ()) -> tuple[int, int]:
-        """The fullest row that has room for a piece, or else a new one, with that room before it.
-
-        Args:
-          piece: the piece.
-          but: what was found for others, which are not added yet.
-        """
-        scored, most = self.scored, self._scored_length - piece.scored
-        fuller = bisect.bisect_left(self._free, (piece.taken,))
-        for place in itertools.islice(self._free, fuller, None):
-            if scored[place[1]] <= most and place not in but:
-                return place
-        opened = len(scored)
-        return self._row_length, opened + sum(row >= opened for _, row in but)
-
-    def add(self, piece: _Piece, room: int, row: int) -> None:
-        """Adds a piece to what `fullest` found for it."""
-        if row < len(self.parts):
-            del self._free[bisect.bisect_left(self._free, (room, row))]
-        else:
-            self.parts.append([])
-            self.scored.append(0)
-        self.parts[row].append(piece.part)
-        self.scored[row] += piece.scored
-        bisect.insort(self._free, (room - piece.taken, row))
-
-
-def _filled(groups: Iterable[_Sized], row_length: int, scored_length: float = math.inf) -> _Rows:
-    """Groups in as few rows as best fit finds, the longest pieces first."""
-    rows = _Rows(row_length, scored_length)
-    for piece in _longest_first([piece for group in groups for piece in group.pieces]):
-        rows.add(piece, *rows.fullest(piece))
-    return rows
-
-
-class _Dealt(NamedTuple):
-    """Rows that are dealt out to shards.
-
-    Attributes:
-      shards: of each row.
-      loads: scored tokens of each shard.
-      held: how many rows it holds.
-    """
-
-    shards: list[int]
-    loads: list[int]
-    held: list[int]
-
-    def laid_out(self, rows: Plan, per_shard: int) -> Plan:
-        """The rows of each shard after another, with empty ones where it has too few."""
-        plan: Plan = [[] for _ in range(per_shard * len(self.held))]
-        ends = list(range(0, len(plan), per_shard))
-        for row, shard in zip(rows, self.shards, strict=True):
-            plan[ends[shard]] = row
-            ends[shard] += 1
-        return plan
-
-
-def _dealt(scored: Sequence[int], budget: Budget, total: int) -> _Dealt | None:
-    """Deals rows to shards, most scored tokens first; None if a shard's table would overflow."""
-    if len(scored) > total:
-        return None
-    per_shard = total // budget.shards
-    dealt = _Dealt([0] * len(scored), [0] * budget.shards, [0] * budget.shards)
-    # The shards that have room for a row, by the scored tokens that they hold.
-    with_room = [(0, shard) for shard in range(budget.shards)]
-    for row in sorted(range(len(scored)), key=scored.__getitem__, reverse=True):
-        load, shard = with_room[0]
-        load += scored[row]
-        if load > per_shard * budget.scored_length:
-            return None
-        dealt.shards[row], dealt.loads[shard] = shard, load
-        dealt.held[shard] += 1
-        if dealt.held[shard] < per_shard:
-            heapq.heapreplace(with_room, (load, shard))
-        else:
-            heapq.heappop(with_room)
-    return dealt
-
-
-class _MicroBatch:
-    """A micro-batch that is being filled.
-
-    To deal out its rows for each group anew would take most of the time. So each row keeps a shard
-    while the tables have room, and only if one overflows are all rows dealt out again.
-
-    Attributes:
-      table: the scored tokens that a shard has room for.
-    """
-
-    def __init__(self, budget: Budget, rows: int):
-        """An empty one.
-
-        Args:
-          budget: the shape of a row.
-          rows: over all shards.
-        """
-        self._budget, self._total, self._per_shard = budget, rows, rows // budget.shards
-        self.table = self._per_shard * budget.scored_length
-        # A row with more scored tokens than the table of its shard would find no place.
-        self._rows = _Rows(budget.row_length, self.table)
-        self._dealt = _Dealt([], [0] * budget.shards, [0] * budget.shards)
-        # Tokens that there is room for, and scored ones.
-        self._room, self._scored_room = rows * budget.row_length, rows * budget.scored_length
-        # The fewest scored tokens of a group that could not be dealt out. Those with as many would
-        # be tried in vain, but for rare ones in rows that lie better.
-        self._refused: float = math.inf
-
-    def fill(self, groups: Sequence[_Sized], pieces: Sequence[int]) -> list[_Sized]:
-        """Adds the groups that there is room for.
-
-        Args:
-          groups: longest first.
-          pieces: for each group by its number, the most pieces that it or a shorter one is in.
-
-        Returns:
-          The other groups.
-        """
-        refused: list[_Sized] = []
-        at, most = 0, self._room
-        while at < len(groups):
-            group = groups[at]
-            if group.tokens > most:
-                shorter = bisect.bisect_left(groups, -most, at, key=lambda group: -group.tokens)
-                refused += groups[at:shorter]
-                at = shorter
-            elif self._add(group):
-                at += 1
-            else:
-                refused.append(group)
-                at += 1
-                continue
-            if at < len(groups):
-                most = self._most(pieces[groups[at].group])
-        return refused
-
-    def _most(self, pieces: int) -> int:
-        """As many tokens as a group in so many pieces may have, though it may find no room."""
-        if len(self._rows.parts) < self._total:
-            return self._room
-        return min(self._room, pieces * self._rows.most_room)
-
-    def plan(self) -> Plan:
-        """Its rows, those with most scored tokens dealt out first if they can be."""
-        dealt = _dealt(self._rows.scored, self._budget, self._total) or self._dealt
-        return dealt.laid_out(self._rows.parts, self._per_shard)
-
-    def _add(self, group: _Sized) -> bool:
-        """Adds a group if there is room for it."""
-        if group.scored > self._scored_room:
-            return False
-        rows, found = self._rows, list[tuple[int, int]]()
-        for piece in group.pieces:
-            found.append(rows.fullest(piece, found))
-            if found[-1][1] >= self._total:
-                return False
-        if not self._deal_out(group, [row for _, row in found]):
-            return False
-        for piece, (room, row) in zip(group.pieces, found, strict=True):
-            rows.add(piece, room, row)
-            self._room -= piece.taken
-        self._scored_room -= group.scored
-        return True
-
-    def _deal_out(self, group: _Sized, chosen: Sequence[int]) -> bool:
-        """Whether the shards have room for a group in these rows, which they hold if they have."""
-        before = _Dealt(*map(list, self._dealt))
-        shards, loads, held = self._dealt
-        fits = True
-        for piece, row in zip(group.pieces, chosen, strict=True):
-            if row == len(shards):
-                shards.append(self._emptiest())
-                held[shards[row]] += 1
-            loads[shards[row]] += piece.scored
-            fits = fits and loads[shards[row]] <= self.table
-        if fits:
-            return True
-        dealt = None
-        if group.scored < self._refused:
-            scored = self._rows.scored + [0] * (len(shards) - len(before.shards))
-            for piece, row in zip(group.pieces, chosen, strict=True):
-                scored[row] += piece.scored
-            dealt = _dealt(scored, self._budget, self._total)
-            if dealt is None:
-                self._refused = group.scored
-        self._dealt = dealt or before
-        return dealt is not None
-
-    def _emptiest(self) -> int:
-        """The shard that has fewest scored tokens of those with room for a row."""
-        loads, held = self._dealt.loads, self._dealt.held
-        emptiest = loads.index(min(loads))
-        if held[emptiest] < self._per_shard:
-            return emptiest
-        with_room = (shard for shard, rows in enumerate(held) if rows < self._per_shard)
-        return min(with_room, key=loads.__getitem__)
 
 
 def _deal(rows: Plan, scored_lengths: Lengths, budget: Budget) -> Plan:
     """Deals rows to shards, with as many empty ones as it takes that no table overflows."""
     scored = [sum(scored_lengths[p.group][k] for p in row for k in p.responses) for row in rows]
     total = round_rows(len(rows), budget.shards)
-    while (dealt := _dealt(scored, budget, total)) is None:
+    while (dealt := deal_out(scored, budget, total)) is None:
         total = round_rows(total + 1, budget.shards)
     return dealt.laid_out(rows, total // budget.shards)
-
-
-def _check_fits(group: int, k: int, prompt: int, response: int, row_length: int) -> None:
-    if prompt + response > row_length:
-        raise ValueError(
-            f"group {group}: a prompt of {prompt} tokens and response {k} of {response} do not fit "
-            f"a row of {row_length}. Truncate them, or make rows longer (data.row_length)."
-        )

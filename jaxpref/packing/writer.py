@@ -7,14 +7,8 @@ import jax
 import numpy as np
 
 from jaxpref.packing.batch import PackedBatch, Written
-from jaxpref.packing.planner import (
-    Budget,
-    Plan,
-    Planner,
-    Shape,
-    plan_micro_batches,
-    plan_tree,
-)
+from jaxpref.packing.filling import Budget, Plan
+from jaxpref.packing.planner import Planner, Shape, plan_micro_batches, plan_tree
 from jaxpref.packing.tree import Group
 
 
